@@ -1,0 +1,1 @@
+"""All collectives, and the only contact with DeepSpeed and Accelerate."""
