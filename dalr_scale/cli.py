@@ -1,0 +1,56 @@
+"""The ``dalr-scale`` command: one word chooses the module that does the work."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable, Sequence
+
+from dalr_scale import __version__
+from dalr_scale.errors import UserError
+
+COMMANDS = {
+    "prepare": "raw pictures, captions and text to shards",
+    "index": "build or check the index beside each shard",
+    "features": "teacher features into shards",
+    "train": "train on this process alone (many: accelerate launch -m dalr_scale.train)",
+    "evaluate": "score a sentence encoder",
+    "export": "a run's encoder as a folder for other tools",
+    "plan": "dry run: batch arithmetic, memory, bytes, time",
+}
+
+
+def usage() -> str:
+    rows = "\n".join(f"  {name:<10}{text}" for name, text in COMMANDS.items())
+    return f"usage: dalr-scale COMMAND [ARGUMENTS]   (dalr-scale COMMAND --help)\n\n{rows}"
+
+
+def run_command(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None) -> int:
+    """Runs a command's ``main``; errors that are the user's to mend become one line."""
+    try:
+        return main(argv)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help"):
+        print(usage())
+        return 0 if words else 2
+    if words[0] == "--version":
+        print(__version__)
+        return 0
+    if words[0] not in COMMANDS:
+        print(f"error: no command '{words[0]}'\n{usage()}", file=sys.stderr)
+        return 2
+    module = importlib.import_module(f"dalr_scale.{words[0]}")
+    return run_command(module.main, words[1:])
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,487 @@
+"""Typed run configuration: TOML recipes, dotted overrides, presets of the objective.
+
+A configuration is built from layers: the dataclass defaults, then a recipe or file, then the
+command line. Later layers win key by key, with one exception: a layer that names
+``objective.preset`` starts the whole ``[objective]`` section afresh from that preset, so that
+``--objective.preset=simcse`` never inherits weights that a recipe had tuned for another one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+import tomllib
+import types
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from dalr_scale.errors import UserError
+
+RECIPES = Path(__file__).parent / "recipes"
+DEFAULT_RECIPE = "quickstart"
+
+
+def opt(default: Any, text: str) -> Any:
+    """A field with a default and the sentence that ``--help`` and the docs print for it."""
+    if isinstance(default, dict):
+        return field(default_factory=lambda: dict(default), metadata={"help": text})
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    name: str = opt("run", "name of the run; the default folder is runs/NAME")
+    dir: str = opt("", "run folder; empty: runs/NAME")
+    seed: int = opt(1, "seed of the order, the initialisation and every random draw")
+    from_scratch: bool = opt(
+        False, "start again although the run folder holds a run (the old one is moved aside)"
+    )
+    allow_change: bool = opt(
+        False, "resume although versions or settings that change the result differ"
+    )
+    watchdog_minutes: float = opt(30.0, "abort a rank that makes no progress this long; 0: never")
+    max_minutes: float = opt(0.0, "stop with a checkpoint after this many minutes; 0: no limit")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    root: str = opt("", "folder of raw and evaluation data; empty: environment variable DALR_DATA")
+    shards: str = opt("shards", "folder of prepared shards; {shards} in other paths")
+    builder: Literal["none", "quickstart"] = opt(
+        "none", "'quickstart' draws the data and trains the teachers first"
+    )
+    builder_options: dict[str, Any] = opt({}, "settings of the builder (QuickstartSpec)")
+    pairs: tuple[str, ...] = opt((), "shards of captioned pictures (paths, globs, braces)")
+    text: tuple[str, ...] = opt((), "shards of sentences without pictures")
+    tokenizer: str = opt("", "folder or vocab.txt of the student's tokenizer; empty: the encoder's")
+    pair_fraction: float = opt(
+        0.0, "share of paired batches; 0: from the sizes of the streams (objective.alternation)"
+    )
+    max_length: int = opt(32, "longest sentence in tokens, special tokens included")
+    pad_to_multiple: int = opt(1, "pad token length up to a multiple of this")
+    workers: int = opt(1, "loader processes per rank; 0: in the training process")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    encoder: str = opt("", "Hugging Face folder or name; empty: from scratch from `architecture`")
+    architecture: dict[str, Any] = opt({}, "configuration of a new encoder (model_type, ...)")
+    pooler: Literal["cls_before_pooler", "cls", "mean"] = opt(
+        "cls_before_pooler", "how token states become the sentence state h"
+    )
+    grounding_width: int = opt(256, "width P of the shared picture-text space")
+    consistency_width: int = opt(256, "output width of the consistency module's aligners")
+    head_init_std: float = opt(0.02, "standard deviation of the sentence head's weights")
+    activation_checkpointing: bool = opt(False, "recompute activations in the backward pass")
+
+
+@dataclass(frozen=True)
+class TeachersConfig:
+    image: str = opt("", "picture features V: 'features:NAME' or 'open_clip:FOLDER'")
+    caption: str = opt("", "caption features of the same space (KDMCSE): as `image`")
+    text: tuple[str, ...] = opt(
+        (), "sentence teachers e_k: 'features:NAME', 'hf:FOLDER' or 'open_clip:FOLDER'"
+    )
+    text_poolers: tuple[str, ...] = opt((), "pooler of each 'hf:' text teacher")
+    text_weights: tuple[float, ...] = opt((), "mixing weights alpha_k; empty: equal")
+    tokens: str = opt("", "token features for global-to-local: 'features:NAME' or 'hf:FOLDER'")
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """Every quantity in which the presets differ, and the temperatures they share."""
+
+    preset: str = opt("dalr", "simcse, mcse, kdmcse, dalr-reference or dalr")
+    temperature: float = opt(0.05, "tau of text-text similarities")
+    vl_temperature: float = opt(0.05, "tau of picture-text similarities")
+    margin: float = opt(0.18, "angular margin m1 of L_con, radians")
+    vl_margin: float = opt(0.18, "angular margin m2 of L_xce, radians")
+    margin_in_text_batches: bool = opt(True, "keep m1 in batches without pictures")
+    cross_weight: float = opt(0.1, "lambda, weight of the cross-modal group")
+    intra_weight: float = opt(0.2, "mu, weight of the intra-modal group")
+    consistency_weight: float = opt(1.0, "w_cons of L_cons")
+    cross_kl_weight: float = opt(1.0, "w_cma of L_CMA")
+    image_weight: float = opt(1.0, "w_v of L_xce with pictures as columns")
+    caption_weight: float = opt(0.0, "w_t of L_xce with CLIP captions as columns (KDMCSE)")
+    intra_kl_weight: float = opt(1.0, "w_ima of L_IMA")
+    rank_weight: float = opt(1.0, "gamma of L_rank")
+    g2l_weight: float = opt(1.0, "w_g2l of L_g2l")
+    soft_labels: Literal["none", "image", "caption", "consistency"] = opt(
+        "consistency", "what softens the margin of the picture branch"
+    )
+    caption_soft_labels: Literal["none", "image", "caption", "consistency"] = opt(
+        "none", "what softens the margin of the caption branch"
+    )
+    clamp_soft_labels: bool = opt(True, "clamp soft labels to [0, 1]")
+    false_negative_threshold: float = opt(
+        0.0, "drop negatives whose caption-picture cosine exceeds this (KDMCSE option); 0: off"
+    )
+    same_image: Literal["keep", "mask"] = opt(
+        "mask", "captions of the same picture: negatives, or out of the denominators"
+    )
+    unmatched: Literal["roll", "shift"] = opt(
+        "shift", "unmatched picture of L_cons: five rows earlier, or a random shift"
+    )
+    cross_kl_student: Literal["margin", "cosine"] = opt("cosine", "student matrix of L_CMA")
+    intra_kl_student: Literal["margin", "cosine"] = opt("cosine", "student matrix of L_IMA")
+    kl_student_temperature: float = opt(0.45, "student temperature of both KLs")
+    kl_teacher_temperature: float = opt(0.5, "teacher temperature of both KLs")
+    rank_loss: Literal["listmle", "listnet"] = opt("listmle", "form of L_rank")
+    rank_student: Literal["margin", "cosine"] = opt("cosine", "student matrix of L_rank")
+    rank_teacher_temperature: float = opt(0.05, "tau_2 of the ranking list R")
+    listmle_reduction: Literal["sum", "mean"] = opt("mean", "over the list, in ListMLE")
+    listmle_eps: float = opt(0.0, "constant inside ListMLE's logarithm")
+    teacher_mix: Literal["features", "similarities"] = opt(
+        "similarities", "what two text teachers mix for S_TT"
+    )
+    teacher_similarity_dtype: Literal["float16", "float32", "float64"] = opt(
+        "float32", "precision of the teachers' cosines"
+    )
+    teacher_tokenizer: Literal["must_match", "retokenise"] = opt(
+        "retokenise", "a teacher whose vocabulary differs: refuse, or use its own tokenizer"
+    )
+    image_projection: Literal["identity", "learned"] = opt(
+        "learned", "z_1 against picture features of another width: refuse, or a learned projection"
+    )
+    g2l_norm: Literal["axis", "token"] = opt("token", "norm of token features in L_g2l")
+    g2l_unit_rows: bool = opt(True, "unit z_1 in L_g2l")
+    distil_text_batches: bool = opt(
+        False, "intra-modal group in text-only batches too (needs teachers; not in the paper)"
+    )
+    alternation: Literal["reference", "proportional"] = opt(
+        "proportional", "how text-only and paired batches take turns"
+    )
+    tail: Literal["drop", "keep"] = opt(
+        "drop", "the last batch of a pass when it is not full (keep: one process only)"
+    )
+
+
+@dataclass(frozen=True)
+class BatchConfig:
+    global_size: int = opt(128, "rows of one optimizer step over all ranks: the contrast set")
+    micro_size: int = opt(0, "rows a rank encodes at a time; 0: its whole share")
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    lr: float = opt(2e-5, "peak learning rate")
+    embedding_lr: float = opt(0.0, "learning rate of the word embeddings; 0: lr")
+    weight_decay: float = opt(0.0, "decoupled weight decay (not on biases and norms)")
+    betas: tuple[float, ...] = opt((0.9, 0.999), "AdamW")
+    eps: float = opt(1e-6, "AdamW")
+    clip: float = opt(1.0, "global gradient norm; 0: off")
+    steps: int = opt(0, "optimizer steps; 0: from epochs")
+    epochs: float = opt(1.0, "passes over both streams")
+    warmup: int = opt(0, "steps of linear warm-up before the linear decay to 0")
+    name: Literal["adamw", "sgd"] = opt("adamw", "sgd is for exactness tests")
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    kind: Literal["zero1", "zero2", "zero3", "ddp"] = opt("zero2", "DeepSpeed stage, or plain DDP")
+    precision: Literal["auto", "fp32", "bf16", "fp64"] = opt(
+        "auto", "auto: bf16 where the accelerator has it, else fp32; fp64: ddp only"
+    )
+    offload_optimizer: bool = opt(False, "keep optimizer state in host memory")
+    ds_config: str = opt("", "an edited copy of ds_configs/STAGE.json")
+    timeout_minutes: float = opt(30.0, "of every collective")
+    threads: int = opt(0, "CPU threads per rank; 0: cores divided by the ranks of this host")
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    every: int = opt(125, "steps between evaluations; 0: only before and after training")
+    tasks: tuple[str, ...] = opt((), "STS tasks during training, e.g. STS-B-dev")
+    final_tasks: tuple[str, ...] = opt((), "STS tasks before and after training")
+    graded_dev: str = opt("", "JSONL of graded pairs scored during training")
+    graded_test: str = opt("", "JSONL of graded pairs scored before and after training")
+    retrieval: tuple[str, ...] = opt((), "held-out pair shards for caption-picture recall")
+    select: str = opt("", "task whose best score keeps a checkpoint; empty: the first one")
+    batch_size: int = opt(128, "sentences encoded at a time")
+
+
+@dataclass(frozen=True)
+class SaveConfig:
+    every_steps: int = opt(0, "steps between checkpoints; 0: at the end of training only")
+    every_minutes: float = opt(15.0, "minutes between checkpoints; 0: off")
+    keep: int = opt(2, "valid checkpoints kept, at least 2")
+    on_error: Literal["continue", "stop"] = opt("continue", "when a checkpoint cannot be written")
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    every: int = opt(10, "steps between log lines")
+    tensorboard: bool = opt(True, "write RUN/tensorboard")
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run. Sections are separate so that ``--section.key=value`` names exactly one field."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    teachers: TeachersConfig = field(default_factory=TeachersConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    save: SaveConfig = field(default_factory=SaveConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.run.dir or f"runs/{self.run.name}")
+
+    def path(self, text: str) -> Path:
+        """A configured path with ``{root}``, ``{shards}`` and ``~`` filled in."""
+        if "{root}" in text and not self.data_root:
+            raise UserError(
+                f"'{text}' needs the data folder: set --data.root or the environment "
+                "variable DALR_DATA"
+            )
+        filled = text.replace("{shards}", self.data.shards).replace("{root}", str(self.data_root))
+        return Path(filled).expanduser()
+
+    @property
+    def data_root(self) -> Path | None:
+        root = self.data.root or os.environ.get("DALR_DATA", "")
+        return Path(root).expanduser() if root else None
+
+
+# What each preset changes against the defaults above, which are `dalr`. Sources: SimCSE
+# (arXiv 2104.08821), MCSE (2204.10931), KDMCSE (2403.17486) and DALR (2506.21096) with the
+# code published for each; `dalr-reference` is the published DALR loss.
+_NO_TEXT_TEACHERS = {"intra_weight": 0.0, "intra_kl_weight": 0.0, "rank_weight": 0.0}
+_BASELINE = _NO_TEXT_TEACHERS | {
+    "consistency_weight": 0.0,
+    "cross_kl_weight": 0.0,
+    "g2l_weight": 0.0,
+    "soft_labels": "none",
+    "clamp_soft_labels": False,
+    "same_image": "keep",
+    "alternation": "reference",
+    "tail": "keep",
+}
+PRESETS: dict[str, dict[str, Any]] = {
+    "dalr": {},
+    "simcse": _BASELINE
+    | {"margin": 0.0, "vl_margin": 0.0, "cross_weight": 0.0, "image_weight": 0.0},
+    "mcse": _BASELINE | {"margin": 0.0, "vl_margin": 0.0, "cross_weight": 0.01},
+    "kdmcse": _BASELINE
+    | {
+        "margin": 0.15,
+        "vl_margin": 0.15,
+        "cross_weight": 0.01,
+        "caption_weight": 1.0,
+        "soft_labels": "image",
+        "caption_soft_labels": "caption",
+    },
+    "dalr-reference": {
+        "consistency_weight": 0.01,
+        "soft_labels": "image",
+        "clamp_soft_labels": False,
+        "same_image": "keep",
+        "unmatched": "roll",
+        "cross_kl_student": "margin",
+        "intra_kl_student": "margin",
+        "rank_student": "margin",
+        "listmle_reduction": "sum",
+        "listmle_eps": 1e-7,
+        "teacher_mix": "features",
+        "teacher_similarity_dtype": "float16",
+        "teacher_tokenizer": "must_match",
+        "image_projection": "identity",
+        "g2l_norm": "axis",
+        "g2l_unit_rows": False,
+        "alternation": "reference",
+        "tail": "keep",
+    },
+}
+
+
+def load_config(source: str | None, overrides: Sequence[str] = ()) -> Config:
+    """Builds a configuration from a recipe name, a file or a run folder, and overrides.
+
+    Args:
+        source: recipe name, TOML path or run folder (its ``config.toml``); None: `quickstart`.
+        overrides: ``--section.key=value`` words (or ``--section.key`` followed by ``value``).
+
+    Raises:
+        UserError: unknown key (the nearest one is named), wrong type, unknown recipe.
+    """
+    layers = [_read_source(source or DEFAULT_RECIPE), parse_overrides(overrides)]
+    return build_config(layers)
+
+
+def build_config(layers: Iterable[Mapping[str, Mapping[str, Any]]]) -> Config:
+    """Merges layers of ``{section: {key: value}}`` and types every value."""
+    values: dict[str, dict[str, Any]] = {}
+    for layer in layers:
+        for section, entries in layer.items():
+            target = values.setdefault(section, {})
+            if section == "objective" and "preset" in entries:
+                target.clear()
+                target.update(_preset(str(entries["preset"])))
+            target.update(entries)
+    sections = {f.name: f for f in dataclasses.fields(Config)}
+    for section in values:
+        _known(section, sections, "section")
+    hints = typing.get_type_hints(Config)
+    return Config(**{name: _section(hints[name], name, values.get(name, {})) for name in sections})
+
+
+def _preset(name: str) -> dict[str, Any]:
+    _known(name, PRESETS, "preset")
+    return dict(PRESETS[name])
+
+
+def _section(cls: type, section: str, entries: Mapping[str, Any]) -> Any:
+    hints = typing.get_type_hints(cls)
+    for key in entries:
+        _known(key, hints, f"key in [{section}]")
+    return cls(**{k: _typed(v, hints[k], f"{section}.{k}") for k, v in entries.items()})
+
+
+def _known(name: str, names: Iterable[str], kind: str) -> None:
+    names = list(names)
+    if name not in names:
+        near = difflib.get_close_matches(name, names, n=1, cutoff=0.0)
+        raise UserError(f"unknown {kind} '{name}'; did you mean '{near[0]}'?")
+
+
+def _typed(value: Any, hint: Any, where: str) -> Any:
+    """Checks one value against its field's type; whole floats and strings are not coerced."""
+    origin = typing.get_origin(hint)
+    if origin is Literal:
+        if value not in typing.get_args(hint):
+            allowed = ", ".join(map(str, typing.get_args(hint)))
+            raise UserError(f"{where} = {value!r} is not one of: {allowed}")
+        return value
+    if origin is tuple:
+        item = typing.get_args(hint)[0]
+        values = value if isinstance(value, list | tuple) else [value]
+        return tuple(_typed(v, item, where) for v in values)
+    if origin is dict:
+        hint = dict
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    right = isinstance(value, hint) and not (hint is int and isinstance(value, bool))
+    if not right or (isinstance(value, float) and value != value):
+        raise UserError(f"{where} = {value!r} must be of type {hint.__name__}")
+    return value
+
+
+def parse_overrides(words: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """``--optim.lr=1e-4 --run.name x`` as a layer; values are TOML where they parse as TOML."""
+    layer: dict[str, dict[str, Any]] = {}
+    pending = list(words)
+    while pending:
+        word = pending.pop(0)
+        name, equals, text = word.removeprefix("--").partition("=")
+        if not word.startswith("--") or name.count(".") == 0:
+            raise UserError(f"'{word}' is not an override: write --section.key=value")
+        if not equals:
+            if not pending:
+                raise UserError(f"'{word}' has no value: write {word}=VALUE")
+            text = pending.pop(0)
+        section, key = name.split(".", 1)
+        entries = layer.setdefault(section, {})
+        *parents, key = key.split(".")
+        for parent in parents:
+            entries = entries.setdefault(parent, {})
+        entries[key] = _parse_value(text, section, key)
+    return layer
+
+
+def _parse_value(text: str, section: str, key: str) -> Any:
+    hint = _field_hint(section, key)
+    if hint is str or typing.get_origin(hint) is Literal:
+        return text.strip("\"'") if text[:1] in "\"'" else text
+    if typing.get_origin(hint) is tuple and not text.startswith("["):
+        item = typing.get_args(hint)[0]
+        return [w if item is str else _toml_value(w) for w in text.split(",") if w]
+    return _toml_value(text)
+
+
+def _field_hint(section: str, key: str) -> Any:
+    cls = typing.get_type_hints(Config).get(section)
+    return typing.get_type_hints(cls).get(key) if isinstance(cls, type) else None
+
+
+def _toml_value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _read_source(source: str) -> dict[str, Any]:
+    path = Path(source)
+    if path.is_dir():
+        path = path / "config.toml"
+    if not path.exists():
+        names = recipe_names()
+        if source not in names:
+            near = difflib.get_close_matches(source, names, n=1, cutoff=0.0)
+            raise UserError(
+                f"no recipe, file or run folder '{source}'; did you mean '{near[0]}'? "
+                f"Recipes: {', '.join(names)}"
+            )
+        path = RECIPES / f"{source}.toml"
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid TOML: {error}") from None
+
+
+def recipe_names() -> list[str]:
+    return sorted(p.stem for p in RECIPES.glob("*.toml"))
+
+
+def to_toml(config: Config) -> str:
+    """The resolved configuration as TOML text that ``load_config`` reads back to an equal one."""
+    lines = [f"# Resolved configuration of run '{config.run.name}'."]
+    for section in dataclasses.fields(config):
+        lines += ["", f"[{section.name}]"]
+        entries = getattr(config, section.name)
+        lines += [
+            f"{f.name} = {_toml_text(getattr(entries, f.name))}"
+            for f in dataclasses.fields(entries)
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def _toml_text(value: Any) -> str:
+    match value:
+        case bool():
+            return "true" if value else "false"
+        case str():
+            escaped = value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+            return f'"{escaped}"'
+        case list() | tuple():
+            return "[" + ", ".join(map(_toml_text, value)) + "]"
+        case dict():
+            return "{" + ", ".join(f"{k} = {_toml_text(v)}" for k, v in value.items()) + "}"
+        case types.NoneType():
+            raise TypeError("TOML has no null")
+        case _:
+            return repr(value)
+
+
+def help_text() -> str:
+    """Every section and key with its default and meaning, for ``--help``."""
+    lines: list[str] = []
+    for section in dataclasses.fields(Config):
+        lines += ["", f"[{section.name}]"]
+        cls = typing.get_type_hints(Config)[section.name]
+        for f in dataclasses.fields(cls):
+            default = f.default if f.default is not dataclasses.MISSING else {}
+            lines.append(f"  --{section.name}.{f.name}={_toml_text(default)}")
+            lines.append(f"      {f.metadata['help']}")
+    return "\n".join(lines[1:])

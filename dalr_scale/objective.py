@@ -1,0 +1,317 @@
+"""The DALR objective: which terms a configuration switches on, and how they add up.
+
+Pure: it sees this rank's rows and the columns of the global batch, and returns named terms, each
+the mean over this rank's rows (see ``dalr_scale.dist.gather`` for why that is the right scale).
+The formulas of the terms are in ``dalr_kernels``; DALR, arXiv 2506.21096.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import dalr_kernels as kernels
+import numpy as np
+import torch
+from dalr_kernels import Similarity
+from torch import Tensor
+
+from dalr_scale.config import ObjectiveConfig
+
+
+@dataclass
+class Views:
+    """What the losses see of a batch; as rows (this rank's) and as columns (all ranks').
+
+    Shapes with B rows: z1, z2 [B,H]; p1, p2, u, u_caption [B,P]; z1_image [B,d_v], z1 in the
+    width of the picture features; aligned_text, aligned_image [B,C]; image, caption [B,d_v];
+    text one [B,H_k] per sentence teacher; tokens/token_mask one [B,T,H_t] and [B,T] per token
+    teacher; z1_tokens one [B,H_t] per token teacher; ids [B], -1 for text-only rows.
+    """
+
+    z1: Tensor
+    z2: Tensor
+    ids: Tensor
+    p1: Tensor | None = None
+    p2: Tensor | None = None
+    u: Tensor | None = None
+    u_caption: Tensor | None = None
+    z1_image: Tensor | None = None
+    aligned_text: Tensor | None = None
+    aligned_image: Tensor | None = None
+    image: Tensor | None = None
+    caption: Tensor | None = None
+    text: Sequence[Tensor] = ()
+    tokens: Sequence[Tensor] = ()
+    token_masks: Sequence[Tensor] = ()
+    z1_tokens: Sequence[Tensor] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Which heads, features and teachers an objective uses; absent terms build no parameters."""
+
+    image: bool
+    caption: bool
+    text: bool
+    tokens: bool
+    grounding: bool
+    caption_grounding: bool
+    image_rows: bool
+    consistency: bool
+
+
+def needs_of(objective: ObjectiveConfig) -> Needs:
+    cross, intra = objective.cross_weight > 0, objective.intra_weight > 0
+    image_branch = cross and objective.image_weight > 0
+    caption_branch = cross and objective.caption_weight > 0
+    labels = {objective.soft_labels} if image_branch else set()
+    labels |= {objective.caption_soft_labels} if caption_branch else set()
+    cross_kl = cross and objective.cross_kl_weight > 0
+    consistency = cross and (objective.consistency_weight > 0 or "consistency" in labels)
+    threshold = (image_branch or caption_branch) and objective.false_negative_threshold > 0
+    return Needs(
+        image=image_branch or cross_kl or consistency or "image" in labels or threshold,
+        caption=caption_branch or "caption" in labels or threshold,
+        text=cross_kl or (intra and (objective.intra_kl_weight > 0 or objective.rank_weight > 0)),
+        tokens=intra and objective.g2l_weight > 0,
+        grounding=image_branch or caption_branch,
+        caption_grounding=caption_branch,
+        image_rows=cross_kl,
+        consistency=consistency,
+    )
+
+
+def unmatched_rows(objective: ObjectiveConfig, rows: int, seed: int, step: int) -> np.ndarray:
+    """n(i) of L_cons for the whole global batch: the row whose picture row i is paired with.
+
+    The shift is drawn from (seed, step), never from a generator with state, so that every rank
+    and every resumed run draws the same one.
+    """
+    if objective.unmatched == "roll":
+        shift = 5
+    else:
+        shift = int(np.random.default_rng([seed, step, 7]).integers(1, max(rows, 2)))
+    return (np.arange(rows) - shift) % rows
+
+
+def text_terms(rows: Views, cols: Views, objective: ObjectiveConfig, offset: int) -> dict:
+    """L_con, the one term of every batch."""
+    paired = rows.image is not None or rows.caption is not None
+    margin = objective.margin if paired or objective.margin_in_text_batches else 0.0
+    ids = _mask_ids(rows, cols, objective)
+    return {
+        "con": kernels.info_nce(
+            rows.z1, cols.z2, temperature=objective.temperature, margin=margin,
+            col_offset=offset, **ids,
+        )
+    }  # fmt: skip
+
+
+def cross_terms(
+    rows: Views, cols: Views, objective: ObjectiveConfig, weights: Sequence[float], offset: int,
+    unmatched: np.ndarray,
+) -> dict[str, Tensor]:  # fmt: skip
+    """The cross-modal group: L_cons, L_CMA, L_xce and KDMCSE's caption branch."""
+    terms: dict[str, Tensor] = {}
+    if objective.consistency_weight > 0:
+        terms["cons"] = _consistency(rows, cols, objective, offset, unmatched)
+    if objective.cross_kl_weight > 0:
+        terms["cma"] = _cross_kl(rows, cols, objective, weights, offset)
+    if objective.image_weight > 0:
+        labels = _soft_labels(objective.soft_labels, rows, cols)
+        terms["xce"] = _cross_entropy(rows, cols.u, labels, cols, objective, offset)
+    if objective.caption_weight > 0:
+        labels = _soft_labels(objective.caption_soft_labels, rows, cols)
+        terms["xce_caption"] = _cross_entropy(
+            rows, cols.u_caption, labels, cols, objective, offset, captions=True
+        )
+    return terms
+
+
+def intra_terms(
+    rows: Views, cols: Views, objective: ObjectiveConfig, weights: Sequence[float], offset: int
+) -> dict[str, Tensor]:
+    """The intra-modal group: L_IMA, L_rank, L_g2l."""
+    terms: dict[str, Tensor] = {}
+    if objective.intra_kl_weight > 0:
+        teacher = text_similarity(rows, cols, objective, weights)
+        terms["ima"] = kernels.alignment_kl(
+            rows.z1, cols.z2, teacher, col_offset=offset,
+            **_student(objective.intra_kl_student, objective), **_kl_temperatures(objective),
+        )  # fmt: skip
+    if objective.rank_weight > 0:
+        terms["rank"] = _rank(rows, cols, objective, weights, offset)
+    if objective.g2l_weight > 0 and rows.tokens:
+        terms["g2l"] = _global_to_local(rows, cols, objective, weights, offset)
+    return terms
+
+
+def total_loss(terms: dict[str, Tensor], objective: ObjectiveConfig) -> Tensor:
+    """L_con + lambda * (cross-modal group) + mu * (intra-modal group)."""
+    group, own = objective.cross_weight, objective.intra_weight
+    factors = {
+        "con": 1.0,
+        "cons": group * objective.consistency_weight,
+        "cma": group * objective.cross_kl_weight,
+        "xce": group * objective.image_weight,
+        "xce_caption": group * objective.caption_weight,
+        "ima": own * objective.intra_kl_weight,
+        "rank": own * objective.rank_weight,
+        "g2l": own * objective.g2l_weight,
+    }
+    return torch.stack([factors[name] * value for name, value in terms.items()]).sum()
+
+
+def text_similarity(
+    rows: Views, cols: Views, objective: ObjectiveConfig, weights: Sequence[float]
+) -> Similarity:
+    """S_TT: the cosine of the mixed features, or the mix of the cosines."""
+    dtype = getattr(torch, objective.teacher_similarity_dtype)
+    if objective.teacher_mix == "features" and len(rows.text) > 1:
+        mixed = [
+            sum(w * e for w, e in zip(weights, side.text, strict=True)) for side in (rows, cols)
+        ]
+        return Similarity(((1.0, mixed[0], mixed[1]),), dtype)  # pyright: ignore[reportArgumentType]
+    return rank_similarity(rows, cols, objective, weights)
+
+
+def rank_similarity(
+    rows: Views, cols: Views, objective: ObjectiveConfig, weights: Sequence[float]
+) -> Similarity:
+    """R before its temperature: always the mix of the teachers' cosines."""
+    factors = tuple(zip(weights, rows.text, cols.text, strict=True))
+    return Similarity(factors, getattr(torch, objective.teacher_similarity_dtype))
+
+
+def _mask_ids(rows: Views, cols: Views, objective: ObjectiveConfig) -> dict[str, Tensor | None]:
+    if objective.same_image == "keep":
+        return {"row_ids": None, "col_ids": None}
+    return {"row_ids": rows.ids, "col_ids": cols.ids}
+
+
+def _student(kind: str, objective: ObjectiveConfig) -> dict[str, float]:
+    """Arguments of the student matrix: the margin matrix over tau, or the plain cosine."""
+    if kind == "margin":
+        return {"margin": objective.margin, "temperature": objective.temperature}
+    return {"margin": 0.0, "temperature": 1.0}
+
+
+def _kl_temperatures(objective: ObjectiveConfig) -> dict[str, float]:
+    return {
+        "student_temperature": objective.kl_student_temperature,
+        "teacher_temperature": objective.kl_teacher_temperature,
+    }
+
+
+def _soft_labels(source: str, rows: Views, cols: Views) -> Similarity | None:
+    if source == "none":
+        return None
+    if source == "consistency":
+        pair = (rows.aligned_text, cols.aligned_image)
+    else:
+        pair = (getattr(rows, source), getattr(cols, source))
+    left, right = pair
+    assert left is not None and right is not None
+    return Similarity(((1.0, left.detach(), right.detach()),))
+
+
+def _cross_entropy(
+    rows: Views, columns: Tensor | None, labels: Similarity | None, cols: Views,
+    objective: ObjectiveConfig, offset: int, *, captions: bool = False,
+) -> Tensor:  # fmt: skip
+    """Half the sum over both views of the InfoNCE with text rows and picture columns."""
+    assert columns is not None and rows.p1 is not None and rows.p2 is not None
+    above = _false_negatives(rows, cols, objective, captions)
+    losses = [
+        kernels.info_nce(
+            p, columns, temperature=objective.vl_temperature, margin=objective.vl_margin,
+            soft_labels=labels, clamp_soft_labels=objective.clamp_soft_labels,
+            mask_above=above, col_offset=offset, **_mask_ids(rows, cols, objective),
+        )
+        for p in (rows.p1, rows.p2)
+    ]  # fmt: skip
+    return (losses[0] + losses[1]) / 2
+
+
+def _false_negatives(
+    rows: Views, cols: Views, objective: ObjectiveConfig, captions: bool
+) -> tuple[Similarity, float] | None:
+    """KDMCSE's threshold, on cosines: caption i against picture j, or picture i, caption j."""
+    if objective.false_negative_threshold <= 0:
+        return None
+    pair = (rows.image, cols.caption) if captions else (rows.caption, cols.image)
+    assert pair[0] is not None and pair[1] is not None
+    return Similarity(((1.0, pair[0], pair[1]),)), objective.false_negative_threshold
+
+
+def _consistency(
+    rows: Views, cols: Views, objective: ObjectiveConfig, offset: int, unmatched: np.ndarray
+) -> Tensor:
+    """L_cons with the mean over the kept pairs of the global batch (dropped: same picture)."""
+    assert rows.aligned_text is not None and rows.aligned_image is not None
+    assert cols.aligned_image is not None
+    own_rows, all_rows = len(rows.ids), len(cols.ids)
+    partner = torch.as_tensor(unmatched, device=rows.ids.device)
+    keep = torch.ones(all_rows, dtype=torch.bool, device=rows.ids.device)
+    if objective.unmatched == "shift":
+        keep = (cols.ids != cols.ids[partner]) | (cols.ids < 0)
+    own = slice(offset, offset + own_rows)
+    total, _ = kernels.consistency(
+        rows.aligned_text, rows.aligned_image, cols.aligned_image[partner[own]], keep[own]
+    )
+    # every rank's mean is averaged over ranks afterwards, hence rows of a rank over all pairs
+    ranks = all_rows // own_rows
+    return total * ranks / (all_rows + keep.sum())
+
+
+def _cross_kl(
+    rows: Views, cols: Views, objective: ObjectiveConfig, weights: Sequence[float], offset: int
+) -> Tensor:
+    """L_CMA: pictures against texts under S_VV, and texts against pictures under S_TT."""
+    assert rows.image is not None and cols.image is not None
+    assert rows.z1_image is not None and cols.z1_image is not None
+    options = _student(objective.cross_kl_student, objective) | _kl_temperatures(objective)
+    images = Similarity(((1.0, rows.image, cols.image),))
+    texts = text_similarity(rows, cols, objective, weights)
+    by_image = kernels.alignment_kl(rows.image, cols.z1_image, images, col_offset=offset, **options)
+    by_text = kernels.alignment_kl(rows.z1_image, cols.image, texts, col_offset=offset, **options)
+    return (by_image + by_text) / 2
+
+
+def _rank(
+    rows: Views, cols: Views, objective: ObjectiveConfig, weights: Sequence[float], offset: int
+) -> Tensor:
+    teacher = rank_similarity(rows, cols, objective, weights)
+    # both student matrices carry 1/tau here: the plain cosine too (only its margin goes)
+    margin = objective.margin if objective.rank_student == "margin" else 0.0
+    if objective.rank_loss == "listnet":
+        return kernels.list_net(
+            rows.z1, cols.z2, teacher, teacher_temperature=objective.rank_teacher_temperature,
+            temperature=objective.temperature, margin=margin, col_offset=offset,
+        )  # fmt: skip
+    return kernels.list_mle(
+        rows.z1, cols.z2, teacher, temperature=objective.temperature, margin=margin,
+        reduction=objective.listmle_reduction, eps=objective.listmle_eps, col_offset=offset,
+    )  # fmt: skip
+
+
+def _global_to_local(
+    rows: Views, cols: Views, objective: ObjectiveConfig, weights: Sequence[float], offset: int
+) -> Tensor:
+    """L_g2l, a weighted sum over the token teachers."""
+    ids = _mask_ids(rows, cols, objective)
+    shares = (
+        weights if len(weights) == len(rows.tokens) else [1.0 / len(rows.tokens)] * len(rows.tokens)
+    )
+    losses = [
+        share * kernels.global_to_local(
+            z1, own, own_mask, tokens, mask, temperature=objective.temperature,
+            norm=objective.g2l_norm, unit_rows=objective.g2l_unit_rows, col_offset=offset, **ids,
+        )
+        for share, z1, own, own_mask, tokens, mask in zip(
+            shares, rows.z1_tokens, rows.tokens, rows.token_masks, cols.tokens, cols.token_masks,
+            strict=True,
+        )
+    ]  # fmt: skip
+    return torch.stack(losses).sum()
