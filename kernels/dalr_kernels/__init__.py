@@ -1,0 +1,15 @@
+"""Losses of DALR on large batches: memory-linear, exact, and independent of the trainer."""
+
+from .losses import alignment_kl, consistency, global_to_local, info_nce, list_mle, list_net
+from .similarity import Similarity, unit
+
+__all__ = [
+    "Similarity",
+    "alignment_kl",
+    "consistency",
+    "global_to_local",
+    "info_nce",
+    "list_mle",
+    "list_net",
+    "unit",
+]

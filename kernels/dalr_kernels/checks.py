@@ -1,0 +1,120 @@
+"""Argument checks of the public losses; every error names the offending shape or value."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .similarity import Similarity
+
+IMPLEMENTATIONS = ("auto", "torch", "reference")
+
+
+def implementation(impl: str) -> str:
+    """Resolve `impl` to "torch" or "reference"."""
+    if impl not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"impl={impl!r} does not exist; choose one of {', '.join(IMPLEMENTATIONS)}"
+        )
+    return "torch" if impl == "auto" else impl
+
+
+def compute_dtype(*tensors: Tensor) -> torch.dtype:
+    """float64 when any input is float64, else float32."""
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def positive(name: str, value: float) -> None:
+    """Refuse a temperature that is not a positive finite number."""
+    if isinstance(value, Tensor):
+        raise ValueError(f"{name} must be a plain number, got a tensor; it takes no gradient here")
+    if not (value > 0.0 and math.isfinite(value)):
+        raise ValueError(f"{name} must be positive and finite, got {value}")
+
+
+def margin_angle(value: float) -> None:
+    """Refuse a margin outside [0, pi)."""
+    if not 0.0 <= value < math.pi:
+        raise ValueError(f"margin must be an angle in [0, pi) radians, got {value}")
+
+
+def matrix(name: str, tensor: Tensor) -> None:
+    """Refuse anything but a non-empty floating-point ``[rows, width]`` tensor."""
+    if tensor.ndim != 2 or 0 in tensor.shape:
+        raise ValueError(f"{name} must be [rows, width], not empty; got {tuple(tensor.shape)}")
+    if not tensor.is_floating_point():
+        raise ValueError(f"{name} must be floating point, got {tensor.dtype}")
+
+
+def rows_and_columns(rows: Tensor, cols: Tensor, col_offset: int) -> None:
+    """Check local rows ``[R, D]`` against global columns ``[N, D]``."""
+    matrix("rows", rows)
+    matrix("cols", cols)
+    if rows.shape[1] != cols.shape[1]:
+        raise ValueError(
+            f"rows and cols need one width, got {tuple(rows.shape)} and {tuple(cols.shape)}"
+        )
+    same_device("cols", cols, rows)
+    offset(col_offset, rows.shape[0], cols.shape[0])
+
+
+def offset(col_offset: int, num_rows: int, num_cols: int) -> None:
+    """Check that every row has its positive among the columns."""
+    if not 0 <= col_offset <= num_cols - num_rows:
+        raise ValueError(
+            f"col_offset={col_offset} puts the positives of {num_rows} rows outside "
+            f"{num_cols} columns; it must be in 0 .. {num_cols - num_rows}"
+        )
+
+
+def same_device(name: str, tensor: Tensor, rows: Tensor) -> None:
+    """Refuse tensors on different devices."""
+    if tensor.device != rows.device:
+        raise ValueError(f"{name} is on {tensor.device}, rows on {rows.device}; move them together")
+
+
+def similarity(name: str, value: Similarity | None, rows: Tensor, num_cols: int) -> None:
+    """Check that a constant similarity covers the same cells as the loss."""
+    if value is None:
+        return
+    if value.shape != (rows.shape[0], num_cols):
+        raise ValueError(
+            f"{name} is {value.shape[0]} x {value.shape[1]}, "
+            f"the loss is {rows.shape[0]} x {num_cols}"
+        )
+    if value.device != rows.device:
+        raise ValueError(f"{name} is on {value.device}, rows on {rows.device}")
+
+
+def ids(row_ids: Tensor | None, col_ids: Tensor | None, rows: Tensor, num_cols: int) -> None:
+    """Check the image ids of rows and columns: both or neither, integer, one per row/column."""
+    if row_ids is None and col_ids is None:
+        return
+    if row_ids is None or col_ids is None:
+        raise ValueError("row_ids and col_ids go together; one of them is missing")
+    wanted = (("row_ids", row_ids, rows.shape[0]), ("col_ids", col_ids, num_cols))
+    for name, tensor, length in wanted:
+        if tuple(tensor.shape) != (length,):
+            raise ValueError(f"{name} must have shape ({length},), got {tuple(tensor.shape)}")
+        if tensor.is_floating_point() or tensor.dtype == torch.bool:
+            raise ValueError(f"{name} must be integers, got {tensor.dtype}")
+        same_device(name, tensor, rows)
+
+
+def tokens(name: str, values: Tensor, mask: Tensor, rows: Tensor) -> None:
+    """Check token features ``[n, T, D]`` and their 0/1 mask ``[n, T]``."""
+    if values.ndim != 3 or 0 in values.shape or values.shape[2] != rows.shape[1]:
+        raise ValueError(
+            f"{name} must be [n, T, {rows.shape[1]}] like the width of rows, not empty; "
+            f"got {tuple(values.shape)}"
+        )
+    if not values.is_floating_point():
+        raise ValueError(f"{name} must be floating point, got {values.dtype}")
+    if mask.shape != values.shape[:2]:
+        raise ValueError(
+            f"the mask of {name} must be {tuple(values.shape[:2])}, got {tuple(mask.shape)}"
+        )
+    same_device(name, values, rows)
+    same_device(f"the mask of {name}", mask, rows)

@@ -1,0 +1,106 @@
+"""Unit vectors and constant teacher similarities.
+
+Shape letters used in this package: R local rows, N global columns, D width, T tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+EPSILON = 1e-8
+
+
+def unit(vectors: Tensor) -> Tensor:
+    """Scale the last axis to length one: ``x / max(||x||, 1e-8)``; a zero vector stays zero."""
+    norm = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
+    return vectors / norm.clamp_min(EPSILON)
+
+
+@dataclass(frozen=True, eq=False)
+class Similarity:
+    """A constant matrix ``sum_k weight_k * cos(rows_k, cols_k)`` that is never stored whole.
+
+    Teachers, soft labels and false-negative scores are all of this form. Keeping the factors
+    instead of the product is what lets the losses work on a few rows at a time. No gradient
+    flows into the factors.
+
+    Attributes:
+        factors: Tuples ``(weight, rows [R, D_k], cols [N, D_k])`` of floating-point tensors, not
+            necessarily normalised; the widths ``D_k`` may differ between factors.
+        dtype: Round every cosine to this type before mixing (``torch.float16`` repeats what half
+            precision teachers do to a ranking); ``None`` keeps the type of the loss.
+
+    Raises:
+        ValueError: No factor, an integer tensor, or shapes or devices that do not fit together.
+    """
+
+    factors: tuple[tuple[float, Tensor, Tensor], ...]
+    dtype: torch.dtype | None = None
+
+    def __post_init__(self) -> None:
+        if not self.factors:
+            raise ValueError("Similarity needs at least one (weight, rows, cols) factor")
+        first = self.shape
+        for index, (_, rows, cols) in enumerate(self.factors):
+            _check_factor(index, rows, cols)
+            if (rows.shape[0], cols.shape[0]) != first:
+                raise ValueError(
+                    f"Similarity factor {index} is {rows.shape[0]} x {cols.shape[0]}, "
+                    f"factor 0 is {first[0]} x {first[1]}; all factors need the same shape"
+                )
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns of the matrix, ``(R, N)``."""
+        _, rows, cols = self.factors[0]
+        return rows.shape[0], cols.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the factors."""
+        return self.factors[0][1].device
+
+    def normalised(self, dtype: torch.dtype) -> UnitSimilarity:
+        """Normalise all factors once in ``dtype``, detached, for use block by block."""
+        factors = tuple(
+            (float(weight), unit(rows.detach().to(dtype)), unit(cols.detach().to(dtype)))
+            for weight, rows, cols in self.factors
+        )
+        return UnitSimilarity(factors, self.dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class UnitSimilarity:
+    """A `Similarity` whose factors already have unit rows in the type of the loss."""
+
+    factors: tuple[tuple[float, Tensor, Tensor], ...]
+    dtype: torch.dtype | None
+
+    @torch.no_grad()
+    def block(self, start: int, stop: int) -> Tensor:
+        """The rows ``start .. stop - 1`` of the matrix, ``[stop - start, N]``."""
+        total: Tensor | None = None
+        for weight, rows, cols in self.factors:
+            cosines = rows[start:stop] @ cols.T
+            if self.dtype is not None:
+                cosines = cosines.to(self.dtype).to(rows.dtype)
+            cosines *= weight
+            total = cosines if total is None else total.add_(cosines)
+        assert total is not None
+        return total
+
+
+def _check_factor(index: int, rows: Tensor, cols: Tensor) -> None:
+    where = f"Similarity factor {index}"
+    if rows.ndim != 2 or cols.ndim != 2 or rows.shape[1] != cols.shape[1]:
+        raise ValueError(
+            f"{where} needs rows [R, D] and cols [N, D] of one width, "
+            f"got {tuple(rows.shape)} and {tuple(cols.shape)}"
+        )
+    if not (rows.is_floating_point() and cols.is_floating_point()):
+        raise ValueError(f"{where} needs floating-point tensors, got {rows.dtype} and {cols.dtype}")
+    if rows.device != cols.device:
+        raise ValueError(f"{where} is split over devices {rows.device} and {cols.device}")
