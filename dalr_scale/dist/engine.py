@@ -1,0 +1,264 @@
+"""Engines: the only code that touches DeepSpeed and Accelerate.
+
+Both engines offer the same few calls. A step opens one ``gradients()`` block, back-propagates
+into it as often as it likes, and leaves it with gradients averaged over ranks by one reduction.
+Repeated bare ``backward`` calls would be silently wrong on ZeRO-1 and ZeRO-2, where each one
+reduces and the last one wins.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from dalr_scale.config import Config
+from dalr_scale.dist.ds_config import ds_config
+from dalr_scale.dist.world import World
+from dalr_scale.errors import UserError
+from dalr_scale.optim import set_learning_rate
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Global gradient norm before clipping, and whether the optimizer changed the weights."""
+
+    grad_norm_preclip: float
+    applied: bool
+
+
+class Engine(Protocol):
+    module: nn.Module
+
+    def forward(self, task: str, **inputs: Any) -> Any: ...
+    def gradients(self) -> contextlib.AbstractContextManager[None]: ...
+    def backward(self, loss: Tensor) -> None: ...
+    def step(self, lr: float) -> StepResult: ...
+    def save(self, folder: Path) -> None: ...
+    def load(self, folder: Path) -> None: ...
+    def full_state(self, prefix: str) -> dict[str, Tensor]: ...
+
+
+def build_engine(
+    model: nn.Module, optimizer: torch.optim.Optimizer, config: Config, world: World
+) -> tuple[Engine, dict[str, Any] | None]:
+    """Wraps the trainable module; returns the engine and the DeepSpeed dict it was built from."""
+    bf16 = resolve_precision(config) == "bf16"
+    if config.engine.kind == "ddp":
+        return PlainEngine(model, optimizer, config, world), None
+    if config.engine.precision == "fp64":
+        raise UserError("precision fp64 exists on --engine.kind=ddp only: ZeRO keeps fp32 states")
+    rows = config.batch.global_size // world.size
+    filled = ds_config(config, rows, bf16=bf16)
+    return DeepSpeedEngine(model, optimizer, filled, config, world), filled
+
+
+def resolve_precision(config: Config) -> str:
+    """``auto`` is bf16 where an accelerator computes in it, fp32 elsewhere."""
+    if config.engine.precision != "auto":
+        return config.engine.precision
+    return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "fp32"
+
+
+class DeepSpeedEngine:
+    """ZeRO 1, 2 or 3 through Accelerate."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        filled: dict[str, Any],
+        config: Config,
+        world: World,
+    ) -> None:
+        from accelerate import Accelerator, DeepSpeedPlugin
+        from accelerate.utils import InitProcessGroupKwargs
+
+        plugin = DeepSpeedPlugin(hf_ds_config=filled)
+        handler = InitProcessGroupKwargs(
+            backend="nccl" if world.device.type == "cuda" else "gloo",
+            timeout=timedelta(minutes=config.engine.timeout_minutes),
+        )
+        precision = "bf16" if filled["bf16"]["enabled"] else "no"
+        accelerator = Accelerator(
+            deepspeed_plugin=plugin, kwargs_handlers=[handler], mixed_precision=precision
+        )
+        if accelerator.num_processes != world.size:
+            raise RuntimeError(
+                f"Accelerate sees {accelerator.num_processes} processes, the process group "
+                f"{world.size}"
+            )
+        _refuse_scalar_parameters(model)
+        self.engine: Any = accelerator.prepare(model, optimizer)[0]
+        self.module = self.engine.module
+        self.world = world
+
+    def forward(self, task: str, **inputs: Any) -> Any:
+        return self.engine(task, **inputs)
+
+    def gradients(self) -> contextlib.AbstractContextManager[None]:
+        return self.engine.coalesce_grad_reduction()
+
+    def backward(self, loss: Tensor) -> None:
+        self.engine.backward(loss)
+
+    def step(self, lr: float) -> StepResult:
+        set_learning_rate(self.engine.optimizer, lr)
+        self.engine.step()
+        norm = self.engine.get_global_grad_norm()
+        return StepResult(float(norm if norm is not None else 0.0), self.engine.was_step_applied())
+
+    def save(self, folder: Path) -> None:
+        """Engine state of all ranks; called by all ranks."""
+        self.engine.save_checkpoint(str(folder), tag="engine")
+
+    def load(self, folder: Path) -> None:
+        """Restores all ranks' state from `folder` without running anything stored in it."""
+        allow_deepspeed_globals()
+        path, _ = self.engine.load_checkpoint(str(folder), tag="engine")
+        if path is None:
+            raise UserError(f"{folder} holds no engine state; choose another checkpoint")
+
+    def full_state(self, prefix: str) -> dict[str, Tensor]:
+        """fp32 parameters under `prefix` on rank 0 (empty elsewhere); a collective call.
+
+        Parameters come from the optimizer's fp32 masters, whole, whatever the ZeRO stage.
+        """
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        state: dict[str, Tensor] = {}
+        for name, parameter in self.module.named_parameters():
+            if not name.startswith(prefix):
+                continue
+            full = safe_get_full_fp32_param(parameter)
+            full = parameter.detach() if full is None else full
+            if self.world.rank == 0:
+                state[name.removeprefix(prefix)] = full.detach().float().cpu().clone()
+        if self.world.rank == 0:
+            state |= _buffers(self.module, prefix)
+        return state
+
+
+class PlainEngine:
+    """Data parallelism without sharding: whole weights on each rank, one flat all-reduce.
+
+    The reference path: float64 works, and nothing but this file stands between autograd and
+    the optimizer. A parameter without gradient counts as gradient zero, as under ZeRO.
+    """
+
+    def __init__(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, config: Config, world: World
+    ) -> None:
+        precision = resolve_precision(config)
+        if precision == "fp64":
+            model.double()
+        self.module = model.to(world.device)
+        self.optimizer, self.world = optimizer, world
+        self.clip = config.optim.clip
+        self.bf16 = precision == "bf16"
+        if world.size > 1:
+            for parameter in model.parameters():
+                dist.broadcast(parameter.data, src=0)
+
+    def forward(self, task: str, **inputs: Any) -> Any:
+        if task == "encode" and self.bf16:
+            with torch.autocast(self.world.device.type, torch.bfloat16):
+                return self.module(task, **inputs).float()
+        return self.module(task, **inputs)
+
+    @contextlib.contextmanager
+    def gradients(self) -> Iterator[None]:
+        self.optimizer.zero_grad(set_to_none=True)
+        yield
+        self._average()
+
+    def _average(self) -> None:
+        parameters = [p for g in self.optimizer.param_groups for p in g["params"]]
+        for p in parameters:
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+        if self.world.size == 1:
+            return
+        flat = torch.cat([p.grad.reshape(-1) for p in parameters])
+        dist.all_reduce(flat)
+        flat /= self.world.size
+        for p, piece in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+            p.grad.copy_(piece.view_as(p))
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+    def step(self, lr: float) -> StepResult:
+        set_learning_rate(self.optimizer, lr)
+        limit = self.clip if self.clip > 0 else float("inf")
+        norm = nn.utils.clip_grad_norm_(self.module.parameters(), limit)
+        self.optimizer.step()
+        return StepResult(float(norm), applied=True)
+
+    def save(self, folder: Path) -> None:
+        if self.world.rank == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            state = {"model": self.module.state_dict(), "optimizer": self.optimizer.state_dict()}
+            torch.save(state, folder / "engine.pt")
+
+    def load(self, folder: Path) -> None:
+        state = torch.load(folder / "engine.pt", map_location=self.world.device, weights_only=True)
+        self.module.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+
+    def full_state(self, prefix: str) -> dict[str, Tensor]:
+        if self.world.rank != 0:
+            return {}
+        return {
+            name.removeprefix(prefix): tensor.detach().float().cpu().clone()
+            if tensor.is_floating_point()
+            else tensor.cpu()
+            for name, tensor in self.module.state_dict().items()
+            if name.startswith(prefix)
+        }
+
+
+def allow_deepspeed_globals() -> None:
+    """Lets weights-only loading read DeepSpeed's own four classes, and nothing else.
+
+    DeepSpeed loads with ``weights_only=False`` throughout, so a planted checkpoint would run
+    code; the environment variable forces the safe loader on it.
+    """
+    import os
+
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    if os.environ.get("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"):
+        raise UserError("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD is set: unset it to load a checkpoint")
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
+    torch.serialization.add_safe_globals(
+        [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
+    )
+
+
+def _refuse_scalar_parameters(model: nn.Module) -> None:
+    """DeepSpeed 0.19.7 and later cannot broadcast 0-dim parameters; say so in our words."""
+    names = [name for name, p in model.named_parameters() if p.ndim == 0]
+    if names:
+        raise UserError(f"parameters {names} have no dimension; give them shape [1] for DeepSpeed")
+
+
+def _buffers(module: nn.Module, prefix: str) -> dict[str, Tensor]:
+    persistent = module.state_dict().keys()
+    return {
+        name.removeprefix(prefix): buffer.detach().cpu().clone()
+        for name, buffer in module.named_buffers()
+        if name.startswith(prefix) and name in persistent
+    }

@@ -1,0 +1,56 @@
+"""Parameter groups, the optimizer, and the learning rate as a pure function of the step.
+
+The scheduler is never handed to Accelerate, which would step it once per process
+(https://github.com/huggingface/accelerate/issues/2142); a resumed run needs only its step.
+"""
+
+from __future__ import annotations
+
+import inspect
+
+import torch
+from torch import nn
+
+from dalr_scale.config import OptimConfig
+
+
+def learning_rate(optim: OptimConfig, step: int, total_steps: int) -> float:
+    """Linear warm-up over ``optim.warmup`` steps, then linear decay to 0 at `total_steps`."""
+    if step < optim.warmup:
+        return optim.lr * (step + 1) / optim.warmup
+    return optim.lr * max(0.0, (total_steps - step) / max(1, total_steps - optim.warmup))
+
+
+def build_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.Optimizer:
+    """AdamW (fused on CUDA) or SGD over groups that carry their share of the learning rate."""
+    groups = parameter_groups(model, optim)
+    if optim.name == "sgd":
+        return torch.optim.SGD(groups, lr=optim.lr)
+    beta1, beta2 = optim.betas
+    fused = {}
+    if "fused" in inspect.signature(torch.optim.AdamW).parameters and torch.cuda.is_available():
+        fused = {"fused": True}
+    return torch.optim.AdamW(groups, lr=optim.lr, betas=(beta1, beta2), eps=optim.eps, **fused)
+
+
+def parameter_groups(model: nn.Module, optim: OptimConfig) -> list[dict]:
+    """Groups by weight decay (matrices only) and by learning rate (word embeddings may differ)."""
+    embeddings = {
+        id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()
+    }
+    ratio = optim.embedding_lr / optim.lr if optim.embedding_lr else 1.0
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            decay = optim.weight_decay if parameter.ndim > 1 else 0.0
+            scale = ratio if id(parameter) in embeddings else 1.0
+            groups.setdefault((decay, scale), []).append(parameter)
+    return [
+        {"params": params, "weight_decay": decay, "lr_scale": scale}
+        for (decay, scale), params in groups.items()
+    ]
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("lr_scale", 1.0)
