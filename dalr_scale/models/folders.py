@@ -1,0 +1,280 @@
+"""Model folders: where a name leads, what is inside, and how a new one is written.
+
+A model folder is what `transformers` and `sentence-transformers` both read: `config.json`, weights
+in safetensors, a tokenizer, and `modules.json` with the pooling. Weights in any other format are
+refused, because reading them unpickles code chosen by whoever wrote the file.
+"""
+
+import importlib.util
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from dalr_scale.errors import UserError
+
+PACKAGE_PREFIX = "package:"
+POOLER_KEY = "dalr_pooler"  # our own entry in config.json; other tools keep and ignore it
+_HUB_FILES = ["*.json", "*.txt", "*.model", "*.safetensors"]
+_HUB_SKIP = ["onnx/*", "openvino/*", "*/onnx/*", "*/openvino/*"]
+_LEGACY_MODES = {
+    "pooling_mode_cls_token": "cls",
+    "pooling_mode_max_tokens": "max",
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
+    "pooling_mode_weightedmean_tokens": "weightedmean",
+    "pooling_mode_lasttoken": "lasttoken",
+}
+_MODE_TO_POOLER = {"cls": "cls_before_pooler", "mean": "mean"}
+
+
+def resolve_folder(spec: str | Path) -> Path:
+    """Turn a model name into a local folder.
+
+    Accepted, in this order: `package:NAME/SUB` (a folder inside an installed Python package), an
+    existing folder, the bare name of an installed package that has a folder `model`, and a
+    Hugging Face Hub name, `org/name` or `org/name@revision`, of which only JSON, text and
+    safetensors files are downloaded.
+
+    Raises:
+        UserError: nothing is found under that name.
+    """
+    text = str(spec)
+    if text.startswith(PACKAGE_PREFIX):
+        name, _, sub = text.removeprefix(PACKAGE_PREFIX).partition("/")
+        return _package_folder(name, sub or "model")
+    folder = Path(text).expanduser()
+    if folder.is_dir():
+        return folder
+    if text.isidentifier() and importlib.util.find_spec(text) is not None:
+        return _package_folder(text, "model")
+    if folder.is_absolute() or text.startswith((".", "~")) or text.count("/") > 1:
+        raise UserError(f"there is no model folder {text}")
+    return _hub_folder(text)
+
+
+def _package_folder(name: str, sub: str) -> Path:
+    spec = importlib.util.find_spec(name) if name.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(f"the Python package {name!r} is not installed; install it with pip")
+    folder = Path(spec.submodule_search_locations[0]) / sub
+    if not folder.is_dir():
+        raise UserError(f"the Python package {name!r} has no folder {sub!r}")
+    return folder
+
+
+def _hub_folder(text: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    name, _, revision = text.partition("@")
+    try:
+        found = snapshot_download(
+            name, revision=revision or None, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_SKIP
+        )
+    except Exception as error:  # the hub client raises a dozen unrelated types
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"{text!r} is neither a folder nor a model that could be downloaded ({reason}); "
+            "give the path of a local model folder"
+        ) from error
+    return Path(found)
+
+
+def read_json(path: Path) -> Any:
+    """Parse a small JSON file, naming it when it is missing or broken."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{path} is missing") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is not readable JSON: {error}") from error
+
+
+def transformer_folder(folder: Path) -> Path:
+    """Return the part of a model folder that holds the transformer: the root or a subfolder."""
+    candidates = [folder]
+    for module in _modules(folder):
+        if _module_class(module) == "Transformer":
+            candidates.insert(0, folder / str(module.get("path", "")))
+    candidates.append(folder / "0_Transformer")
+    for candidate in candidates:
+        if (candidate / "config.json").is_file():
+            return candidate
+    raise UserError(f"{folder} has no config.json; it is not a Hugging Face model folder")
+
+
+def _modules(folder: Path) -> list[dict[str, Any]]:
+    path = folder / "modules.json"
+    return read_json(path) if path.is_file() else []
+
+
+def _module_class(module: Mapping[str, Any]) -> str:
+    return str(module.get("type", "")).rsplit(".", 1)[-1]
+
+
+def stored_pooler(folder: Path) -> str | None:
+    """Read the pooler that a folder states about itself, or None when it states nothing.
+
+    Raises:
+        UserError: the folder states a pooling that this project does not have.
+    """
+    modules = _modules(folder)
+    if not modules:
+        return None
+    classes = [_module_class(module) for module in modules]
+    # A final normalisation changes no cosine; everything else behind the pooling does.
+    plain = [name for name in classes if name != "Normalize"]
+    if plain == ["Transformer", "Pooling"]:
+        pooling = next(m for m in modules if _module_class(m) == "Pooling")
+        return _pooler_of(folder / str(pooling.get("path", "1_Pooling")) / "config.json")
+    config = read_json(transformer_folder(folder) / "config.json")
+    if plain == ["Transformer", "Pooling", "Dense"] and config.get(POOLER_KEY) == "cls":
+        return "cls"
+    raise UserError(
+        f"{folder} chains the modules {', '.join(classes)}, which are more than an encoder with a "
+        "pooler; name a pooler to use the encoder alone"
+    )
+
+
+def _pooler_of(path: Path) -> str:
+    config = read_json(path)
+    mode = config.get("pooling_mode")
+    modes = [mode] if isinstance(mode, str) else list(mode or [])
+    modes = modes or [name for key, name in _LEGACY_MODES.items() if config.get(key)]
+    if len(modes) != 1 or modes[0] not in _MODE_TO_POOLER:
+        raise UserError(
+            f"{path} pools with {' + '.join(modes) or 'nothing'}; "
+            "only cls and mean are supported, name one of them to use it instead"
+        )
+    return _MODE_TO_POOLER[modes[0]]
+
+
+def require_safetensors(folder: Path) -> None:
+    """Refuse a folder whose weights are not stored as safetensors.
+
+    Raises:
+        UserError: no safetensors weights, with the pickle file that lies there instead.
+    """
+    if any((folder / name).is_file() for name in _WEIGHT_FILES):
+        return
+    other = sorted(path.name for path in folder.glob("*.bin")) or ["no weights"]
+    raise UserError(
+        f"{folder} has {other[0]} instead of model.safetensors; only safetensors weights are read, "
+        "because other formats can run code: convert the model first"
+    )
+
+
+_WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
+
+
+@contextmanager
+def new_folder(final: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """Yield an empty folder beside `final` that takes its place when the block succeeds.
+
+    A reader sees the old folder or the complete new one; a failed block leaves the old one as it
+    was. The existing folder is only replaced with `overwrite`.
+    """
+    check_free(final, overwrite=overwrite)
+    final.parent.mkdir(parents=True, exist_ok=True)
+    fresh = final.with_name(f".{final.name}.new-{os.getpid()}")
+    stale = final.with_name(f".{final.name}.old-{os.getpid()}")
+    for leftover in (fresh, stale):
+        shutil.rmtree(leftover, ignore_errors=True)
+    fresh.mkdir()
+    try:
+        yield fresh
+        if final.exists():
+            final.rename(stale)
+        fresh.rename(final)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+        shutil.rmtree(stale, ignore_errors=True)
+
+
+def check_free(final: Path, *, overwrite: bool) -> None:
+    """Refuse to write over something that exists, unless that was asked for.
+
+    Raises:
+        UserError: `final` is a file, or a non-empty folder without `overwrite`.
+    """
+    if final.exists() and not final.is_dir():
+        raise UserError(f"{final} is a file; name a folder to write to")
+    if final.is_dir() and any(final.iterdir()) and not overwrite:
+        raise UserError(f"{final} exists; name another folder or pass --overwrite")
+
+
+def write_sentence_transformers_files(
+    folder: Path, *, pooler: str, width: int, max_length: int, dense: bool = False
+) -> None:
+    """Write the files that make a Hugging Face folder loadable by `SentenceTransformer`.
+
+    The long-standing module and key names are used, because versions before and after 6.0 both
+    read them. With `dense` a module `2_Dense` follows the pooling (the checkpoint's own MLP); its
+    weights are written by the caller.
+    """
+    mode = "mean" if pooler == "mean" else "cls"
+    pooling: dict[str, Any] = {"word_embedding_dimension": width}
+    pooling |= {key: name == mode for key, name in _LEGACY_MODES.items()}
+    pooling["include_prompt"] = True
+    modules = [("", "Transformer"), ("1_Pooling", "Pooling")]
+    if dense:
+        modules.append(("2_Dense", "Dense"))
+        dense_config = {"in_features": width, "out_features": width, "bias": True}
+        dense_config["activation_function"] = "torch.nn.modules.activation.Tanh"
+        write_json(folder / "2_Dense" / "config.json", dense_config)
+    entries = [
+        {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
+        for i, (path, kind) in enumerate(modules)
+    ]
+    write_json(folder / "modules.json", entries)
+    write_json(folder / "1_Pooling" / "config.json", pooling)
+    limits = {"max_seq_length": max_length, "do_lower_case": False}
+    write_json(folder / "sentence_bert_config.json", limits)
+    similarity = {"prompts": {}, "default_prompt_name": None, "similarity_fn_name": "cosine"}
+    write_json(folder / "config_sentence_transformers.json", similarity)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write readable JSON with a final newline, creating the folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def model_card(
+    *, pooler: str, base: str, width: int, max_length: int, scores: Mapping[str, float] | None
+) -> str:
+    """Text of the README.md of an exported encoder."""
+    pooling = {
+        "mean": "mean of the last hidden states over the attention mask",
+        "cls_before_pooler": "last hidden state of the first token, before any MLP",
+        "cls": "last hidden state of the first token through the MLP (`pooler_output`)",
+    }[pooler]
+    lines = [
+        "---",
+        "library_name: sentence-transformers",
+        "pipeline_tag: sentence-similarity",
+        "---",
+        "",
+        "# Sentence encoder trained with dalr_scale",
+        "",
+        f"- Base: {base}",
+        f"- Pooling: `{pooler}`: {pooling}",
+        f"- Width: {width}; longest input: {max_length} tokens",
+        "",
+        "```python",
+        "from sentence_transformers import SentenceTransformer",
+        "",
+        'embeddings = SentenceTransformer("PATH").encode(["A dog runs on the beach."])',
+        "```",
+        "",
+        "With `transformers`, load `AutoModel` and pool `last_hidden_state` as stated above.",
+    ]
+    if pooler != "cls":
+        lines.append("Do not read `pooler_output`: this encoder has no trained pooler.")
+    if scores:
+        lines += ["", "| task | Spearman x 100 |", "|---|---|"]
+        lines += [f"| {name} | {value:.2f} |" for name, value in scores.items()]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,137 @@
+"""Tokenizers: loading with a check that the vocabulary arrived, and batches of similar length."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, BertTokenizer
+from transformers import logging as hf_logging
+
+from dalr_scale.errors import UserError
+from dalr_scale.models import folders
+
+_PROBE_WORDS = 200
+_MAX_PROBE_UNKNOWN = 0.5
+
+
+def load_tokenizer(path: str | Path) -> Any:
+    """Load a fast tokenizer from a folder, a Hub name or a WordPiece `vocab.txt`.
+
+    A vocabulary file without settings is read as lower-casing when no entry has an upper-case
+    letter. The result pads on the right. Its vocabulary is probed, because a tokenizer built from
+    a wrong argument can come out empty and map every word to "unknown" without an error
+    (`BertTokenizerFast(vocab_file=...)` in transformers 5).
+
+    Raises:
+        UserError: no tokenizer there, an empty vocabulary, or one that does not know its own words.
+    """
+    file = Path(path).expanduser()
+    if not file.is_file():
+        folder = folders.resolve_folder(path)
+        inner = folder if has_tokenizer(folder) else folders.transformer_folder(folder)
+        bare = not (inner / "tokenizer.json").is_file() and not _has_settings(inner)
+        file = inner / "vocab.txt" if bare else inner
+    with quiet():
+        tokenizer = _wordpiece(file) if file.is_file() else _auto_tokenizer(file)
+    if not getattr(tokenizer, "is_fast", False):
+        raise UserError(f"{file} has no fast tokenizer; save its tokenizer.json first")
+    tokenizer.padding_side = tokenizer.truncation_side = "right"
+    _probe(tokenizer, file)
+    return tokenizer
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder itself holds tokenizer files."""
+    return any((folder / name).is_file() for name in ("tokenizer.json", "vocab.txt", "vocab.json"))
+
+
+def _has_settings(folder: Path) -> bool:
+    return (folder / "tokenizer_config.json").is_file() or (folder / "config.json").is_file()
+
+
+def _wordpiece(file: Path) -> Any:
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file} is not a readable WordPiece vocabulary: {error}") from error
+    words = [line for line in lines if not (line.startswith("[") and line.endswith("]"))]
+    lower = not any("A" <= character <= "Z" for word in words for character in word)
+    return BertTokenizer(vocab=str(file), do_lower_case=lower)
+
+
+def _auto_tokenizer(folder: Path) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+    except Exception as error:  # missing files surface as several unrelated types
+        raise UserError(f"no tokenizer loads from {folder}: {first_line(error)}") from error
+
+
+def _probe(tokenizer: Any, source: Path) -> None:
+    special = set(tokenizer.all_special_tokens)
+    marks = "\u0120\u2581"  # word starts in byte-level BPE and in SentencePiece vocabularies
+    entries = (word.lstrip(marks) for word in tokenizer.get_vocab() if word not in special)
+    words = [word for word in entries if word.isascii() and word.isalpha()][:_PROBE_WORDS]
+    if not words:
+        raise UserError(f"the vocabulary of {source} holds no words; the tokenizer did not load")
+    share = unknown_share(tokenizer, words)
+    if share > _MAX_PROBE_UNKNOWN:
+        raise UserError(
+            f"the tokenizer of {source} does not know {share:.0%} of its own words; "
+            "its vocabulary and its settings do not belong together"
+        )
+
+
+def unknown_share(tokenizer: Any, sentences: Iterable[str]) -> float:
+    """Share of tokens, special ones left out, that are the unknown token (0 without one)."""
+    unknown = tokenizer.unk_token_id
+    ids = tokenizer(list(sentences), add_special_tokens=False, truncation=False)["input_ids"]
+    total = sum(len(row) for row in ids)
+    if unknown is None or total == 0:
+        return 0.0
+    return sum(token == unknown for row in ids for token in row) / total
+
+
+def length_sorted_batches(
+    tokenizer: Any, sentences: Sequence[str], *, max_length: int, batch_size: int
+) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+    """Tokenise everything once and yield batches of similar length, longest first.
+
+    Yields:
+        (row numbers into `sentences`, input ids int64 [b, L], attention mask int64 [b, L]).
+    """
+    rows = tokenizer(
+        list(sentences), truncation=True, max_length=max_length, return_token_type_ids=False
+    )["input_ids"]
+    # Longest first: an out-of-memory condition then shows in the first batch, not the last.
+    order = sorted(range(len(rows)), key=lambda row: -len(rows[row]))
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        longest = len(rows[chosen[0]])
+        ids = torch.full((len(chosen), longest), tokenizer.pad_token_id, dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for i, row in enumerate(chosen):
+            ids[i, : len(rows[row])] = torch.tensor(rows[row])
+            mask[i, : len(rows[row])] = 1
+        yield chosen, ids, mask
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silence transformers' own bars and warnings; what matters is checked and raised here."""
+    level, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(level)
+        if bars:
+            hf_logging.enable_progress_bar()
+
+
+def first_line(error: BaseException) -> str:
+    """First line of an exception's text: libraries append pages of advice."""
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
