@@ -1,0 +1,217 @@
+"""From a configuration to the parts of a run: streams, order, model, frozen teachers.
+
+Everything that can be wrong with a configuration and its files is found here, before a process
+waits for another one and before a weight is trained.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+import torch
+
+from dalr_scale.config import Config
+from dalr_scale.data.order import StreamPlan
+from dalr_scale.data.shards import expand_shards
+from dalr_scale.data.source import Source
+from dalr_scale.dist.world import World
+from dalr_scale.errors import UserError
+from dalr_scale.models.dalr import DalrModel, FeatureWidths, LossSpec
+from dalr_scale.models.encoder import SentenceEncoder
+from dalr_scale.models.tokenizer import load_tokenizer
+from dalr_scale.objective import Needs, needs_of
+from dalr_scale.online_teachers import OnlineTeachers, build_online_teachers
+
+STORED = "features:"
+
+
+@dataclass(frozen=True)
+class Streams:
+    """The data of a run: both sources and the order that makes batches of them."""
+
+    text: Source | None
+    pairs: Source | None
+    plan: StreamPlan
+    total_steps: int
+
+    @property
+    def fingerprint(self) -> str:
+        parts = [s.fingerprint for s in (self.text, self.pairs) if s is not None]
+        return "+".join(parts)
+
+
+def check_arithmetic(config: Config, world_size: int) -> int:
+    """Rows per rank; refuses impossible batch sizes in one line with the numbers."""
+    size, micro = config.batch.global_size, config.batch.micro_size
+    if size < 2 or size % world_size:
+        raise UserError(
+            f"batch.global_size = {size} cannot be cut into {world_size} equal shares of at least "
+            f"one row; choose a multiple of {world_size}"
+        )
+    rows = size // world_size
+    if not 0 <= micro <= rows:
+        raise UserError(
+            f"batch.micro_size = {micro} does not fit the {rows} rows of a rank "
+            f"({size} rows over {world_size} ranks); choose 1 to {rows}, or 0 for all"
+        )
+    if config.objective.tail == "keep" and world_size > 1:
+        raise UserError(
+            "objective.tail = keep needs one process: ragged batches cannot be cut equally; "
+            "set --objective.tail=drop"
+        )
+    return rows
+
+
+def build_streams(config: Config, *, text_features: bool | None = None) -> Streams:
+    """Opens the shards and their features, and lays out the order of the batches."""
+    needs = needs_of(config.objective)
+    pairs = _source(config, config.data.pairs, _pair_roles(config, needs), needs)
+    roles = _text_roles(config, needs) if config.objective.distil_text_batches else {}
+    text = _source(config, config.data.text, roles, None)
+    if pairs is None and text is None:
+        raise UserError("data.pairs and data.text are both empty: name shards for one of them")
+    fraction = config.data.pair_fraction
+    plan = StreamPlan(
+        seed=config.run.seed,
+        global_batch=config.batch.global_size,
+        text_items=text.num_items if text else 0,
+        pair_items=pairs.num_items if pairs else 0,
+        alternation="proportional" if fraction else config.objective.alternation,
+        pair_fraction=Fraction(str(fraction)) if fraction else None,
+        tail=config.objective.tail,
+    )
+    steps = config.optim.steps or math.ceil(config.optim.epochs * plan.steps_per_epoch)
+    return Streams(text, pairs, plan, steps)
+
+
+def _source(
+    config: Config, patterns: tuple[str, ...], roles: Mapping[str, str], needs: Needs | None
+) -> Source | None:
+    if not patterns:
+        return None
+    shards = expand_shards([str(config.path(p)) for p in patterns])
+    online = needs is not None and needs.image and _online(config.teachers.image)
+    return Source(shards, features=roles, with_images=bool(online))
+
+
+def _pair_roles(config: Config, needs: Needs) -> dict[str, str]:
+    """Role -> stored feature set, for the features that the objective reads."""
+    teachers = config.teachers
+    roles = _text_roles(config, needs)
+    for role, wanted, spec in (
+        ("image", needs.image, teachers.image),
+        ("caption", needs.caption, teachers.caption),
+        ("tokens", needs.tokens, teachers.tokens),
+    ):
+        if wanted and not spec:
+            raise UserError(
+                f"this objective needs {role} features: set teachers.{role} "
+                f"(features:NAME, or a model folder), or weight 0 on the terms that use them"
+            )
+        if wanted and spec.startswith(STORED):
+            roles[role] = spec.removeprefix(STORED)
+    return roles
+
+
+def _text_roles(config: Config, needs: Needs) -> dict[str, str]:
+    if needs.text and not config.teachers.text:
+        raise UserError(
+            "this objective needs a sentence teacher: set teachers.text (features:NAME, "
+            "hf:FOLDER or open_clip:FOLDER), or weight 0 on ranking and alignment"
+        )
+    specs = config.teachers.text if needs.text else ()
+    return {
+        f"text{k}": spec.removeprefix(STORED)
+        for k, spec in enumerate(specs)
+        if spec.startswith(STORED)
+    }
+
+
+def _online(spec: str) -> bool:
+    return bool(spec) and not spec.startswith(STORED)
+
+
+def text_weights(config: Config) -> tuple[float, ...]:
+    """alpha_k of the sentence teachers, as configured or equal."""
+    count, weights = len(config.teachers.text), config.teachers.text_weights
+    if not weights:
+        return (1.0 / count,) * count if count else ()
+    if len(weights) != count:
+        raise UserError(
+            f"teachers.text_weights has {len(weights)} entries for {count} teachers in "
+            "teachers.text; give one weight each"
+        )
+    return weights
+
+
+@dataclass(frozen=True)
+class ModelParts:
+    """The trainable module and what stands frozen beside it."""
+
+    model: DalrModel
+    teachers: OnlineTeachers
+    tokenizer: Any
+
+
+def build_model(config: Config, streams: Streams, world: World) -> ModelParts:
+    """Builds the trainable module from the seed, and the online teachers.
+
+    Called before any DeepSpeed object exists: under ZeRO-3 every ``from_pretrained`` after that
+    would be sharded, frozen teachers included.
+    """
+    torch.manual_seed(config.run.seed)
+    encoder = build_encoder(config)
+    needs = needs_of(config.objective)
+    teachers = build_online_teachers(config, needs, encoder.tokenizer, world.device)
+    widths = _widths(streams, teachers, needs)
+    spec = LossSpec(config.objective, text_weights(config), config.run.seed)
+    model = DalrModel(encoder, config.model, spec, widths)
+    return ModelParts(model, teachers, encoder.tokenizer)
+
+
+def build_encoder(config: Config) -> SentenceEncoder:
+    """The student's encoder: pre-trained, or new from ``model.architecture``."""
+    if bool(config.model.encoder) == bool(config.model.architecture):
+        raise UserError("set exactly one of model.encoder (a folder) and model.architecture")
+    if config.model.encoder:
+        path = config.path(config.model.encoder)
+        encoder = SentenceEncoder.from_folder(str(path), config.model.pooler)
+    else:
+        if not config.data.tokenizer:
+            raise UserError("a new encoder needs data.tokenizer: a folder or a vocab.txt")
+        tokenizer = load_tokenizer(config.path(config.data.tokenizer))
+        encoder = SentenceEncoder.from_config(
+            config.model.architecture, tokenizer, config.model.pooler
+        )
+    if config.data.max_length > encoder.max_length:
+        raise UserError(
+            f"data.max_length = {config.data.max_length} exceeds the encoder's "
+            f"{encoder.max_length} positions; lower it"
+        )
+    if config.model.activation_checkpointing:
+        # recomputation must see the same parameter shapes that ZeRO-3 gathered
+        encoder.gradient_checkpointing(use_reentrant=config.engine.kind == "zero3")
+    return encoder
+
+
+def _widths(streams: Streams, teachers: OnlineTeachers, needs: Needs) -> FeatureWidths:
+    stored = streams.pairs
+    online = teachers.widths
+
+    def width(role: str) -> int:
+        if role in online:
+            return online[role]
+        return stored.feature_dim(role) if stored is not None and role in stored.features else 0
+
+    if stored is None:
+        return FeatureWidths()
+    tokens = (width("tokens"),) if needs.tokens else ()
+    return FeatureWidths(
+        image=width("image") if needs.image else 0,
+        caption=width("caption") if needs.caption else 0,
+        tokens=tokens,
+    )

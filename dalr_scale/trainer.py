@@ -1,0 +1,323 @@
+"""The training loop: batches in, an exported encoder and its scores out."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dalr_scale.assembly import ModelParts, Streams
+from dalr_scale.checkpoint import (
+    Checkpoint,
+    SaveErrors,
+    check_fingerprint,
+    find_checkpoint,
+    package_versions,
+    save_checkpoint,
+)
+from dalr_scale.config import Config, to_toml
+from dalr_scale.data.loader import Batch, make_loader
+from dalr_scale.data.order import ORDER_VERSION
+from dalr_scale.dist.engine import Engine, StepResult
+from dalr_scale.dist.gradcache import StepInputs, backward_global_batch
+from dalr_scale.dist.world import World
+from dalr_scale.eval.suite import EvaluationSuite
+from dalr_scale.metrics import RunLog
+from dalr_scale.models.encoder import SentenceEncoder
+from dalr_scale.optim import learning_rate
+from dalr_scale.preempt import StopFlag, StopReason, Watchdog
+from dalr_scale.runstate import RunState, StreamState, write_status
+
+log = logging.getLogger(__name__)
+
+# Keys that may change between a run and its continuation: they do not touch the result.
+FREE_SECTIONS = ("log", "save", "run")
+FREE_KEYS = {"data": ("root", "shards", "workers"), "engine": ("timeout_minutes", "threads")}
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the message names step and cause."""
+
+
+class Trainer:
+    """One run on one rank. `fit` is the loop; everything else serves it."""
+
+    def __init__(
+        self,
+        config: Config,
+        world: World,
+        streams: Streams,
+        parts: ModelParts,
+        engine: Engine,
+        suite: EvaluationSuite,
+    ) -> None:
+        self.config, self.world = config, world
+        self.streams, self.parts, self.engine, self.suite = streams, parts, engine, suite
+        self.run_dir = config.run_dir
+        self.total_steps = streams.total_steps
+        self.step = 0
+        self.best_score: float | None = None
+        self.best_step: int | None = None
+        self.watchdog = Watchdog()
+        self.save_errors = SaveErrors(config.save.on_error)
+        self._last_save = time.monotonic()
+        self._saved_step = -1
+
+    # -- the loop ---------------------------------------------------------------------------
+
+    def fit(self, stop: StopFlag, run_log: RunLog) -> StopReason | None:
+        """Trains to the last step, or until all ranks agree to stop; returns why it stopped.
+
+        On return the state of the last step is saved in a checkpoint.
+        """
+        reason = stop.agree(self.world)
+        for batch, waited in self._batches(reason):
+            values, result = self.train_step(batch)
+            self._report(run_log, batch, values, result, waited)
+            reason = stop.agree(self.world)
+            with run_log.paused():
+                self._evaluate_if_due(run_log)
+                self._save_if_due(reason)
+            if reason is not None:
+                break
+        self.save()
+        self.watchdog.disarm()
+        return reason
+
+    def train_step(self, batch: Batch) -> tuple[dict[str, float], StepResult]:
+        """One optimizer step from one global batch; returns loss and terms over all ranks."""
+        self._arm("training step")
+        batch = batch.to(self.world.device)
+        inputs = self._step_inputs(batch)
+        loss, terms = backward_global_batch(self.engine, inputs)
+        values = self._means({"loss": loss, **terms})
+        self._require_finite(values, batch)
+        result = self.engine.step(learning_rate(self.config.optim, self.step, self.total_steps))
+        self.step += 1
+        return values, result
+
+    def _step_inputs(self, batch: Batch) -> StepInputs:
+        objective = self.config.objective
+        distil = batch.kind == "pair" or objective.distil_text_batches
+        needs_text = self.parts.model.spec.needs.text
+        teachers = self.parts.teachers.batch(
+            batch, len(self.config.teachers.text), with_text=distil and needs_text
+        )
+        return StepInputs(
+            input_ids=batch.input_ids,
+            attention_mask=batch.attention_mask,
+            teachers=teachers,
+            step=self.step,
+            rank=self.world.rank,
+            seed=self.config.run.seed,
+            micro_rows=self.config.batch.micro_size,
+        )
+
+    def _batches(self, reason: StopReason | None) -> Iterator[tuple[Batch, float]]:
+        """The batches from the current step on, each with the seconds it kept the rank waiting."""
+        if reason is not None or self.step >= self.total_steps:
+            return
+        loader = make_loader(
+            self.streams.plan,
+            self.streams.text,
+            self.streams.pairs,
+            self.parts.tokenizer,
+            rank=self.world.rank,
+            world_size=self.world.size,
+            start_step=self.step,
+            total_steps=self.total_steps,
+            max_length=self.config.data.max_length,
+            num_workers=self.config.data.workers,
+            pad_to_multiple=self.config.data.pad_to_multiple,
+            image_transform=getattr(self.parts.teachers.image, "transform", None),
+        )
+        iterator = iter(loader)
+        while True:
+            started = time.monotonic()
+            self._arm("waiting for data")
+            batch = next(iterator, None)
+            if batch is None:
+                return
+            yield batch, time.monotonic() - started
+
+    def _means(self, tensors: dict[str, torch.Tensor]) -> dict[str, float]:
+        stacked = torch.stack([t.double() for t in tensors.values()]).tolist()
+        return dict(zip(tensors, self.world.all_mean(stacked), strict=True))
+
+    def _require_finite(self, values: dict[str, float], batch: Batch) -> None:
+        """Every rank sees the same means, hence all of them stop here or none does."""
+        bad = [name for name, value in values.items() if not math.isfinite(value)]
+        if bad:
+            raise TrainingError(
+                f"step {self.step + 1}: {', '.join(bad)} not finite ({batch.kind} batch, items "
+                f"{batch.item_ids[:8].tolist()} ...); lower optim.lr or check the features"
+            )
+
+    def _report(
+        self,
+        run_log: RunLog,
+        batch: Batch,
+        values: dict[str, float],
+        result: StepResult,
+        waited: float,
+    ) -> None:
+        if not result.applied:
+            log.warning("step %d was skipped by the engine: gradients not finite", self.step)
+        lr = learning_rate(self.config.optim, self.step - 1, self.total_steps)
+        ids = self.streams.plan.batch_ids(self.step - 1)
+        run_log.step(
+            self.step,
+            values | {"lr": lr, "grad_norm": result.grad_norm_preclip},
+            samples=self.config.batch.global_size,
+            data_seconds=waited,
+            tags={"stream": batch.kind, "ids": hashlib.sha256(ids.tobytes()).hexdigest()[:16]},
+        )
+
+    # -- evaluation -------------------------------------------------------------------------
+
+    def _evaluate_if_due(self, run_log: RunLog) -> None:
+        every = self.config.eval.every
+        last = self.step >= self.total_steps
+        if self.suite.tasks and every and (self.step % every == 0 or last):
+            self.evaluate(run_log)
+
+    def evaluate(self, run_log: RunLog) -> None:
+        """Scores the encoder on the development tasks and keeps the strictly best one."""
+        self._arm("evaluation")
+        scores = self.suite.score_dev(self.engine)
+        run_log.scores(self.step, scores)
+        score = scores[self.suite.select]
+        if self.best_score is None or score > self.best_score:
+            self.best_score, self.best_step = score, self.step
+            self.export(self.run_dir / "best", scores)
+
+    def export(self, folder: Path, scores: dict[str, float] | None = None) -> None:
+        """Writes the encoder as a folder for other tools; collective, rank 0 writes."""
+        state = self.engine.full_state("encoder.")
+        if self.world.rank == 0:
+            encoder: Any = self.engine.module.encoder
+            assert isinstance(encoder, SentenceEncoder)
+            shown = {k: 100 * v for k, v in (scores or {}).items()}
+            encoder.save(folder, overwrite=True, state_dict=state, scores=shown)
+        self.world.barrier()
+
+    # -- checkpoints ------------------------------------------------------------------------
+
+    def _save_if_due(self, reason: StopReason | None) -> None:
+        save = self.config.save
+        by_steps = save.every_steps > 0 and self.step % save.every_steps == 0
+        minutes = (time.monotonic() - self._last_save) / 60
+        # ranks' clocks differ: they agree, or one of them would wait in the save for ever
+        by_time = bool(self.world.all_max(int(0 < save.every_minutes <= minutes)))
+        if reason is None and (by_steps or by_time):
+            self.save()
+
+    def save(self) -> None:
+        """Commits a checkpoint of the current step; collective."""
+        if self._saved_step == self.step:
+            return
+        self._arm("saving")
+        saved = save_checkpoint(
+            self.run_dir,
+            self.step,
+            self.world,
+            self.engine.save,
+            self._state(),
+            fingerprint=self._fingerprint(),
+            keep=self.config.save.keep,
+            on_error=self.save_errors,
+        )
+        self._last_save = time.monotonic()
+        if saved is not None:
+            self._saved_step = self.step
+
+    def resume(self) -> bool:
+        """Continues from the newest valid checkpoint, if the run has one."""
+        checkpoint = find_checkpoint(self.run_dir, self.world)
+        if checkpoint is None:
+            return False
+        self._check_continuable(checkpoint)
+        self.engine.load(checkpoint.path)
+        state = checkpoint.state
+        self.step, self._saved_step = state.step, state.step
+        self.best_score, self.best_step = state.best_score, state.best_step
+        return True
+
+    def _check_continuable(self, checkpoint: Checkpoint) -> None:
+        changed = check_fingerprint(
+            checkpoint.fingerprint, self._fingerprint(), allow_change=self.config.run.allow_change
+        )
+        for line in changed:
+            log.warning("continuing although %s", line)
+        saved = checkpoint.manifest.world_size
+        if saved != self.world.size and self.config.engine.kind != "ddp":
+            raise TrainingError(
+                f"{checkpoint.path} was saved by {saved} ranks and this run has "
+                f"{self.world.size}: ZeRO states are cut by rank; start {saved} processes"
+            )
+
+    def _state(self) -> RunState:
+        plan = self.streams.plan
+        counts = dict(zip(("text", "pair"), plan.batches_before(self.step), strict=True))
+        sizes = {"text": plan.n_text, "pair": plan.n_pair}
+        streams = {
+            name: StreamState(*divmod(counts[name], size)) for name, size in sizes.items() if size
+        }
+        return RunState(
+            order_version=ORDER_VERSION,
+            seed=self.config.run.seed,
+            step=self.step,
+            streams=streams,
+            global_batch=self.config.batch.global_size,
+            tail_rule=self.config.objective.tail,
+            dataset_fingerprint=self.streams.fingerprint,
+            best_score=self.best_score,
+            best_step=self.best_step,
+        )
+
+    def _fingerprint(self) -> dict[str, Any]:
+        """Versions and settings on which the numbers of a run depend."""
+        settings = json.loads(json.dumps(dataclasses.asdict(self.config)))
+        for section in FREE_SECTIONS:
+            settings.pop(section)
+        for section, keys in FREE_KEYS.items():
+            for key in keys:
+                settings[section].pop(key)
+        settings["seed"] = self.config.run.seed
+        return {
+            "versions": package_versions(),
+            "config": settings,
+            "data": self.streams.fingerprint,
+            "total_steps": self.total_steps,
+        }
+
+    def _arm(self, phase: str) -> None:
+        self.watchdog.arm(60 * self.config.run.watchdog_minutes, phase)
+
+
+def write_run_files(config: Config, ds_config: dict[str, Any] | None) -> None:
+    """The resolved configuration, next to everything that was made with it."""
+    config.run_dir.mkdir(parents=True, exist_ok=True)
+    (config.run_dir / "config.toml").write_text(to_toml(config), encoding="utf-8")
+    if ds_config is not None:
+        text = json.dumps(ds_config, indent=2) + "\n"
+        (config.run_dir / "ds_config.json").write_text(text, encoding="utf-8")
+
+
+def write_outcome(
+    config: Config, world: World, reason: StopReason | None, trainer: Trainer
+) -> None:
+    """Records how the run ended; the launcher's exit code cannot be trusted with it."""
+    if world.rank == 0:
+        outcome = "finished" if reason is None else reason.outcome
+        text = reason.text if reason is not None else ""
+        checkpoint = f"checkpoints/step-{trainer.step}"
+        write_status(config.run_dir, outcome, step=trainer.step, checkpoint=checkpoint, reason=text)
