@@ -1,0 +1,351 @@
+"""Batches for one rank: a map-style dataset over steps, read by worker processes.
+
+A step number is all that a worker needs, so the number of workers and what they have read ahead
+never change what a step sees, and a resumed run simply starts at its step.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from transformers import PreTrainedTokenizerBase
+
+from dalr_scale.data.order import Alternation, Kind, StreamPlan, Tail, exact_fraction
+from dalr_scale.data.source import Source
+from dalr_scale.errors import UserError
+
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP")
+PIXEL_LIMIT = 50_000_000
+
+ImageTransform = Callable[[Image.Image], Tensor]
+
+
+@dataclass
+class Batch:
+    """The rows of one rank for one step; b rows, L tokens, T teacher tokens.
+
+    Attributes:
+        step: number of the step.
+        kind: ``text`` or ``pair``.
+        item_ids: int64 [b], item numbers within the stream.
+        sentences: b strings.
+        input_ids: int64 [b, L].
+        attention_mask: int64 [b, L].
+        image_ids: int64 [b]; -1 where there is no image.
+        features: by role, float32 [b, dim].
+        tokens: float32 [b, T, dim] or None.
+        token_mask: bool [b, T] or None.
+        images: [b, 3, H, W] as the image transform gives them, or None.
+    """
+
+    step: int
+    kind: Kind
+    item_ids: Tensor
+    sentences: list[str]
+    input_ids: Tensor
+    attention_mask: Tensor
+    image_ids: Tensor
+    features: dict[str, Tensor]
+    tokens: Tensor | None = None
+    token_mask: Tensor | None = None
+    images: Tensor | None = None
+
+    def map_tensors(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        """Return a copy with every tensor replaced by ``change(tensor)``."""
+        changed: dict[str, Any] = {
+            name: change(value) for name, value in vars(self).items() if isinstance(value, Tensor)
+        }
+        features = {role: change(value) for role, value in self.features.items()}
+        return replace(self, features=features, **changed)
+
+    def to(self, device: torch.device | str) -> Batch:
+        """Return the batch on a device; the copy does not block when the batch is pinned."""
+        return self.map_tensors(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Batch:
+        """Return the batch in page-locked memory (the name ``DataLoader`` looks for)."""
+        return self.map_tensors(Tensor.pin_memory)
+
+    pin = pin_memory
+
+
+@dataclass(frozen=True)
+class Padding:
+    """How sentences are cut and padded, in tokens.
+
+    Attributes:
+        max_length: sentences are cut to this, special tokens included.
+        pad_to: fixed length of every batch; None pads to the longest sentence of the batch.
+        pad_to_multiple: rounds the dynamic length up, at most to ``max_length``.
+    """
+
+    max_length: int
+    pad_to: int | None = None
+    pad_to_multiple: int = 1
+
+    def length(self, longest: int) -> int:
+        """Return the padded length of a batch whose longest sentence has ``longest`` tokens."""
+        if self.pad_to is not None:
+            return self.pad_to
+        rounded = -(-longest // self.pad_to_multiple) * self.pad_to_multiple
+        return min(max(rounded, 1), max(self.max_length, longest))
+
+
+def tokenize(
+    tokenizer: PreTrainedTokenizerBase, sentences: Sequence[str], padding: Padding
+) -> tuple[Tensor, Tensor]:
+    """Return input ids and attention mask, int64 [n, L], padded on the right."""
+    encoded = tokenizer(
+        list(sentences),
+        truncation=True,
+        max_length=padding.max_length,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+    )["input_ids"]
+    rows: list[list[int]] = encoded  # type: ignore[assignment]
+    length = padding.length(max(map(len, rows)))
+    input_ids = np.full((len(rows), length), tokenizer.pad_token_id, np.int64)
+    mask = np.zeros((len(rows), length), np.int64)
+    for number, row in enumerate(rows):
+        input_ids[number, : len(row)] = row
+        mask[number, : len(row)] = 1
+    return torch.from_numpy(input_ids), torch.from_numpy(mask)
+
+
+def decode_image(data: bytes) -> Image.Image:
+    """Decode a JPEG, PNG or WebP picture to RGB.
+
+    The size is checked in the header first, so that a small file cannot claim gigabytes.
+
+    Raises:
+        ValueError: the picture is too large, of another format, or cannot be decoded.
+    """
+    try:
+        with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as picture:
+            if picture.width * picture.height > PIXEL_LIMIT:
+                raise ValueError(f"has {picture.width} x {picture.height} pixels")
+            return picture.convert("RGB")
+    except ValueError:
+        raise
+    except Exception as error:  # Pillow's decoders raise whatever their format parser trips over
+        raise ValueError(f"cannot be decoded ({type(error).__name__})") from error
+
+
+def make_plan(
+    text: Source | None,
+    pairs: Source | None,
+    *,
+    seed: int,
+    global_batch: int,
+    alternation: Alternation = "proportional",
+    pair_fraction: float | str | Fraction | None = None,
+    tail: Tail = "drop",
+) -> StreamPlan:
+    """Return the plan of batches over a text and a pair stream, either of which may be missing.
+
+    Raises:
+        UserError: no stream, or a stream smaller than one global batch.
+    """
+    return StreamPlan(
+        seed=seed,
+        global_batch=global_batch,
+        text_items=text.num_items if text else 0,
+        pair_items=pairs.num_items if pairs else 0,
+        alternation=alternation,
+        pair_fraction=None if pair_fraction is None else exact_fraction(pair_fraction),
+        tail=tail,
+    )
+
+
+@dataclass(frozen=True)
+class StepDataset(Dataset):
+    """Maps a step number to this rank's ``Batch``, or to the ``UserError`` that reading it gave.
+
+    The error is returned, not raised, because a worker process would wrap it in its traceback;
+    ``StepLoader`` raises it in the main process.
+    """
+
+    plan: StreamPlan
+    text: Source | None
+    pairs: Source | None
+    tokenizer: PreTrainedTokenizerBase
+    padding: Padding
+    rank: int
+    world_size: int
+    total_steps: int
+    image_transform: ImageTransform | None = None
+
+    def __len__(self) -> int:
+        """Return the number of steps of the whole run."""
+        return self.total_steps
+
+    def __getitem__(self, step: int) -> Batch | UserError:
+        """Read one step; the same step always gives the same batch."""
+        try:
+            return self._read(step)
+        except UserError as error:
+            return error
+
+    def _read(self, step: int) -> Batch:
+        kind = self.plan.kind(step)
+        source = self.pairs if kind == "pair" else self.text
+        assert source is not None
+        whole = self.plan.batch_ids(step)
+        rows = len(whole) // self.world_size
+        ids = whole[self.rank * rows : (self.rank + 1) * rows]
+        records = source.read(ids)
+        input_ids, mask = tokenize(self.tokenizer, records.sentences, self.padding)
+        tokens, token_mask = records.tokens or (None, None)
+        return Batch(
+            step=step,
+            kind=kind,
+            item_ids=torch.from_numpy(ids.copy()),
+            sentences=records.sentences,
+            input_ids=input_ids,
+            attention_mask=mask,
+            image_ids=torch.from_numpy(records.image_ids),
+            features={role: torch.from_numpy(rows) for role, rows in records.features.items()},
+            tokens=None if tokens is None else torch.from_numpy(tokens),
+            token_mask=None if token_mask is None else torch.from_numpy(token_mask),
+            images=self._decode(source, ids, records.images),
+        )
+
+    def _decode(self, source: Source, ids: np.ndarray, images: list[bytes] | None) -> Tensor | None:
+        if images is None or self.image_transform is None:
+            return None
+        decoded = []
+        for item, data in zip(ids.tolist(), images, strict=True):
+            try:
+                decoded.append(self.image_transform(decode_image(data)))
+            except ValueError as error:
+                raise UserError(
+                    f"{source.describe(item)}: the picture {error}; prepare the shard again"
+                ) from error
+        return torch.stack(decoded)
+
+
+class StepLoader(DataLoader):
+    """A DataLoader over a StepDataset that raises the errors its workers met."""
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        """Yield the batches in step order."""
+        for batch in super().__iter__():
+            if isinstance(batch, UserError):
+                raise batch
+            yield batch
+
+
+def make_loader(
+    plan: StreamPlan,
+    text: Source | None,
+    pairs: Source | None,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    rank: int,
+    world_size: int,
+    start_step: int,
+    total_steps: int,
+    max_length: int,
+    num_workers: int,
+    image_transform: ImageTransform | None = None,
+    pad_to: int | None = None,
+    pad_to_multiple: int = 1,
+    pin_memory: bool = False,
+    prefetch: int = 4,
+) -> StepLoader:
+    """Return a loader of this rank's batches for the steps start_step ... total_steps - 1.
+
+    Args:
+        plan: which items each step takes, e.g. from ``make_plan``.
+        text: the text stream, or None.
+        pairs: the pair stream, or None.
+        tokenizer: the student's tokenizer; it needs a padding token.
+        rank: this process, 0 ... world_size - 1.
+        world_size: processes; it must divide the global batch.
+        start_step: first step, e.g. after a resume.
+        total_steps: end of the run.
+        max_length: tokens kept of a sentence.
+        num_workers: worker processes; 0 reads in this process.
+        image_transform: picture to tensor, for sources that read images.
+        pad_to: fixed padded length in tokens; None pads to the longest of the local batch.
+        pad_to_multiple: rounds the dynamic length up.
+        pin_memory: put batches into page-locked memory.
+        prefetch: batches each worker reads ahead.
+
+    Raises:
+        UserError: world size, lengths, steps or streams do not fit the plan.
+    """
+    if plan.global_batch % world_size:
+        raise UserError(
+            f"the global batch of {plan.global_batch} cannot be cut into {world_size} equal parts; "
+            f"use a multiple of {world_size}, or another number of processes"
+        )
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank {rank} is not in 0 ... {world_size - 1}")
+    if plan.tail == "keep" and world_size > 1:
+        raise UserError("a shorter last batch can be kept with one process only; drop the tail")
+    if not 0 <= start_step <= total_steps:
+        raise UserError(f"the run ends at step {total_steps}; it cannot start at step {start_step}")
+    if tokenizer.pad_token_id is None:
+        raise UserError("the tokenizer has no padding token; set one")
+    if pad_to is not None and pad_to < max_length:
+        raise UserError(f"batches padded to {pad_to} tokens cannot hold {max_length}; raise pad_to")
+    for source, items in ((text, plan.text_items), (pairs, plan.pair_items)):
+        if (source.num_items if source else 0) != items:
+            raise ValueError("the plan was made for other sources")
+    dataset = StepDataset(
+        plan,
+        text,
+        pairs,
+        tokenizer,
+        Padding(max_length, pad_to, pad_to_multiple),
+        rank,
+        world_size,
+        total_steps,
+        image_transform,
+    )
+    return StepLoader(
+        dataset,
+        batch_size=None,
+        sampler=range(start_step, total_steps),
+        num_workers=num_workers,
+        worker_init_fn=_start_worker,
+        in_order=True,
+        persistent_workers=num_workers > 0,
+        prefetch_factor=prefetch if num_workers else None,
+        pin_memory=pin_memory,
+    )
+
+
+def _start_worker(worker: int) -> None:
+    """Set up a worker process: one tokenizer thread, and signals are the main process's business.
+
+    A job manager signals the whole process group. Workers must not act on it (the ranks save and
+    stop together, and still need their batches), but they must obey their own parent, which ends
+    workers with SIGTERM when it exits with a loader open.
+    """
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    parent = os.getppid()
+    threading.Thread(target=_obey_parent, args=(parent,), daemon=True).start()
+
+
+def _obey_parent(parent: int) -> None:
+    """Wait for SIGTERM and leave when it came from the parent (a handler would not know)."""
+    while True:
+        if signal.sigwaitinfo({signal.SIGTERM}).si_pid == parent:
+            os._exit(0)
