@@ -84,6 +84,7 @@ class DeepSpeedEngine:
         from accelerate import Accelerator, DeepSpeedPlugin
         from accelerate.utils import InitProcessGroupKwargs
 
+        _keep_gloo(world)
         plugin = DeepSpeedPlugin(hf_ds_config=filled)
         handler = InitProcessGroupKwargs(
             backend="nccl" if world.device.type == "cuda" else "gloo",
@@ -246,6 +247,17 @@ def allow_deepspeed_globals() -> None:
     torch.serialization.add_safe_globals(
         [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
     )
+
+
+def _keep_gloo(world: World) -> None:
+    """On CPU hosts DeepSpeed would compile a shared-memory collective for minutes at first use.
+
+    It needs a C++ compiler, and is no faster than gloo for our sizes.
+    """
+    if world.device.type == "cpu":
+        import deepspeed.ops
+
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def _refuse_scalar_parameters(model: nn.Module) -> None:
