@@ -304,14 +304,14 @@ def find_checkpoint(run_dir: Path, world: World) -> Checkpoint | None:
             logger.warning("checkpoint rejected: %s", rejected[-1])
     if rejected:
         raise UserError(
-            f"no checkpoint in {root} can be used; restore one from a copy, or choose a new run "
-            "folder to start from scratch:\n  " + "\n  ".join(rejected)
+            f"no checkpoint in {root} can be used; restore one from a copy, or give the work up "
+            "with --run.from_scratch=true:\n  " + "\n  ".join(rejected)
         )
     status = world.broadcast_object(read_status(run_dir) if world.rank == 0 else None)
     if status and status.get("checkpoint"):
         raise UserError(
             f"{run_dir}/status.json names {status['checkpoint']}, but there is no checkpoint; "
-            "restore it, or choose a new run folder to start from scratch"
+            "restore it, or give the work up with --run.from_scratch=true"
         )
     return None
 
@@ -407,7 +407,7 @@ def check_fingerprint(
     if lines and not allow_change:
         raise UserError(
             "the checkpoint was made with other versions or settings; restore them, use a new run "
-            "folder, or allow the change explicitly:\n  " + "\n  ".join(lines)
+            "folder, or accept the change with --run.allow_change=true:\n  " + "\n  ".join(lines)
         )
     return lines
 
@@ -415,7 +415,7 @@ def check_fingerprint(
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, value in tree.items():
-        if isinstance(value, Mapping) and value:
+        if isinstance(value, Mapping):
             flat |= _flatten(value, f"{prefix}{name}.")
         else:
             flat[f"{prefix}{name}"] = value

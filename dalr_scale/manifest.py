@@ -157,9 +157,10 @@ def read_manifest(folder: Path) -> Manifest:
             files,
             plain["saved_at"],
         )
+        twice = len({entry.path for entry in files}) != len(files)
     except (KeyError, TypeError) as error:
         raise ValueError(f"malformed: {type(error).__name__} {error}") from None
-    if len({entry.path for entry in files}) != len(files):
+    if twice:
         raise ValueError("a file is listed twice")
     if manifest.step != state.step:
         raise ValueError(f"step {manifest.step}, but the state is of step {state.step}")
