@@ -43,13 +43,12 @@ class Similarity:
     def __post_init__(self) -> None:
         if not self.factors:
             raise ValueError("Similarity needs at least one (weight, rows, cols) factor")
-        first = self.shape
         for index, (_, rows, cols) in enumerate(self.factors):
-            _check_factor(index, rows, cols)
-            if (rows.shape[0], cols.shape[0]) != first:
+            _check_factor(index, rows, cols, self.factors[0][1].device)
+            if (rows.shape[0], cols.shape[0]) != self.shape:
                 raise ValueError(
-                    f"Similarity factor {index} is {rows.shape[0]} x {cols.shape[0]}, "
-                    f"factor 0 is {first[0]} x {first[1]}; all factors need the same shape"
+                    f"Similarity factor {index} is {rows.shape[0]} x {cols.shape[0]}, factor 0 is "
+                    f"{self.shape[0]} x {self.shape[1]}; all factors need the same shape"
                 )
 
     @property
@@ -93,7 +92,7 @@ class UnitSimilarity:
         return total
 
 
-def _check_factor(index: int, rows: Tensor, cols: Tensor) -> None:
+def _check_factor(index: int, rows: Tensor, cols: Tensor, device: torch.device) -> None:
     where = f"Similarity factor {index}"
     if rows.ndim != 2 or cols.ndim != 2 or rows.shape[1] != cols.shape[1]:
         raise ValueError(
@@ -102,5 +101,8 @@ def _check_factor(index: int, rows: Tensor, cols: Tensor) -> None:
         )
     if not (rows.is_floating_point() and cols.is_floating_point()):
         raise ValueError(f"{where} needs floating-point tensors, got {rows.dtype} and {cols.dtype}")
-    if rows.device != cols.device:
-        raise ValueError(f"{where} is split over devices {rows.device} and {cols.device}")
+    if rows.device != device or cols.device != device:
+        raise ValueError(
+            f"{where} is on {rows.device} and {cols.device}, factor 0 on {device}; "
+            "move them together"
+        )
