@@ -156,11 +156,14 @@ class SentenceEncoder(nn.Module):
     def gradient_checkpointing(self, enabled: bool = True, *, use_reentrant: bool = False) -> None:
         """Switch activation checkpointing. ZeRO-3 with frozen parameters needs `use_reentrant`
         (https://github.com/huggingface/transformers/issues/47254)."""
-        if not enabled:
-            self.backbone.gradient_checkpointing_disable()
-            return
-        options = {"use_reentrant": use_reentrant}
-        self.backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+        # Renamed during transformers 5; the old name warns in versions that have the new one.
+        renamed = hasattr(self.backbone, "activation_checkpointing_enable")
+        name = "activation_checkpointing" if renamed else "gradient_checkpointing"
+        if enabled:
+            options = {f"{name}_kwargs": {"use_reentrant": use_reentrant}}
+            getattr(self.backbone, f"{name}_enable")(**options)
+        else:
+            getattr(self.backbone, f"{name}_disable")()
 
     def save(
         self,
