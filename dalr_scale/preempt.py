@@ -176,14 +176,13 @@ class Watchdog:
     """
 
     def __init__(self) -> None:
-        self.phase: str | None = None
+        self._limits: dict[str, float] = {}
 
     def arm(self, seconds: float, what: str) -> None:
         """Start or restart the timer for phase `what`; 0 seconds switches it off."""
-        if what != self.phase:
-            # The dump cannot carry a name: this line tells which phase it belongs to.
-            logger.debug("phase %s, limit %g s", what, seconds)
-        self.phase = what
+        if what not in self._limits:  # once: the phases alternate with every step
+            logger.debug("watchdog: %s may take %g s", what, seconds)
+        self._limits[what] = seconds
         if seconds > 0:
             faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__ or 2)
         else:
@@ -192,4 +191,3 @@ class Watchdog:
     def disarm(self) -> None:
         """Stop the timer."""
         faulthandler.cancel_dump_traceback_later()
-        self.phase = None
