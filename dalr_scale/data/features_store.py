@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from dalr_scale.data.index import ensure_index
+from dalr_scale.data.index import IndexHeader, ensure_index
 from dalr_scale.data.shards import FEATURE_SUFFIX, Member, open_regular, read_exactly, walk_tar
 from dalr_scale.errors import UserError
 
@@ -44,6 +44,16 @@ def features_path(shard: Path, name: str) -> Path:
     if not name or not all(letter.isalnum() or letter in "-_" for letter in name):
         raise UserError(f"feature set name {name!r}: use letters, digits, - and _ only")
     return shard.with_name(f"{shard.stem}.{name}{FEATURE_SUFFIX}")
+
+
+def feature_names(shard: Path) -> list[str]:
+    """Return the names of the feature sets that lie beside a shard."""
+    head = f"{shard.stem}."
+    return sorted(
+        path.name[len(head) : -len(FEATURE_SUFFIX)]
+        for path in shard.parent.iterdir()
+        if path.name.startswith(head) and path.name.endswith(FEATURE_SUFFIX)
+    )
 
 
 @dataclass(frozen=True)
@@ -185,10 +195,15 @@ def write_features(
     return path
 
 
-def open_features(shard: Path, name: str) -> FeatureTable:
+def open_features(shard: Path, name: str, header: IndexHeader | None = None) -> FeatureTable:
     """Open the feature set ``name`` of a shard and check that it belongs to it.
 
     Sizes and shapes are compared with the file before anything is mapped; nothing is unpickled.
+
+    Args:
+        shard: the shard.
+        name: name of the feature set.
+        header: the header of the shard's index where it is known; None reads or builds it.
 
     Raises:
         UserError: it is missing, malformed, or made from another state of the shard.
@@ -203,7 +218,7 @@ def open_features(shard: Path, name: str) -> FeatureTable:
         if f"{_KEY}.{part}" not in members:
             raise _malformed(path, f"has no member {_KEY}.{part}")
     manifest = _read_manifest(path, members[f"{_KEY}.manifest.json"], name)
-    header = ensure_index(shard).header
+    header = header or ensure_index(shard).header
     if manifest["shard_sha256"] != header.sha256:
         raise UserError(
             f"{path}: was made from another state of {shard.name}; compute these features again"

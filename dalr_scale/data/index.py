@@ -168,7 +168,7 @@ def current_index(shard: Path) -> IndexFile | None:
     path = index_path(shard)
     if not path.exists():
         return None
-    header = _read_header(path)
+    header = read_header(path)
     if header is None or header.file_size != _status(path).st_size:
         return None
     status = _status(shard)
@@ -177,7 +177,8 @@ def current_index(shard: Path) -> IndexFile | None:
     return IndexFile(shard, header)
 
 
-def _read_header(path: Path) -> IndexHeader | None:
+def read_header(path: Path) -> IndexHeader | None:
+    """Return the header of an index file, or None when it is damaged or of another version."""
     descriptor = open_regular(path)
     try:
         return IndexHeader.unpack(read_exactly(descriptor, _HEADER.size, 0))
@@ -274,7 +275,7 @@ def check_shard(shard: Path) -> list[str]:
     path = index_path(shard)
     if not path.is_file():
         return [f"{path}: missing; run dalr-scale index {shard}"]
-    old = _read_header(path)
+    old = read_header(path)
     if old is None:
         return [f"{path}: damaged or of another version; run dalr-scale index {shard}"]
     try:

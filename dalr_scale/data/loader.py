@@ -6,7 +6,6 @@ never change what a step sees, and a resumed run simply starts at its step.
 
 from __future__ import annotations
 
-import io
 import os
 import signal
 import threading
@@ -22,12 +21,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase
 
+from dalr_scale.data.images import decode_image
 from dalr_scale.data.order import Alternation, Kind, StreamPlan, Tail, exact_fraction
 from dalr_scale.data.source import Source
 from dalr_scale.errors import UserError
-
-IMAGE_FORMATS = ("JPEG", "PNG", "WEBP")
-PIXEL_LIMIT = 50_000_000
 
 ImageTransform = Callable[[Image.Image], Tensor]
 
@@ -122,25 +119,6 @@ def tokenize(
         input_ids[number, : len(row)] = row
         mask[number, : len(row)] = 1
     return torch.from_numpy(input_ids), torch.from_numpy(mask)
-
-
-def decode_image(data: bytes) -> Image.Image:
-    """Decode a JPEG, PNG or WebP picture to RGB.
-
-    The size is checked in the header first, so that a small file cannot claim gigabytes.
-
-    Raises:
-        ValueError: the picture is too large, of another format, or cannot be decoded.
-    """
-    try:
-        with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as picture:
-            if picture.width * picture.height > PIXEL_LIMIT:
-                raise ValueError(f"has {picture.width} x {picture.height} pixels")
-            return picture.convert("RGB")
-    except ValueError:
-        raise
-    except Exception as error:  # Pillow's decoders raise whatever their format parser trips over
-        raise ValueError(f"cannot be decoded ({type(error).__name__})") from error
 
 
 def make_plan(

@@ -228,7 +228,10 @@ class Source:
             file = self._files[shard]
             if os.stat(file.shard).st_size != file.header.shard_size:
                 raise UserError(f"{file.shard}: changed since it was indexed; start again")
-            tables = {role: open_features(file.shard, n) for role, n in self._features.items()}
+            tables = {
+                role: open_features(file.shard, name, file.header)
+                for role, name in self._features.items()
+            }
             opened = _OpenShard(file.load(), tables)
             self._cache[shard] = opened
             if len(self._cache) > _OPEN_SHARDS:
@@ -252,7 +255,7 @@ class Source:
         sums: list[str] = []
         for file in self._files:
             for role, name in sorted(self._features.items()):
-                table = open_features(file.shard, name)
+                table = open_features(file.shard, name, file.header)
                 if (table.level == "token") != (role == TOKENS):
                     raise UserError(
                         f"{table.path}: level {table.level} cannot serve as {role!r} features"

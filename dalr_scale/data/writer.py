@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import IO
+from typing import BinaryIO
 
 from webdataset.writer import TarWriter
 
@@ -16,7 +16,7 @@ from dalr_scale.data.shards import FEATURE_SUFFIX, SHARD_EXTENSIONS
 from dalr_scale.errors import UserError
 
 
-def open_tar_writer(stream: IO[bytes]) -> TarWriter:
+def open_tar_writer(stream: BinaryIO) -> TarWriter:
     """Return a WebDataset writer whose bytes depend on the content only.
 
     The time stamp must be the integer 0: a float makes the tar library add a PAX header to each
@@ -59,7 +59,7 @@ class ShardSetWriter:
         self._building = output / f".{prefix}.partial"
         self._keys: set[str] = set()
         self._names: list[str] = []
-        self._stream: IO[bytes] | None = None
+        self._stream: BinaryIO | None = None
         self._writer: TarWriter | None = None
         if not overwrite and self._existing():
             raise UserError(

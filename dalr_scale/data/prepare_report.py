@@ -1,0 +1,46 @@
+"""What a preparation wrote, left out, and why: counts with a few examples each."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+_EXAMPLES = 3
+
+
+@dataclass
+class Report:
+    """Counts of one preparation.
+
+    Attributes:
+        shards: the shards written.
+        written: number by what it counts, e.g. ``{"pictures": 6000}``.
+        skipped: number by reason.
+        examples: the first few things skipped, by reason.
+    """
+
+    shards: list[Path] = field(default_factory=list)
+    written: Counter[str] = field(default_factory=Counter)
+    skipped: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, list[str]] = field(default_factory=dict)
+
+    def skip(self, reason: str, example: str | None = None, count: int = 1) -> None:
+        """Count something that was left out."""
+        self.skipped[reason] += count
+        kept = self.examples.setdefault(reason, [])
+        if example is not None and len(kept) < _EXAMPLES:
+            kept.append(example)
+
+    def lines(self) -> list[str]:
+        """Return the summary, a line each."""
+        size = sum(shard.stat().st_size for shard in self.shards) / 1e6
+        what = ", ".join(f"{number:,} {name}" for name, number in self.written.items())
+        folder = self.shards[0].parent if self.shards else "-"
+        found = [f"wrote {what} to {len(self.shards):,} shards ({size:.1f} MB) in {folder}"]
+        for reason, number in self.skipped.items():
+            # Names come from outside: repr keeps control characters off the terminal.
+            shown = ", ".join(repr(example) for example in self.examples[reason])
+            more = ", ..." if number > len(self.examples[reason]) > 0 else ""
+            found.append(f"left out {number:,} {reason}" + (f" ({shown}{more})" if shown else ""))
+        return found

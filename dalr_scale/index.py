@@ -1,0 +1,93 @@
+"""``dalr-scale index``: build, refresh or check the indexes beside shards."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+from dalr_scale.data.features_store import feature_names, open_features
+from dalr_scale.data.index import (
+    IndexHeader,
+    check_shard,
+    current_index,
+    ensure_index,
+    index_path,
+    read_header,
+)
+from dalr_scale.data.shards import expand_shards
+from dalr_scale.errors import UserError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; return 0, 1 when the check found faults, or 2 after a user error."""
+    parser = argparse.ArgumentParser(
+        prog="dalr-scale index",
+        description="Build the index beside each shard where it is missing or out of date.",
+    )
+    parser.add_argument("shards", nargs="+", help="shard files, folders, globs or brace ranges")
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="write nothing; read every byte and compare it with the index and the feature sums",
+    )
+    args = parser.parse_args(argv)
+    try:
+        shards = expand_shards(args.shards)
+        return _check(shards) if args.check else _build(shards)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _build(shards: list[Path]) -> int:
+    rows: list[tuple[Path, str, IndexHeader]] = []
+    for shard in tqdm(shards, desc="shards", unit="", disable=None):
+        state = "rebuilt" if index_path(shard).exists() else "built"
+        if current_index(shard) is not None:
+            state = "up to date"
+        rows.append((shard, state, ensure_index(shard).header))
+    _print_table(rows)
+    return 0
+
+
+def _print_table(rows: list[tuple[Path, str, IndexHeader]]) -> None:
+    width = max(len(row[0].name) for row in rows)
+    print(f"{'shard':<{width}}  {'samples':>9}  {'pictures':>9}  {'items':>11}  {'MB':>9}  index")
+    for shard, state, header in rows:
+        features = ", ".join(feature_names(shard))
+        print(
+            f"{shard.name:<{width}}  {header.samples:>9,}  {header.images:>9,}  "
+            f"{header.items:>11,}  {header.shard_size / 1e6:>9.1f}  {state}"
+            + (f"  (features: {features})" if features else "")
+        )
+    headers = [row[2] for row in rows]
+    print(
+        f"{'total':<{width}}  {sum(h.samples for h in headers):>9,}  "
+        f"{sum(h.images for h in headers):>9,}  {sum(h.items for h in headers):>11,}  "
+        f"{sum(h.shard_size for h in headers) / 1e6:>9.1f}  {len(rows)} shards"
+    )
+
+
+def _check(shards: list[Path]) -> int:
+    faults: list[str] = []
+    for shard in tqdm(shards, desc="shards", unit="", disable=None):
+        found = check_shard(shard)
+        faults += found
+        # Features are compared with the indexed shard; without a sound index there is no telling.
+        for name in [] if found else feature_names(shard):
+            try:
+                open_features(shard, name, read_header(index_path(shard))).verify()
+            except UserError as error:
+                faults.append(str(error))
+    for fault in faults:
+        print(fault)
+    print(f"{len(shards)} shards checked, {len(faults)} faults")
+    return 1 if faults else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
