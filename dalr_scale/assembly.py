@@ -66,7 +66,7 @@ def check_arithmetic(config: Config, world_size: int) -> int:
     return rows
 
 
-def build_streams(config: Config, *, text_features: bool | None = None) -> Streams:
+def build_streams(config: Config) -> Streams:
     """Opens the shards and their features, and lays out the order of the batches."""
     needs = needs_of(config.objective)
     pairs = _source(config, config.data.pairs, _pair_roles(config, needs), needs)
@@ -202,16 +202,23 @@ def _widths(streams: Streams, teachers: OnlineTeachers, needs: Needs) -> Feature
     stored = streams.pairs
     online = teachers.widths
 
-    def width(role: str) -> int:
-        if role in online:
-            return online[role]
-        return stored.feature_dim(role) if stored is not None and role in stored.features else 0
-
     if stored is None:
         return FeatureWidths()
+
+    def width(role: str) -> int:
+        return online[role] if role in online else stored.feature_dim(role)
+
     tokens = (width("tokens"),) if needs.tokens else ()
     return FeatureWidths(
         image=width("image") if needs.image else 0,
         caption=width("caption") if needs.caption else 0,
         tokens=tokens,
     )
+
+
+def open_held_out(config: Config) -> Source | None:
+    """The pairs for caption-picture recall, where the pictures' features are stored."""
+    if not config.eval.retrieval or not config.teachers.image.startswith(STORED):
+        return None
+    shards = expand_shards([str(config.path(p)) for p in config.eval.retrieval])
+    return Source(shards, features={"image": config.teachers.image.removeprefix(STORED)})

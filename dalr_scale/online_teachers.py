@@ -61,8 +61,6 @@ def build_online_teachers(
     config: Config, needs: Needs, tokenizer: Any, device: torch.device
 ) -> OnlineTeachers:
     """Loads the teachers that the configuration names as models rather than as stored features."""
-    from dalr_scale.models.teachers import load_image_teacher
-
     teachers = config.teachers
     specs: dict[str, tuple[str, str]] = {}
     if needs.text:
@@ -83,6 +81,8 @@ def build_online_teachers(
     }
     image = None
     if needs.image and not teachers.image.startswith("features:"):
+        from dalr_scale.models.teachers import load_image_teacher
+
         image = load_image_teacher(str(_model_path(config, teachers.image, "open_clip"))).to(device)
     widths = {role: teacher.width for role, teacher in texts.items()}
     return OnlineTeachers(image, texts, widths | ({"image": image.width} if image else {}))

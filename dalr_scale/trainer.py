@@ -285,22 +285,26 @@ class Trainer:
 
     def _fingerprint(self) -> dict[str, Any]:
         """Versions and settings on which the numbers of a run depend."""
-        settings = json.loads(json.dumps(dataclasses.asdict(self.config)))
-        for section in FREE_SECTIONS:
-            settings.pop(section)
-        for section, keys in FREE_KEYS.items():
-            for key in keys:
-                settings[section].pop(key)
-        settings["seed"] = self.config.run.seed
         return {
             "versions": package_versions(),
-            "config": settings,
+            "config": settings_of(self.config),
             "data": self.streams.fingerprint,
             "total_steps": self.total_steps,
         }
 
     def _arm(self, phase: str) -> None:
         self.watchdog.arm(60 * self.config.run.watchdog_minutes, phase)
+
+
+def settings_of(config: Config) -> dict[str, Any]:
+    """The settings that decide a run's result, as plain tables."""
+    settings = json.loads(json.dumps(dataclasses.asdict(config)))
+    for section in FREE_SECTIONS:
+        settings.pop(section)
+    for section, keys in FREE_KEYS.items():
+        for key in keys:
+            settings[section].pop(key)
+    return settings | {"run": {"seed": config.run.seed}}
 
 
 def write_run_files(config: Config, ds_config: dict[str, Any] | None) -> None:

@@ -3,7 +3,7 @@
 Everything that has gradients lives here, so that a ZeRO-3 engine shards all of it, and every use
 goes through the engine's forward, so that parameters are gathered when they are needed. A step
 calls it in two ways: ``task="encode"`` turns tokens into sentence states chunk by chunk, and
-``task="loss"`` turns the states of a whole batch into the loss.
+``task="loss"`` turns the states of a whole batch into the loss. Evaluation uses ``"ground"``.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-import torch
 from torch import Tensor, nn
 
 from dalr_scale.config import ModelConfig, ObjectiveConfig
@@ -110,13 +109,17 @@ class DalrModel(nn.Module):
             )
         return projection(width, target)
 
-    def forward(self, task: str, **inputs):  # noqa: ANN201 - one entry for engine hooks
-        """``task="encode"`` or ``"loss"``; see ``encode`` and ``loss``."""
-        return self.encode(**inputs) if task == "encode" else self.loss(**inputs)
+    def forward(self, task: str, **inputs):
+        """``task`` names the method: ``encode``, ``loss`` or ``ground``."""
+        return {"encode": self.encode, "loss": self.loss, "ground": self.ground}[task](**inputs)
 
     def encode(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """[B,L] token ids and mask to sentence states h [B,H]."""
         return self.encoder(input_ids, attention_mask)
+
+    def ground(self, states: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
+        """Sentence states [n,H] and picture features [m,d_v] in the shared space, [n,P], [m,P]."""
+        return self.text_grounding(states), self.image_grounding(_like(image, states))
 
     def loss(
         self, states: Tensor, teachers: TeacherBatch, step: int, offset: int

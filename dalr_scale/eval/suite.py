@@ -1,0 +1,200 @@
+"""The evaluations of a run: which tasks, when, and spread over all ranks."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from dalr_scale.config import Config
+from dalr_scale.data.source import Source
+from dalr_scale.dist.world import World
+from dalr_scale.errors import UserError
+from dalr_scale.eval.graded import load_graded, score_lexical
+from dalr_scale.eval.retrieval import recall_at_k
+from dalr_scale.eval.sts import STSTask, load_sts, score_sts
+from dalr_scale.models.encoder import SentenceEncoder
+from dalr_scale.models.tokenizer import length_sorted_batches
+
+DEV_GRADED, TEST_GRADED = "graded-dev", "graded-test"
+RECALLS = (1, 5, 10)
+
+
+class Forward(Protocol):
+    """What evaluation needs of an engine."""
+
+    @property
+    def module(self) -> nn.Module: ...
+
+    def forward(self, task: str, **inputs: Any) -> Any: ...
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Held-out captions with the features of their pictures.
+
+    sentences: n; image [m, d_v]; caption_to_image: n row numbers into `image`.
+    """
+
+    sentences: list[str]
+    image: Tensor
+    caption_to_image: Tensor
+
+
+@dataclass(frozen=True)
+class EvaluationSuite:
+    """Tasks loaded before training, so that a missing file is found at once.
+
+    Attributes:
+        tasks: scored during training; `select` names the one that chooses the best encoder.
+        final_tasks: scored before and after training.
+        held_out: pairs for caption-picture recall, before and after.
+    """
+
+    tasks: tuple[STSTask, ...]
+    final_tasks: tuple[STSTask, ...]
+    held_out: HeldOut | None
+    select: str
+    tokenizer: Any
+    batch_size: int
+    max_length: int
+    world: World
+
+    def score_dev(self, engine: Forward) -> dict[str, float]:
+        """Spearman of every development task, in [-1, 1]; collective."""
+        encode = partial(self.encode, engine)
+        return {task.name: score_sts(encode, task) for task in self.tasks}
+
+    def score_final(self, engine: Forward) -> dict[str, float]:
+        """Development and final tasks, and recall; collective."""
+        encode = partial(self.encode, engine)
+        tasks = {task.name: task for task in (*self.tasks, *self.final_tasks)}
+        scores = {name: score_sts(encode, task) for name, task in tasks.items()}
+        return scores | self._recall(engine)
+
+    def lexical_baselines(self) -> dict[str, float]:
+        """What word overlap alone would score on each task."""
+        tasks = {task.name: task for task in (*self.tasks, *self.final_tasks)}
+        return {name: score_lexical(task) for name, task in tasks.items()}
+
+    def encode(self, engine: Forward, sentences: Sequence[str]) -> Tensor:
+        """Sentence states h of all sentences, float32 [n, H] on the CPU, on every rank.
+
+        Every rank runs the same number of forward passes, as sharded parameters require.
+        """
+        batches = list(
+            length_sorted_batches(
+                self.tokenizer, sentences, max_length=self.max_length, batch_size=self.batch_size
+            )
+        )
+        rounds = -(-len(batches) // self.world.size)
+        out: Tensor | None = None
+        with _evaluating(engine):
+            for turn in range(rounds):
+                number = turn * self.world.size + self.world.rank
+                chosen, ids, mask = batches[min(number, len(batches) - 1)]
+                states = engine.forward(
+                    "encode",
+                    input_ids=ids.to(self.world.device),
+                    attention_mask=mask.to(self.world.device),
+                ).float()
+                out = states.new_zeros(len(sentences), states.shape[1]) if out is None else out
+                if number < len(batches):
+                    out[chosen] = states
+        assert out is not None
+        if self.world.size > 1:
+            dist.all_reduce(out)
+        return out.cpu()
+
+    def _recall(self, engine: Forward) -> dict[str, float]:
+        if self.held_out is None or not hasattr(engine.module, "image_grounding"):
+            return {}
+        states = self.encode(engine, self.held_out.sentences).to(self.world.device)
+        with _evaluating(engine):
+            image = self.held_out.image.to(self.world.device)
+            texts, images = engine.forward("ground", states=states, image=image)
+        owner = self.held_out.caption_to_image
+        return recall_at_k(texts.float().cpu(), images.float().cpu(), owner, RECALLS)
+
+
+class FolderEngine:
+    """An exported encoder in the place of an engine, to score it with the same suite."""
+
+    def __init__(self, folder: Path, device: torch.device) -> None:
+        self.module = SentenceEncoder.from_folder(folder).to(device)
+
+    def forward(self, task: str, **inputs: Any) -> Tensor:
+        assert task == "encode"
+        return self.module(**inputs)
+
+
+@contextlib.contextmanager
+def _evaluating(engine: Forward) -> Iterator[None]:
+    """No dropout and no gradient inside; training mode again after."""
+    engine.module.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        engine.module.train()
+
+
+def build_suite(
+    config: Config, tokenizer: Any, held_out: Source | None, world: World
+) -> EvaluationSuite:
+    """Loads every task that the configuration names."""
+    options = config.eval
+    tasks = [_sts_task(config, name) for name in options.tasks]
+    if options.graded_dev:
+        tasks.append(_graded(config, options.graded_dev, DEV_GRADED))
+    final = [_sts_task(config, name) for name in options.final_tasks]
+    if options.graded_test:
+        final.append(_graded(config, options.graded_test, TEST_GRADED))
+    names = [task.name for task in tasks]
+    select = options.select or (names[0] if names else "")
+    if select and select not in names:
+        raise UserError(f"eval.select = '{select}' is not one of the tasks {', '.join(names)}")
+    return EvaluationSuite(
+        tasks=tuple(tasks),
+        final_tasks=tuple(final),
+        held_out=read_held_out(held_out) if held_out is not None else None,
+        select=select,
+        tokenizer=tokenizer,
+        batch_size=options.batch_size,
+        max_length=max(config.data.max_length, 128) if not config.model.architecture else 128,
+        world=world,
+    )
+
+
+def read_held_out(source: Source) -> HeldOut:
+    """All captions of a pair source and one feature row for each of its pictures."""
+    records = source.read(np.arange(source.num_items))
+    _, first, owner = np.unique(records.image_ids, return_index=True, return_inverse=True)
+    return HeldOut(
+        records.sentences,
+        torch.from_numpy(records.features["image"][first]),
+        torch.from_numpy(owner.reshape(-1)),
+    )
+
+
+def _sts_task(config: Config, name: str) -> STSTask:
+    root = config.data_root
+    if root is None:
+        raise UserError(
+            f"task {name} needs the data folder: set --data.root or the environment variable "
+            "DALR_DATA (it holds senteval/STS and senteval/SICK)"
+        )
+    return load_sts(root / "senteval" if (root / "senteval").is_dir() else root, name)
+
+
+def _graded(config: Config, path: str, name: str) -> STSTask:
+    task = load_graded(config.path(path))
+    return STSTask(name, task.pairs, task.scores)

@@ -1,0 +1,91 @@
+"""What a run says about itself: the batch arithmetic before, the table of scores after."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from dalr_scale.assembly import Streams
+from dalr_scale.checkpoint import package_versions
+from dalr_scale.config import Config
+from dalr_scale.metrics import format_table, print_table
+from dalr_scale.models.dalr import DalrModel
+
+
+def arithmetic(config: Config, streams: Streams, model: DalrModel, world_size: int) -> str:
+    """The numbers that a user should check before the first step."""
+    plan, batch = streams.plan, config.batch
+    rows = batch.global_size // world_size
+    micro = batch.micro_size or rows
+    text, pair = plan.batches_before(streams.total_steps)
+    parameters = sum(p.numel() for p in model.parameters())
+    table = [
+        {"what": "parameters, trainable", "value": f"{parameters:,}"},
+        {"what": "global batch (contrast set)", "value": f"{batch.global_size:,} rows"},
+        {"what": "ranks x rows", "value": f"{world_size} x {rows}"},
+        {"what": "chunks per rank", "value": f"{-(-rows // micro)} of up to {micro} rows"},
+        {"what": "text items, batches a pass", "value": f"{plan.text_items:,}, {plan.n_text:,}"},
+        {"what": "pair items, batches a pass", "value": f"{plan.pair_items:,}, {plan.n_pair:,}"},
+        {"what": "steps (text + paired)", "value": f"{streams.total_steps:,} ({text} + {pair})"},
+        {"what": "engine", "value": config.engine.kind},
+        {"what": "objective", "value": config.objective.preset},
+    ]
+    return format_table(f"run {config.run.name}, {config.run_dir}", table)
+
+
+def write_result(
+    config: Config, before: dict[str, Any], after: dict[str, float], trainer: Any, seconds: float
+) -> None:
+    """RUN/result.json: scores before and after, and where they come from."""
+    result = {
+        "name": config.run.name,
+        "preset": config.objective.preset,
+        "seed": config.run.seed,
+        "steps": trainer.step,
+        "best_step": trainer.best_step,
+        "seconds": round(seconds, 1),
+        **before,
+        "trained": after,
+        "versions": package_versions(),
+    }
+    text = json.dumps(result, indent=1) + "\n"
+    (config.run_dir / "result.json").write_text(text, encoding="utf-8")
+
+
+def print_result(run_dir: Path) -> None:
+    """The final table of a run, from RUN/result.json."""
+    path = run_dir / "result.json"
+    if not path.exists():
+        return
+    result = json.loads(path.read_text(encoding="utf-8"))
+    trained, untrained = result["trained"], result.get("untrained", {})
+    lexical = result.get("lexical", {})
+    rows = [
+        {
+            "task": name,
+            "word overlap": _percent(lexical.get(name)),
+            "untrained": _percent(untrained.get(name)),
+            "trained": _percent(score),
+            "gap closed": _gap(untrained.get(name), score),
+        }
+        for name, score in trained.items()
+    ]
+    title = (
+        f"{result['name']}: preset {result['preset']}, seed {result['seed']}, "
+        f"{result['steps']} steps (best at {result['best_step']}), {result['seconds']:.0f} s, x 100"
+    )
+    if rows:
+        print_table(title, rows)
+    print(f"encoder: {run_dir}/best   curves: tensorboard --logdir {run_dir}/tensorboard")
+
+
+def _percent(score: float | None) -> str:
+    return "-" if score is None else f"{100 * score:.2f}"
+
+
+def _gap(before: float | None, after: float) -> str:
+    """Share of the distance from the untrained score to a perfect one."""
+    if before is None or before >= 1:
+        return "-"
+    return f"{100 * (after - before) / (1 - before):.0f} %"

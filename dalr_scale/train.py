@@ -1,0 +1,243 @@
+"""``accelerate launch -m dalr_scale.train [--config RECIPE|FILE|RUN] [--section.key=value ...]``
+
+Trains a sentence encoder with DALR on however many processes were started, one included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dalr_scale.cli import run_command
+from dalr_scale.config import Config, help_text, load_config, recipe_names
+from dalr_scale.errors import UserError
+
+log = logging.getLogger("dalr_scale.train")  # not "__main__"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="accelerate launch -m dalr_scale.train",
+        description="Train a sentence encoder with DALR.",
+        epilog=f"recipes: {', '.join(recipe_names())}\n\nsettings:\n{help_text()}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--config", help="recipe name, TOML file or run folder (default quickstart)"
+    )
+    options, overrides = parser.parse_known_args(argv)
+    return train(load_config(options.config, overrides))
+
+
+def train(config: Config) -> int:
+    """Runs one configuration on this rank of the world that the launcher started."""
+    # heavy imports wait until the arguments are known to be right
+    from dalr_scale.dist.world import leave_world, start_world
+    from dalr_scale.metrics import logging_to
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    world = start_world(config.engine.timeout_minutes, config.engine.threads)
+    try:
+        with logging_to(config.run_dir, world.rank):
+            log.info("rank %d of a world of %d on %s", world.rank, world.size, world.device)
+            try:
+                return _train_in_world(config, world)
+            except UserError as error:
+                return _refuse(error, world)
+            except Exception:
+                # a rank that dies silently leaves the others waiting: leave at once, and say why
+                log.exception("rank %d failed", world.rank)
+                _record_failure(config, world)
+                sys.stderr.flush()
+                os._exit(1)
+    finally:
+        leave_world()
+
+
+def _refuse(error: UserError, world: Any) -> int:
+    if world.rank == 0:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    return 2
+
+
+def _record_failure(config: Config, world: Any) -> None:
+    from dalr_scale.runstate import read_status, write_status
+
+    if world.rank == 0 and config.run_dir.is_dir():
+        before = read_status(config.run_dir) or {}
+        reason = repr(sys.exc_info()[1])
+        write_status(config.run_dir, "failed", step=int(before.get("step") or 0), reason=reason)
+
+
+def _train_in_world(config: Config, world: Any) -> int:
+    from dalr_scale.runstate import lock_run_folder
+
+    started = time.monotonic()
+    if world.rank == 0 and config.run.from_scratch:
+        _set_aside(config.run_dir)
+    world.barrier()
+    if _is_finished(config, world):
+        return 0
+    with lock_run_folder(config.run_dir, world):
+        return _run(config, world, started)
+
+
+def _run(config: Config, world: Any, started: float) -> int:
+    from dalr_scale import report
+    from dalr_scale.assembly import build_model, build_streams, check_arithmetic, open_held_out
+    from dalr_scale.dist.engine import build_engine
+    from dalr_scale.eval.suite import build_suite
+    from dalr_scale.metrics import RunLog
+    from dalr_scale.optim import build_optimizer
+    from dalr_scale.preempt import StopFlag
+    from dalr_scale.runstate import start_status
+    from dalr_scale.trainer import Trainer, write_outcome, write_run_files
+
+    check_arithmetic(config, world.size)
+    build_data(config, world)
+    streams = build_streams(config)
+    parts = build_model(config, streams, world)
+    suite = build_suite(config, parts.tokenizer, open_held_out(config), world)
+    optimizer = build_optimizer(parts.model, config.optim)
+    engine, ds_config = build_engine(parts.model, optimizer, config, world)
+    trainer = Trainer(config, world, streams, parts, engine, suite)
+    resumed = trainer.resume()
+    if world.rank == 0:
+        write_run_files(config, ds_config)
+        start_status(config.run_dir, trainer.step)
+        print(report.arithmetic(config, streams, parts.model, world.size), flush=True)
+        log.info("resumed at step %d" if resumed else "starting at step %d", trainer.step)
+    limit = 60 * config.run.max_minutes
+    with (
+        StopFlag(config.run_dir, limit_seconds=limit or None) as stop,
+        RunLog(
+            config.run_dir,
+            rank=world.rank,
+            total_steps=streams.total_steps,
+            start_step=trainer.step,
+            every=config.log.every,
+            tensorboard=config.log.tensorboard,
+        ) as run_log,
+    ):
+        stop.clear_stale(world)
+        before = _score_before(config, world, suite, engine, trainer, run_log)
+        reason = trainer.fit(stop, run_log)
+    if reason is None:
+        after = _finish(config, world, trainer)
+        if world.rank == 0:
+            report.write_result(config, before, after, trainer, time.monotonic() - started)
+            report.print_result(config.run_dir)
+    write_outcome(config, world, reason, trainer)
+    world.barrier()
+    if reason is not None and world.rank == 0:
+        print(f"stopped at step {trainer.step} ({reason.text}); run the same command to go on")
+    return 0
+
+
+def build_data(config: Config, world: Any) -> None:
+    """Draws the quickstart's data and trains its teachers, once, on rank 0."""
+    if config.data.builder != "quickstart":
+        return
+    from dalr_scale.quickstart.build import QuickstartSpec, build_quickstart
+
+    names = {f.name for f in dataclasses.fields(QuickstartSpec)}
+    unknown = sorted(set(config.data.builder_options) - names)
+    if unknown:
+        raise UserError(f"data.builder_options: unknown {unknown}; known: {sorted(names)}")
+    if world.rank == 0:
+        spec = QuickstartSpec(**config.data.builder_options)
+        build_quickstart(Path(config.data.shards), spec)
+    world.barrier()
+
+
+def _score_before(
+    config: Config, world: Any, suite: Any, engine: Any, trainer: Any, run_log: Any
+) -> dict[str, float]:
+    """Scores of the untrained encoder and of word overlap; kept in RUN/before.json for a resume."""
+    path = config.run_dir / "before.json"
+    stored = world.broadcast_object(
+        json.loads(path.read_text()) if world.rank == 0 and path.exists() else None
+    )
+    if stored is not None:
+        return stored
+    if trainer.step:
+        return {}
+    scores = suite.score_final(engine)
+    record = {"untrained": scores, "lexical": suite.lexical_baselines()}
+    if world.rank == 0:
+        path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    run_log.scores(0, scores)
+    return record
+
+
+def _finish(config: Config, world: Any, trainer: Any) -> dict[str, float]:
+    """Exports the last encoder, and scores the best one (the last where nothing selects)."""
+    from dalr_scale.eval.suite import FolderEngine
+
+    final, best = config.run_dir / "final", config.run_dir / "best"
+    trainer.export(final)
+    scores = trainer.suite.score_final(trainer.engine)
+    if trainer.best_step is None or trainer.best_step == trainer.step:
+        return scores
+    selected = trainer.suite.score_final(FolderEngine(best, world.device))
+    return scores | selected
+
+
+def _is_finished(config: Config, world: Any) -> bool:
+    """A run that is done is shown again, not trained again; other settings are refused."""
+    from dalr_scale import report
+    from dalr_scale.runstate import read_status
+
+    status = world.broadcast_object(read_status(config.run_dir) if world.rank == 0 else None)
+    if not status or status.get("outcome") != "finished":
+        return False
+    refuse_other_settings(config)
+    if world.rank == 0:
+        report.print_result(config.run_dir)
+        print(
+            f"{config.run_dir} is finished; train again with --run.from_scratch=true, "
+            "or beside it with --run.name=NAME"
+        )
+    return True
+
+
+def refuse_other_settings(config: Config) -> None:
+    """A finished run's folder is not handed to a run with other settings."""
+    from dalr_scale.trainer import settings_of
+
+    saved = load_config(str(config.run_dir / "config.toml"))
+    before, now = settings_of(saved), settings_of(config)
+    changed = [
+        f"{section}.{key}: {before[section][key]!r} there, {now[section][key]!r} here"
+        for section in now
+        for key in now[section]
+        if before[section][key] != now[section][key]
+    ]
+    if changed:
+        raise UserError(
+            f"{config.run_dir} holds a finished run with other settings; choose another "
+            "--run.name, or --run.from_scratch=true to move it aside:\n  " + "\n  ".join(changed)
+        )
+
+
+def _set_aside(run_dir: Path) -> None:
+    if not (run_dir / "config.toml").exists():
+        return
+    number = 1
+    while (target := run_dir.with_name(f"{run_dir.name}.old-{number}")).exists():
+        number += 1
+    run_dir.rename(target)
+    print(f"moved the earlier run to {target}")
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_command(main, None))
