@@ -21,6 +21,7 @@ from dalr_scale.config import Config, help_text, load_config, recipe_names
 from dalr_scale.errors import UserError
 
 log = logging.getLogger("dalr_scale.train")  # not "__main__"
+MAX_FRUITLESS_STARTS = 3
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -46,9 +47,10 @@ def train(config: Config) -> int:
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     world = start_world(config.engine.timeout_minutes, config.engine.threads)
+    print(f"rank {world.rank} of a world of {world.size} on {world.device}", flush=True)
     try:
+        _set_aside_if_asked(config, world)
         with logging_to(config.run_dir, world.rank):
-            log.info("rank %d of a world of %d on %s", world.rank, world.size, world.device)
             try:
                 return _train_in_world(config, world)
             except UserError as error:
@@ -82,9 +84,6 @@ def _train_in_world(config: Config, world: Any) -> int:
     from dalr_scale.runstate import lock_run_folder
 
     started = time.monotonic()
-    if world.rank == 0 and config.run.from_scratch:
-        _set_aside(config.run_dir)
-    world.barrier()
     if _is_finished(config, world):
         return 0
     with lock_run_folder(config.run_dir, world):
@@ -107,15 +106,18 @@ def _run(config: Config, world: Any, started: float) -> int:
     streams = build_streams(config)
     parts = build_model(config, streams, world)
     suite = build_suite(config, parts.tokenizer, open_held_out(config), world)
+    if world.rank == 0:
+        print(report.arithmetic(config, streams, parts.model, world.size), flush=True)
     optimizer = build_optimizer(parts.model, config.optim)
     engine, ds_config = build_engine(parts.model, optimizer, config, world)
     trainer = Trainer(config, world, streams, parts, engine, suite)
     resumed = trainer.resume()
+    fruitless = 0
     if world.rank == 0:
         write_run_files(config, ds_config)
-        start_status(config.run_dir, trainer.step)
-        print(report.arithmetic(config, streams, parts.model, world.size), flush=True)
+        fruitless = start_status(config.run_dir, trainer.step)
         log.info("resumed at step %d" if resumed else "starting at step %d", trainer.step)
+    _give_up_on_crash_loop(fruitless, world, config.run_dir)
     limit = 60 * config.run.max_minutes
     with (
         StopFlag(config.run_dir, limit_seconds=limit or None) as stop,
@@ -229,14 +231,30 @@ def refuse_other_settings(config: Config) -> None:
         )
 
 
-def _set_aside(run_dir: Path) -> None:
-    if not (run_dir / "config.toml").exists():
+def _set_aside_if_asked(config: Config, world: Any) -> None:
+    """``run.from_scratch``: renames the earlier run's folder, unless a job still writes into it."""
+    from dalr_scale.runstate import lock_run_folder
+
+    if not config.run.from_scratch or not (config.run_dir / "config.toml").exists():
         return
-    number = 1
-    while (target := run_dir.with_name(f"{run_dir.name}.old-{number}")).exists():
-        number += 1
-    run_dir.rename(target)
-    print(f"moved the earlier run to {target}")
+    with lock_run_folder(config.run_dir, world):
+        if world.rank == 0:
+            number = 1
+            name = config.run_dir.name
+            while (target := config.run_dir.with_name(f"{name}.old-{number}")).exists():
+                number += 1
+            config.run_dir.rename(target)
+            print(f"moved the earlier run to {target}")
+    world.barrier()
+
+
+def _give_up_on_crash_loop(fruitless: int, world: Any, run_dir: Path) -> None:
+    """Three starts that led to no new checkpoint: a fourth would not either."""
+    if world.broadcast_object(fruitless) >= MAX_FRUITLESS_STARTS:
+        raise UserError(
+            f"{run_dir} was started {MAX_FRUITLESS_STARTS} times without reaching a new "
+            f"checkpoint; see {run_dir}/status.json and log/, then delete status.json to try again"
+        )
 
 
 if __name__ == "__main__":

@@ -1,0 +1,52 @@
+# Two commands on a fresh Linux machine with Python >= 3.11: `make train` and `make test`.
+# Both share the environment in .venv; PYTHON=python3 with VENV= uses an interpreter as it is.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+DISK_GB := 12
+
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: help train test soak lint env clean versions
+
+help:
+	@echo "make train   the main job: quickstart data, teachers, DALR student, table ($(VENV) is made first)"
+	@echo "make test    all tests that need no GPU"
+	@echo "make soak    long counts and full products (hours)"
+	@echo "make lint    ruff and pyright"
+
+train: $(STAMP) versions
+	$(BIN)/accelerate launch -m dalr_scale.train $(ARGS)
+
+test: $(STAMP) versions
+	$(BIN)/python -m pytest -m "not soak" $(ARGS)
+
+soak: $(STAMP) versions
+	$(BIN)/python -m pytest -m soak $(ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+env: $(STAMP)
+
+versions: $(STAMP)
+	@$(BIN)/python -m dalr_scale.versions
+
+# The stamp comes last: an interrupted installation is taken up again, a complete one is not redone.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed, this is %s" % sys.version.split()[0])'
+	@$(PYTHON) -c 'import shutil, sys; free = shutil.disk_usage(".").free / 1e9; have = __import__("os").path.exists("$(STAMP)"); sys.exit(None if have or free >= $(DISK_GB) else "$(DISK_GB) GB of free disk are needed for the environment, %.1f are free here" % free)'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade "pip>=24" "setuptools>=77" wheel
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
+	touch $(STAMP)
+
+clean:
+	rm -rf build *.egg-info .pytest_cache .ruff_cache .hypothesis
