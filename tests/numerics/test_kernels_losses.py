@@ -9,6 +9,7 @@ import dalr_kernels as K
 import loss_oracle as oracle
 import pytest
 import torch
+from dalr_kernels.reference import list_mle_rows
 from torch import Tensor
 
 ROWS, COLS, OFFSET, WIDTH = 4, 9, 3, 6
@@ -216,6 +217,23 @@ def test_equal_sentences_rank_the_same_on_every_split(world: int) -> None:
         for r in range(0, size, size // world)
     ]  # fmt: skip
     assert float(sum(parts) / world) == pytest.approx(float(whole), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "noise", "gap"), [(torch.float32, 1e-7, 1e-5), (torch.float64, 1e-15, 1e-9)], ids=str
+)
+def test_ranking_ignores_rounding_noise_only(
+    rows: Tensor, cols: Tensor, dtype: torch.dtype, noise: float, gap: float
+) -> None:
+    cosines = (K.unit(rows) @ K.unit(cols).T).to(dtype)
+    tied = torch.tensor([[0.5, 0.25, 0.5, 0.0, 0.25, 0.5, 1.0, 0.0, 1.0]], dtype=dtype).repeat(4, 1)
+    rising = torch.arange(COLS, dtype=dtype)  # would reverse the order of every tie
+
+    def loss(step: float) -> float:
+        scores = tied + step / COLS * rising
+        return float(list_mle_rows(cosines, OFFSET, scores, temperature=TAU).mean())
+
+    assert loss(noise) == loss(0.0) != loss(COLS * gap)
 
 
 def test_similarity_rounds_each_cosine() -> None:
