@@ -158,16 +158,6 @@ class StopFlag:
             return ""  # it is there (a folder, no permission): that is a wish to stop as well
 
 
-def ignore_signals_in_worker(worker_id: int) -> None:
-    """For `DataLoader(worker_init_fn=...)`: forked workers inherit the flag's handlers.
-
-    A signal to the process group must reach the ranks only. Workers end when their rank closes the
-    loader or disappears, both of which the loader watches by itself.
-    """
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-
-
 class Watchdog:
     """Ends this process with all stacks on stderr when a phase takes longer than it may.
 

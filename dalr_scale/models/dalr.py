@@ -151,14 +151,14 @@ class DalrModel(nn.Module):
     def _rows(self, h1: Tensor, h2: Tensor, teachers: TeacherBatch) -> Views:
         """Applies the heads that a batch of this kind needs."""
         z1, z2 = self.sentence_head(h1), self.sentence_head(h2)
-        rows = Views(z1, z2, teachers.ids, text=teachers.text)
-        if teachers.tokens:
+        needs = self.spec.needs
+        rows = Views(z1, z2, teachers.ids, text=teachers.text if needs.text else ())
+        if teachers.tokens and needs.tokens:
             rows.tokens, rows.token_masks = teachers.tokens, teachers.token_masks
             rows.z1_tokens = [head(z1) for head in self.token_projections]
         if not teachers.paired:
             return rows
         rows.image, rows.caption = teachers.image, teachers.caption
-        needs = self.spec.needs
         if needs.grounding:
             rows.p1, rows.p2 = self.text_grounding(h1), self.text_grounding(h2)
             if hasattr(self, "image_grounding"):

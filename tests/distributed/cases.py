@@ -6,19 +6,26 @@ a fixed perturbation of the first, so that results depend on nothing but the mat
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
+import torch.distributed as dist
+from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel
 
 from dalr_scale.config import BatchConfig, Config, EngineConfig, OptimConfig, build_config
-from dalr_scale.dist.engine import Engine, build_engine
+from dalr_scale.dist import gather, gradcache
+from dalr_scale.dist.engine import DeepSpeedEngine, Engine, build_engine
 from dalr_scale.dist.gradcache import StepInputs, backward_global_batch
 from dalr_scale.dist.world import World
+from dalr_scale.models import consistency, dalr
 from dalr_scale.models.dalr import DalrModel, FeatureWidths, LossSpec, TeacherBatch
 from dalr_scale.models.encoder import pool
 from dalr_scale.optim import build_optimizer
@@ -33,7 +40,8 @@ class Case:
     kind: str = "ddp"
     batch: str = "pair"
     micro: int = 0
-    optimizer: str = "sgd"
+    fault: str = ""
+    dropout: float = 0.0
 
     @property
     def name(self) -> str:
@@ -46,7 +54,7 @@ class Case:
     def config(self) -> Config:
         config = build_config([{"objective": {"preset": self.preset, "tail": "drop"}}])
         precision = "fp64" if self.kind == "ddp" else "fp32"
-        optim = OptimConfig(lr=0.05, name=self.optimizer, clip=1.0, steps=STEPS)
+        optim = OptimConfig(lr=0.05, name="sgd", clip=1.0, steps=STEPS)
         return dataclasses.replace(
             config,
             batch=BatchConfig(ROWS, self.micro),
@@ -56,9 +64,9 @@ class Case:
 
 
 class TwoViewEncoder(nn.Module):
-    """A small BERT without dropout; the second half of a batch is perturbed as if by dropout."""
+    """A small BERT; the second half of a batch is perturbed as if by dropout."""
 
-    def __init__(self) -> None:
+    def __init__(self, dropout: float) -> None:
         super().__init__()
         config = BertConfig(
             vocab_size=40,
@@ -67,7 +75,7 @@ class TwoViewEncoder(nn.Module):
             num_attention_heads=2,
             intermediate_size=24,
             max_position_embeddings=16,
-            hidden_dropout_prob=0.0,
+            hidden_dropout_prob=dropout,
             attention_probs_dropout_prob=0.0,
         )
         self.backbone = BertModel(config, add_pooling_layer=False)
@@ -85,7 +93,7 @@ def build(case: Case, world: World) -> tuple[Engine, Config]:
     torch.manual_seed(3)
     spec = LossSpec(config.objective, text_weights=(0.33, 0.67), seed=config.run.seed)
     widths = FeatureWidths(image=WIDTH, caption=WIDTH, tokens=(WIDTH,))
-    model = DalrModel(TwoViewEncoder(), config.model, spec, widths)  # type: ignore[arg-type]
+    model = DalrModel(TwoViewEncoder(case.dropout), config.model, spec, widths)  # type: ignore[arg-type]
     for parameter in model.parameters():  # away from zero biases and unit norms
         parameter.data.add_(0.05 * torch.randn_like(parameter))
     return build_engine(model, build_optimizer(model, config.optim), config, world)[0], config
@@ -137,6 +145,12 @@ def step_inputs(case: Case, config: Config, world: World, step: int) -> StepInpu
 
 def run(case: Case, world: World) -> dict[str, np.ndarray]:
     """Trains a few steps; returns losses, first gradient norm and final weights (rank 0)."""
+    with sabotage(case.fault):
+        return _train(case, world)
+
+
+def _train(case: Case, world: World) -> dict[str, np.ndarray]:
+    AcceleratorState._reset_state(reset_partial_state=True)  # many engines in one process
     engine, config = build(case, world)
     losses, norms = [], []
     for step in range(STEPS):
@@ -148,5 +162,47 @@ def run(case: Case, world: World) -> dict[str, np.ndarray]:
     return results | {"losses": np.array(losses), "norms": np.array(norms)}
 
 
+@contextlib.contextmanager
+def sabotage(fault: str) -> Iterator[None]:
+    """Switches one guarantee off, for the negative controls."""
+    patches = {
+        "": lambda: contextlib.nullcontext(),
+        "columns without gradient": lambda: mock.patch.object(
+            dalr, "gather_rows", lambda x, *, grad=True: gather.gather_rows(x, grad=False)
+        ),
+        "statistics per rank": lambda: mock.patch.object(
+            consistency, "all_reduce_sum", lambda x: x * dist.get_world_size()
+        ),
+        "one reduction per chunk": lambda: mock.patch.object(
+            DeepSpeedEngine, "gradients", lambda self: contextlib.nullcontext()
+        ),
+        "other dropout in the second pass": lambda: mock.patch.object(
+            gradcache, "seed_dropout", lambda *key: None
+        ),
+    }
+    with patches[fault]():
+        yield
+
+
 def save(folder: Path, case: Case, results: dict[str, np.ndarray]) -> None:
     np.savez(folder / f"{case.name}.npz", **results)  # type: ignore[arg-type]
+
+
+def wanted_cases(world_size: int) -> list[Case]:
+    """The cases of ``make test`` at a world size; the fault cases are the negative controls."""
+    if world_size == 4:
+        return [Case("dalr"), Case("dalr", "zero2", micro=2), Case("dalr", "zero3")]
+    exact = [Case(p, "ddp", micro=m) for p in PRESETS for m in (0, 4)]
+    exact += [Case("dalr", "ddp", "text", 4), Case("mcse", "ddp", "text")]
+    sharded = [Case("dalr", kind, b, 4) for kind in ZERO for b in ("pair", "text")]
+    sharded += [Case("dalr", kind) for kind in ZERO] + [Case("dalr-reference", "zero2", micro=4)]
+    return exact + sharded + (FAULTS if world_size == 2 else [])
+
+
+ZERO = ("zero1", "zero2", "zero3")
+FAULTS = [
+    Case("dalr", "ddp", fault="columns without gradient"),
+    Case("dalr", "ddp", fault="statistics per rank"),
+    Case("dalr", "zero1", micro=4, fault="one reduction per chunk"),
+    Case("dalr", "zero2", micro=4, fault="one reduction per chunk"),
+]

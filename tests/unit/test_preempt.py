@@ -18,7 +18,6 @@ from dalr_scale.preempt import (
     StopFlag,
     StopReason,
     Watchdog,
-    ignore_signals_in_worker,
 )
 
 WORLD = SoloWorld()
@@ -132,37 +131,6 @@ def test_only_rank_0_reads_the_file_and_all_stop(tmp_path: Path) -> None:
         return StopFlag(tmp_path if world.rank == 0 else tmp_path / "nowhere").agree(world)
 
     assert run_ranks(2, agree) == [StopReason.REQUEUE] * 2
-
-
-def worker(tmp_path: Path, *, ignoring: bool) -> tuple[int, int]:
-    """Fork as a loader does, signal the child five times; what it saw, and its wait status."""
-    reader, writer = os.pipe()
-    with StopFlag(tmp_path) as flag:
-        child = os.fork()
-        if child == 0:
-            if ignoring:
-                ignore_signals_in_worker(0)
-            os.write(writer, b"r")
-            deadline = time.monotonic() + 0.3
-            while time.monotonic() < deadline and not flag.poll(read_file=False):
-                time.sleep(0.01)
-            os._exit(int(flag.poll(read_file=False) or 0))
-        os.read(reader, 1)
-        for number in STOP_SIGNALS:
-            os.kill(child, number)
-        _, status = os.waitpid(child, 0)
-        assert flag.poll(read_file=False) is None
-    os.close(reader)
-    os.close(writer)
-    return os.waitstatus_to_exitcode(status), status
-
-
-def test_workers_ignore_signals(tmp_path: Path) -> None:
-    assert worker(tmp_path, ignoring=True)[0] == 0
-
-
-def test_control_a_forked_worker_inherits_the_handler(tmp_path: Path) -> None:
-    assert worker(tmp_path, ignoring=False)[0] in tuple(StopReason)
 
 
 # Watchdog

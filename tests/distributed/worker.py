@@ -1,0 +1,25 @@
+"""One rank: runs every case of its world size and writes what rank 0 saw."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from cases import run, save, wanted_cases
+
+from dalr_scale.dist.world import leave_world, start_world
+
+
+def main(folder: Path) -> None:
+    world = start_world(timeout_minutes=2, threads=1)
+    for case in wanted_cases(world.size):
+        results = run(case, world)
+        if world.rank == 0:
+            save(folder, case, results)
+    leave_world()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
