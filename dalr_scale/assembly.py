@@ -6,10 +6,12 @@ waits for another one and before a weight is trained.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -64,6 +66,22 @@ def check_arithmetic(config: Config, world_size: int) -> int:
             "set --objective.tail=drop"
         )
     return rows
+
+
+def prepare_data(config: Config, world: World) -> None:
+    """Draws the quickstart's data and trains its teachers, once, on rank 0."""
+    if config.data.builder != "quickstart":
+        return
+    from dalr_scale.quickstart.build import QuickstartSpec, build_quickstart
+
+    names = {f.name for f in dataclasses.fields(QuickstartSpec)}
+    unknown = sorted(set(config.data.builder_options) - names)
+    if unknown:
+        raise UserError(f"data.builder_options: unknown {unknown}; known: {sorted(names)}")
+    if world.rank == 0:
+        spec = QuickstartSpec(**config.data.builder_options)
+        build_quickstart(Path(config.data.shards), spec)
+    world.barrier()
 
 
 def build_streams(config: Config) -> Streams:
@@ -167,7 +185,7 @@ def build_model(config: Config, streams: Streams, world: World) -> ModelParts:
     encoder = build_encoder(config)
     needs = needs_of(config.objective)
     teachers = build_online_teachers(config, needs, encoder.tokenizer, world.device)
-    widths = _widths(streams, teachers, needs)
+    widths = _widths(config, streams, teachers, needs)
     spec = LossSpec(config.objective, text_weights(config), config.run.seed)
     model = DalrModel(encoder, config.model, spec, widths)
     return ModelParts(model, teachers, encoder.tokenizer)
@@ -198,7 +216,9 @@ def build_encoder(config: Config) -> SentenceEncoder:
     return encoder
 
 
-def _widths(streams: Streams, teachers: OnlineTeachers, needs: Needs) -> FeatureWidths:
+def _widths(
+    config: Config, streams: Streams, teachers: OnlineTeachers, needs: Needs
+) -> FeatureWidths:
     stored = streams.pairs
     online = teachers.widths
 
@@ -209,9 +229,11 @@ def _widths(streams: Streams, teachers: OnlineTeachers, needs: Needs) -> Feature
         return online[role] if role in online else stored.feature_dim(role)
 
     tokens = (width("tokens"),) if needs.tokens else ()
+    texts = range(len(config.teachers.text) if needs.text else 0)
     return FeatureWidths(
         image=width("image") if needs.image else 0,
         caption=width("caption") if needs.caption else 0,
+        text=tuple(width(f"text{k}") for k in texts),
         tokens=tokens,
     )
 

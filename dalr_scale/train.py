@@ -6,7 +6,6 @@ Trains a sentence encoder with DALR on however many processes were started, one 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import logging
 import os
@@ -92,7 +91,13 @@ def _train_in_world(config: Config, world: Any) -> int:
 
 def _run(config: Config, world: Any, started: float) -> int:
     from dalr_scale import report
-    from dalr_scale.assembly import build_model, build_streams, check_arithmetic, open_held_out
+    from dalr_scale.assembly import (
+        build_model,
+        build_streams,
+        check_arithmetic,
+        open_held_out,
+        prepare_data,
+    )
     from dalr_scale.dist.engine import build_engine
     from dalr_scale.eval.suite import build_suite
     from dalr_scale.metrics import RunLog
@@ -102,7 +107,7 @@ def _run(config: Config, world: Any, started: float) -> int:
     from dalr_scale.trainer import Trainer, write_outcome, write_run_files
 
     check_arithmetic(config, world.size)
-    build_data(config, world)
+    prepare_data(config, world)
     streams = build_streams(config)
     parts = build_model(config, streams, world)
     suite = build_suite(config, parts.tokenizer, open_held_out(config), world)
@@ -143,22 +148,6 @@ def _run(config: Config, world: Any, started: float) -> int:
     if reason is not None and world.rank == 0:
         print(f"stopped at step {trainer.step} ({reason.text}); run the same command to go on")
     return 0
-
-
-def build_data(config: Config, world: Any) -> None:
-    """Draws the quickstart's data and trains its teachers, once, on rank 0."""
-    if config.data.builder != "quickstart":
-        return
-    from dalr_scale.quickstart.build import QuickstartSpec, build_quickstart
-
-    names = {f.name for f in dataclasses.fields(QuickstartSpec)}
-    unknown = sorted(set(config.data.builder_options) - names)
-    if unknown:
-        raise UserError(f"data.builder_options: unknown {unknown}; known: {sorted(names)}")
-    if world.rank == 0:
-        spec = QuickstartSpec(**config.data.builder_options)
-        build_quickstart(Path(config.data.shards), spec)
-    world.barrier()
 
 
 def _score_before(

@@ -7,9 +7,19 @@ import platform
 from importlib import metadata
 
 PACKAGES = (
-    "dalr-scale torch torchvision triton deepspeed accelerate transformers open_clip_torch "
-    "webdataset tensorboard numpy safetensors"
-).split()
+    "dalr-scale",
+    "torch",
+    "torchvision",
+    "triton",
+    "deepspeed",
+    "accelerate",
+    "transformers",
+    "open_clip_torch",
+    "webdataset",
+    "tensorboard",
+    "numpy",
+    "safetensors",
+)
 
 
 def version_line() -> str:

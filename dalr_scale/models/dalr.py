@@ -37,6 +37,7 @@ class FeatureWidths:
 
     image: int = 0
     caption: int = 0
+    text: tuple[int, ...] = ()
     tokens: tuple[int, ...] = ()
 
 
@@ -81,7 +82,9 @@ class DalrModel(nn.Module):
     ) -> None:
         super().__init__()
         self.spec = spec
-        self.encoder = encoder
+        self.encoder, self.widths = encoder, widths
+        self.grounding_width = model.grounding_width
+        self.consistency_width = model.consistency_width
         width, needs = encoder.width, spec.needs
         self.sentence_head = SentenceHead(width, model.head_init_std)
         if needs.grounding:
