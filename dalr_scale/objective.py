@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import dalr_kernels as kernels
 import numpy as np
@@ -184,20 +185,20 @@ def rank_similarity(
     return Similarity(factors, getattr(torch, objective.teacher_similarity_dtype))
 
 
-def _mask_ids(rows: Views, cols: Views, objective: ObjectiveConfig) -> dict[str, Tensor | None]:
+def _mask_ids(rows: Views, cols: Views, objective: ObjectiveConfig) -> dict[str, Any]:
     if objective.same_image == "keep":
         return {"row_ids": None, "col_ids": None}
     return {"row_ids": rows.ids, "col_ids": cols.ids}
 
 
-def _student(kind: str, objective: ObjectiveConfig) -> dict[str, float]:
+def _student(kind: str, objective: ObjectiveConfig) -> dict[str, Any]:
     """Arguments of the student matrix: the margin matrix over tau, or the plain cosine."""
     if kind == "margin":
         return {"margin": objective.margin, "temperature": objective.temperature}
     return {"margin": 0.0, "temperature": 1.0}
 
 
-def _kl_temperatures(objective: ObjectiveConfig) -> dict[str, float]:
+def _kl_temperatures(objective: ObjectiveConfig) -> dict[str, Any]:
     return {
         "student_temperature": objective.kl_student_temperature,
         "teacher_temperature": objective.kl_teacher_temperature,

@@ -266,10 +266,10 @@ class Trainer:
 
     def _state(self) -> RunState:
         plan = self.streams.plan
-        counts = dict(zip(("text", "pair"), plan.batches_before(self.step), strict=True))
-        sizes = {"text": plan.n_text, "pair": plan.n_pair}
+        text, pair = plan.batches_before(self.step)
+        counts = {"text": (text, plan.n_text), "pair": (pair, plan.n_pair)}
         streams = {
-            name: StreamState(*divmod(counts[name], size)) for name, size in sizes.items() if size
+            name: StreamState(*divmod(done, size)) for name, (done, size) in counts.items() if size
         }
         return RunState(
             order_version=ORDER_VERSION,

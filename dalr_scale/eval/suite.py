@@ -106,7 +106,8 @@ class EvaluationSuite:
                     input_ids=ids.to(self.world.device),
                     attention_mask=mask.to(self.world.device),
                 ).float()
-                out = states.new_zeros(len(sentences), states.shape[1]) if out is None else out
+                if out is None:
+                    out = states.new_zeros(len(sentences), states.shape[1])
                 if number < len(batches):
                     out[chosen] = states
         assert out is not None
