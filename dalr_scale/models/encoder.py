@@ -114,7 +114,7 @@ class SentenceEncoder(nn.Module):
         inner = folders.transformer_folder(folder)
         backbone = load_backbone(inner, with_pooler=pooler == "cls")
         holder = folder if has_tokenizer(folder) else inner
-        return cls(backbone, load_tokenizer(holder), pooler, base=folder.name)
+        return cls(backbone, load_tokenizer(holder), pooler, base=folders.folder_label(folder))
 
     @classmethod
     def from_config(
@@ -180,7 +180,7 @@ class SentenceEncoder(nn.Module):
             overwrite: replace an existing folder.
             state_dict: complete weights under this module's names (`backbone. ...`), for a module
                 whose own parameters are sharded; by default the module's own.
-            scores: task name to score x 100, for the model card.
+            scores: task name to score x 100, for the model card and its config.json.
 
         Raises:
             UserError: the folder exists, or a weight is missing, misshaped or not finite.
@@ -189,7 +189,8 @@ class SentenceEncoder(nn.Module):
         weights = self._weights(state_dict)
         dense = self._dense(weights)
         config = self.backbone.config
-        setattr(config, folders.POOLER_KEY, self.pooler)
+        facts = {"pooler": self.pooler, "base": self.base, "scores": dict(scores or {})}
+        setattr(config, folders.META_KEY, facts)
         with folders.new_folder(final, overwrite=overwrite) as fresh, quiet():
             self.backbone.save_pretrained(str(fresh), state_dict=weights)
             _save_tokenizer(self.tokenizer, fresh, self.max_length)

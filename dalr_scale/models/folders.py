@@ -17,7 +17,7 @@ from typing import Any
 from dalr_scale.errors import UserError
 
 PACKAGE_PREFIX = "package:"
-POOLER_KEY = "dalr_pooler"  # our own entry in config.json; other tools keep and ignore it
+META_KEY = "dalr_scale"  # our own entry in config.json; other tools keep and ignore it
 _HUB_FILES = ["*.json", "*.txt", "*.model", "*.safetensors"]
 _HUB_SKIP = ["onnx/*", "openvino/*", "*/onnx/*", "*/openvino/*"]
 _LEGACY_MODES = {
@@ -83,6 +83,15 @@ def _hub_folder(text: str) -> Path:
     return Path(found)
 
 
+def folder_label(folder: Path) -> str:
+    """What to call a model folder in manifests and model cards: never a full local path."""
+    folder = folder.resolve()
+    if folder.parent.name == "snapshots":  # the Hub's cache: models--org--name/snapshots/revision
+        return folder.parent.parent.name.removeprefix("models--").replace("--", "/")
+    generic = folder.name in ("model", "best", "final", "teacher")
+    return f"{folder.parent.name}/{folder.name}" if generic else folder.name
+
+
 def read_json(path: Path) -> Any:
     """Parse a small JSON file, naming it when it is missing or broken."""
     try:
@@ -131,12 +140,18 @@ def stored_pooler(folder: Path) -> str | None:
         pooling = next(m for m in modules if _module_class(m) == "Pooling")
         return _pooler_of(folder / str(pooling.get("path", "1_Pooling")) / "config.json")
     config = read_json(transformer_folder(folder) / "config.json")
-    if plain == ["Transformer", "Pooling", "Dense"] and config.get(POOLER_KEY) == "cls":
+    if plain == ["Transformer", "Pooling", "Dense"] and own_facts(config).get("pooler") == "cls":
         return "cls"
     raise UserError(
         f"{folder} chains the modules {', '.join(classes)}, which are more than an encoder with a "
         "pooler; name a pooler to use the encoder alone"
     )
+
+
+def own_facts(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What an export of this project states in its config.json: pooler, base and scores."""
+    facts = config.get(META_KEY)
+    return facts if isinstance(facts, dict) else {}
 
 
 def _pooler_of(path: Path) -> str:
@@ -168,6 +183,29 @@ def require_safetensors(folder: Path) -> None:
 
 
 _WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
+
+
+def run_encoder(spec: str | Path, which: str | None = None) -> Path:
+    """The encoder folder that a name leads to: a model folder, or a run's `best` or `final`.
+
+    Args:
+        spec: a run folder, or any name that `resolve_folder` takes.
+        which: `best` or `final` of a run; by default the best, or the final one of a run that
+            has no best.
+
+    Raises:
+        UserError: a run without that encoder, or nothing under that name.
+    """
+    folder = resolve_folder(spec)
+    if (folder / "config.json").is_file() or not (folder / "config.toml").is_file():
+        return folder
+    for name in (which,) if which else ("best", "final"):
+        if (folder / name / "config.json").is_file():
+            return folder / name
+    raise UserError(
+        f"the run {folder} has no {which or 'finished'} encoder; let it reach an evaluation or "
+        "its end, or choose --which best or final"
+    )
 
 
 @contextmanager
@@ -275,6 +313,6 @@ def model_card(
     if pooler != "cls":
         lines.append("Do not read `pooler_output`: this encoder has no trained pooler.")
     if scores:
-        lines += ["", "| task | Spearman x 100 |", "|---|---|"]
+        lines += ["", "| task | score x 100 |", "|---|---|"]
         lines += [f"| {name} | {value:.2f} |" for name, value in scores.items()]
     return "\n".join(lines) + "\n"

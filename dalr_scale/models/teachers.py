@@ -104,7 +104,7 @@ class HFTextTeacher(TextTeacher):
         if tokens:
             _require_first_cls(self.tokenizer, folder)
         self.facts = {
-            "model": folder.name,
+            "model": folders.folder_label(folder),
             "revision": weights_hash(inner),
             "pooling": pooler,
             "normalized": False,
@@ -274,7 +274,7 @@ def _open_clip(spec: str) -> tuple[Any, Any, dict[str, Any]]:
     for key, value in model.state_dict().items():
         if not bool(torch.isfinite(value).all()):
             raise UserError(f"{weights}: weight {key} holds values that are not finite")
-    label = weights.parent.name if name.startswith("local-dir:") else name
+    label = folders.folder_label(weights.parent) if name.startswith("local-dir:") else name
     facts = {"model": label, "revision": _file_hash([weights]), "normalized": False}
     return model, tokenizer, facts
 

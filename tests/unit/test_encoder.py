@@ -213,7 +213,7 @@ def test_pooling_of_sentence_transformers_is_read(pooling, expected, tokenizer, 
 def test_foreign_modules_are_refused_without_an_explicit_pooler(tokenizer, tmp_path):
     folder = build(tokenizer, pooler="cls").save(tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())
-    del config["dalr_pooler"]
+    del config["dalr_scale"]
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match="Transformer, Pooling, Dense"):
         SentenceEncoder.from_folder(folder)
