@@ -26,9 +26,7 @@ from dalr_scale.models.dalr import DalrModel, FeatureWidths, LossSpec
 from dalr_scale.models.encoder import SentenceEncoder
 from dalr_scale.models.tokenizer import load_tokenizer
 from dalr_scale.objective import Needs, needs_of
-from dalr_scale.online_teachers import OnlineTeachers, build_online_teachers
-
-STORED = "features:"
+from dalr_scale.online_teachers import STORED, OnlineTeachers, build_online_teachers
 
 
 @dataclass(frozen=True)
