@@ -110,7 +110,7 @@ def _run(config: Config, world: Any, started: float) -> int:
     prepare_data(config, world)
     streams = build_streams(config)
     parts = build_model(config, streams, world)
-    suite = build_suite(config, parts.tokenizer, open_held_out(config), world)
+    suite = build_suite(config, parts.model.encoder, open_held_out(config), world)
     if world.rank == 0:
         print(report.arithmetic(config, streams, parts.model, world.size), flush=True)
     optimizer = build_optimizer(parts.model, config.optim)

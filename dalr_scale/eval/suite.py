@@ -149,9 +149,9 @@ def _evaluating(engine: Forward) -> Iterator[None]:
 
 
 def build_suite(
-    config: Config, tokenizer: Any, held_out: Source | None, world: World
+    config: Config, encoder: SentenceEncoder, held_out: Source | None, world: World
 ) -> EvaluationSuite:
-    """Loads every task that the configuration names."""
+    """Loads every task that the configuration names; sentences are cut at the encoder's limit."""
     options = config.eval
     tasks = [_sts_task(config, name) for name in options.tasks]
     if options.graded_dev:
@@ -168,9 +168,9 @@ def build_suite(
         final_tasks=tuple(final),
         held_out=read_held_out(held_out) if held_out is not None else None,
         select=select,
-        tokenizer=tokenizer,
+        tokenizer=encoder.tokenizer,
         batch_size=options.batch_size,
-        max_length=max(config.data.max_length, 128) if not config.model.architecture else 128,
+        max_length=encoder.max_length,
         world=world,
     )
 
