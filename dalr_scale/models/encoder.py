@@ -411,8 +411,9 @@ def encode_sentences(
     unique = list(dict.fromkeys(sentences))
     number = {sentence: row for row, sentence in enumerate(unique)}
     device = next(encoder.parameters()).device
+    limit = min(max_length or module.max_length, module.max_length)
     batches = length_sorted_batches(
-        module.tokenizer, unique, max_length=max_length or module.max_length, batch_size=batch_size
+        module.tokenizer, unique, max_length=limit, batch_size=batch_size
     )
     training, out = encoder.training, None
     encoder.eval()

@@ -212,15 +212,18 @@ def run_encoder(spec: str | Path, which: str | None = None) -> Path:
 def new_folder(final: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """Yield an empty folder beside `final` that takes its place when the block succeeds.
 
-    A reader sees the old folder or the complete new one; a failed block leaves the old one as it
-    was. The existing folder is only replaced with `overwrite`.
+    A reader sees the old folder or the complete new one (between two renames, for an instant,
+    neither); a failed block leaves the old one as it was. What a killed process left behind is put
+    back or removed by the next call, so only one process may write to a place at a time.
+
+    Raises:
+        UserError: `final` exists and `overwrite` is off.
     """
+    _recover(final)
     check_free(final, overwrite=overwrite)
     final.parent.mkdir(parents=True, exist_ok=True)
     fresh = final.with_name(f".{final.name}.new-{os.getpid()}")
     stale = final.with_name(f".{final.name}.old-{os.getpid()}")
-    for leftover in (fresh, stale):
-        shutil.rmtree(leftover, ignore_errors=True)
     fresh.mkdir()
     try:
         yield fresh
@@ -230,6 +233,17 @@ def new_folder(final: Path, *, overwrite: bool = False) -> Iterator[Path]:
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
         shutil.rmtree(stale, ignore_errors=True)
+
+
+def _recover(final: Path) -> None:
+    """Undo a replacement that was interrupted between its two renames."""
+    for stale in final.parent.glob(f".{final.name}.old-*"):
+        if final.exists():
+            shutil.rmtree(stale, ignore_errors=True)
+        else:
+            stale.rename(final)
+    for fresh in final.parent.glob(f".{final.name}.new-*"):
+        shutil.rmtree(fresh, ignore_errors=True)
 
 
 def check_free(final: Path, *, overwrite: bool) -> None:

@@ -153,7 +153,10 @@ def test_roberta_reserves_positions_up_to_its_padding_id(tokenizer):
     assert build(tokenizer, "roberta").max_length == 39  # padding id 0 takes one position
     long = " ".join(["dog"] * 100)
     for kind in ("bert", "roberta"):
-        assert encode_sentences(build(tokenizer, kind), [long]).isfinite().all()
+        encoder = build(tokenizer, kind)
+        cut = encode_sentences(encoder, [long])
+        assert cut.isfinite().all()
+        assert torch.equal(cut, encode_sentences(encoder, [long], max_length=1000))
 
 
 def test_config_errors_name_the_mistake(tokenizer):
@@ -272,6 +275,17 @@ def test_save_refuses_to_overwrite_and_leaves_the_old_folder_on_failure(tokenize
         next(encoder.parameters())[0, 0] = 1.0
     encoder.save(folder, overwrite=True)
     assert (folder / "model.safetensors").read_bytes() != before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "vocab.txt"]
+
+
+def test_a_replacement_that_was_killed_half_way_is_undone(tokenizer, tmp_path):
+    folder = build(tokenizer).save(tmp_path / "model")
+    weights = (folder / "model.safetensors").read_bytes()
+    (tmp_path / ".model.new-1").mkdir()
+    folder.rename(tmp_path / ".model.old-1")  # killed between the two renames
+    with pytest.raises(UserError, match="--overwrite"):
+        build(tokenizer).save(folder)
+    assert (folder / "model.safetensors").read_bytes() == weights
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "vocab.txt"]
 
 
