@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -218,11 +219,22 @@ class StepLoader(DataLoader):
     """A DataLoader over a StepDataset that raises the errors its workers met."""
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
-        """Yield the batches in step order."""
-        for batch in super().__iter__():
-            if isinstance(batch, UserError):
-                raise batch
-            yield batch
+        """Yield the batches in step order.
+
+        Raises:
+            UserError: a batch cannot be read.
+            RuntimeError: a worker process has died.
+        """
+        try:
+            for batch in super().__iter__():
+                if isinstance(batch, UserError):
+                    raise batch
+                yield batch
+        except (ConnectionError, EOFError) as error:
+            # The queue broke before the worker's death was reported. The report interrupts this
+            # sleep with an error that names the process.
+            time.sleep(2)
+            raise RuntimeError("a loader worker died while it sent a batch") from error
 
 
 def make_loader(

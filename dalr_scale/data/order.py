@@ -79,7 +79,7 @@ class StreamPlan:
     of the steps, N_pair / (N_text + N_pair) or ``pair_fraction``, spread evenly in integer
     arithmetic. ``reference`` is the published rule: within an epoch of N_text + N_pair steps, step
     n is paired when n mod k = 0 with k = max(1, floor(N_text / N_pair)); streams never end, so
-    pairs are passed more than once an epoch.
+    pairs are passed more than once an epoch, and with N_text < 2 N_pair (k = 1) text is never used.
 
     Attributes:
         seed: seed of both streams' orders.

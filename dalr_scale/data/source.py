@@ -21,7 +21,7 @@ from dalr_scale.errors import UserError
 
 TOKENS = "tokens"  # the role whose features are one vector per token
 _IMAGE_ROLES = ("image", "caption")
-_OPEN_SHARDS = 256  # well below the usual limit of 1,024 open files per process
+_OPEN_FILES = 512  # half of the usual limit of 1,024 per process
 _NO_FEATURES: Mapping[str, str] = MappingProxyType({})
 
 
@@ -53,6 +53,8 @@ class _OpenShard:
         self.features = features
         self.descriptor = -1
         self.descriptor = open_regular(index.shard)
+        if os.fstat(self.descriptor).st_size != index.header.shard_size:
+            raise UserError(f"{index.shard}: changed since it was indexed; start again")
 
     def __del__(self) -> None:
         if self.descriptor >= 0:
@@ -222,20 +224,20 @@ class Source:
         return found
 
     def _open(self, shard: int) -> _OpenShard:
-        """Return an open shard from a bounded cache, so that 10,000 shards need 256 files."""
+        """Return an open shard from a cache with a bounded number of open files.
+
+        A memory map holds a descriptor too: the index, and each feature set (tokens have two).
+        """
         opened = self._cache.get(shard)
         if opened is None:
             file = self._files[shard]
-            if os.stat(file.shard).st_size != file.header.shard_size:
-                raise UserError(f"{file.shard}: changed since it was indexed; start again")
             tables = {
                 role: open_features(file.shard, name, file.header)
                 for role, name in self._features.items()
             }
-            opened = _OpenShard(file.load(), tables)
-            self._cache[shard] = opened
-            if len(self._cache) > _OPEN_SHARDS:
+            while self._cache and len(self._cache) * (len(tables) + 3) >= _OPEN_FILES:
                 self._cache.popitem(last=False)
+            opened = self._cache[shard] = _OpenShard(file.load(), tables)
         else:
             self._cache.move_to_end(shard)
         return opened

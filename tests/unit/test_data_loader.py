@@ -1,0 +1,345 @@
+"""The loader: the same batches at any number of ranks and workers, and from any step."""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from shard_tools import jpeg, picture_bytes, write_pairs
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from dalr_scale.data.features_store import write_features
+from dalr_scale.data.images import check_image, decode_image
+from dalr_scale.data.index import ensure_index
+from dalr_scale.data.loader import (
+    Batch,
+    Padding,
+    StepDataset,
+    make_loader,
+    make_plan,
+    tokenize,
+)
+from dalr_scale.data.order import StreamPlan
+from dalr_scale.data.source import Source
+from dalr_scale.data.writer import ShardSetWriter, write_text_shards
+from dalr_scale.errors import UserError
+
+
+def small_tokenizer() -> PreTrainedTokenizerFast:
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "sentence", "pairs", "caption", "of", "picture"]
+    words += [str(number) for number in range(100)]
+    core = Tokenizer(models.WordLevel({word: n for n, word in enumerate(words)}, "[UNK]"))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    core.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("shards")
+    write_text_shards(
+        ("sentence " + "of " * (n % 9) + str(n) for n in range(100)),
+        path,
+        "text",
+        per_member=16,
+        members_per_shard=2,
+    )
+    for shard in write_pairs(path, 11, per_shard=4):
+        rows = ensure_index(shard).header.samples
+        values = np.random.default_rng(0).normal(size=(rows, 6))
+        write_features(shard, "clip", values, level="sample", manifest_extra={})
+    return path
+
+
+@pytest.fixture(scope="module")
+def sources(folder: Path) -> tuple[Source, Source]:
+    text = Source(sorted(folder.glob("text-*.tar")))
+    pairs = Source(sorted(folder.glob("pairs-??????.tar")), features={"image": "clip"})
+    return text, pairs
+
+
+def loader_of(sources: tuple[Source, Source], **changes: object):
+    plan = make_plan(*sources, seed=3, global_batch=12)
+    settings: dict = {
+        "rank": 0,
+        "world_size": 1,
+        "start_step": 0,
+        "total_steps": 20,
+        "max_length": 8,
+        "num_workers": 0,
+    } | changes
+    return make_loader(settings.pop("plan", plan), *sources, small_tokenizer(), **settings)
+
+
+def digest(batches: list[Batch]) -> list[str]:
+    """Hash what each step holds, whatever it is padded to."""
+    found = []
+    for batch in batches:
+        rows = [
+            ids[mask.bool()].tolist()
+            for ids, mask in zip(batch.input_ids, batch.attention_mask, strict=True)
+        ]
+        features = {role: value.tolist() for role, value in batch.features.items()}
+        content = (batch.step, batch.kind, batch.item_ids.tolist(), batch.sentences, rows)
+        text = repr((content, batch.image_ids.tolist(), features))
+        found.append(hashlib.sha256(text.encode()).hexdigest())
+    return found
+
+
+def joined(parts: list[list[Batch]]) -> list[Batch]:
+    """Put the rows of all ranks together again, padded to the longest rank."""
+    whole = []
+    for ranks in zip(*parts, strict=True):
+        length = max(batch.input_ids.shape[1] for batch in ranks)
+
+        def cat(name: str, ranks=ranks, length=length) -> torch.Tensor:
+            values = [getattr(batch, name) for batch in ranks]
+            if values[0].dim() == 2:
+                values = [torch.nn.functional.pad(v, (0, length - v.shape[1])) for v in values]
+            return torch.cat(values)
+
+        names = ("item_ids", "input_ids", "attention_mask", "image_ids")
+        whole.append(
+            Batch(
+                step=ranks[0].step,
+                kind=ranks[0].kind,
+                sentences=[text for batch in ranks for text in batch.sentences],
+                features={
+                    role: torch.cat([batch.features[role] for batch in ranks])
+                    for role in ranks[0].features
+                },
+                **{name: cat(name) for name in names},
+            )
+        )
+    return whole
+
+
+def test_ranks_and_workers_do_not_change_a_batch(sources) -> None:
+    reference = digest(list(loader_of(sources)))
+    assert len(reference) == len(set(reference)) == 20
+    for world in (2, 3, 4):
+        parts = [list(loader_of(sources, rank=r, world_size=world)) for r in range(world)]
+        assert digest(joined(parts)) == reference
+    for workers in (1, 2):
+        assert digest(list(loader_of(sources, num_workers=workers))) == reference
+
+
+def test_the_comparison_notices_swapped_ranks_and_another_seed(sources) -> None:
+    reference = digest(list(loader_of(sources)))
+    parts = [list(loader_of(sources, rank=r, world_size=2)) for r in (1, 0)]
+    assert not set(digest(joined(parts))) & set(reference)
+    other = make_plan(*sources, seed=4, global_batch=12)
+    assert not set(digest(list(loader_of(sources, plan=other)))) & set(reference)
+
+
+@pytest.mark.parametrize("start", [1, 2, 7, 8, 11, 12, 19, 20])
+def test_a_later_start_continues_the_same_order(start: int, sources) -> None:
+    reference = digest(list(loader_of(sources)))
+    assert digest(list(loader_of(sources, start_step=start))) == reference[start:]
+
+
+def test_a_batch_holds_what_the_plan_says(sources) -> None:
+    text, pairs = sources
+    plan = make_plan(text, pairs, seed=3, global_batch=12)
+    kinds = []
+    for batch in loader_of(sources, rank=1, world_size=3):
+        ids = plan.batch_ids(batch.step)[4:8]
+        source = pairs if batch.kind == "pair" else text
+        assert batch.item_ids.tolist() == ids.tolist()
+        assert batch.sentences == source.read(ids).sentences
+        assert batch.input_ids.dtype == batch.attention_mask.dtype == torch.int64
+        assert batch.input_ids.shape[1] == int(batch.attention_mask.sum(1).max())
+        assert ((batch.input_ids == 0) == (batch.attention_mask == 0)).all()
+        assert set(batch.features) == ({"image"} if batch.kind == "pair" else set())
+        assert (batch.image_ids >= 0).all() == (batch.kind == "pair")
+        kinds.append(batch.kind)
+    assert kinds.count("pair") == plan.batches_before(20)[1] > 0
+
+
+def test_padding() -> None:
+    tokenizer = small_tokenizer()
+    sentences = ["of", "of of of of"]
+
+    def shape(**settings: int) -> list[int]:
+        return list(tokenize(tokenizer, sentences, Padding(**settings))[0].shape)
+
+    assert shape(max_length=32) == [2, 6]
+    assert shape(max_length=4) == [2, 4]
+    assert shape(max_length=32, pad_to_multiple=4) == [2, 8]
+    assert shape(max_length=7, pad_to_multiple=4) == [2, 7]
+    assert shape(max_length=32, pad_to=32) == [2, 32]
+    ids, mask = tokenize(tokenizer, ["of"], Padding(8, pad_to=5))
+    assert ids.tolist() == [[2, 7, 3, 0, 0]]
+    assert mask.tolist() == [[1, 1, 1, 0, 0]]
+
+
+def test_impossible_settings_are_refused(sources) -> None:
+    cases = [
+        ({"world_size": 5}, "global batch of 12 cannot be cut into 5"),
+        ({"start_step": 21}, "ends at step 20"),
+        ({"pad_to": 4}, "cannot hold 8"),
+        (
+            {"world_size": 2, "plan": StreamPlan(3, 12, 100, 55, tail="keep")},
+            "one process only",
+        ),
+    ]
+    for changes, message in cases:
+        with pytest.raises(UserError, match=message):
+            loader_of(sources, **changes)
+    with pytest.raises(ValueError, match="other sources"):
+        loader_of(sources, plan=StreamPlan(3, 12, 99, 55))
+    with pytest.raises(ValueError, match="rank 2"):
+        loader_of(sources, rank=2, world_size=2)
+    with pytest.raises(UserError, match="fewer than one global batch of 60"):
+        make_plan(*sources, seed=1, global_batch=60)
+    without = small_tokenizer()
+    without.pad_token = None
+    with pytest.raises(UserError, match="padding token"):
+        make_loader(
+            make_plan(*sources, seed=3, global_batch=12),
+            *sources,
+            without,
+            rank=0,
+            world_size=1,
+            start_step=0,
+            total_steps=1,
+            max_length=8,
+            num_workers=0,
+        )
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_errors_of_workers_arrive_as_one_sentence(workers: int, tmp_path: Path) -> None:
+    shard = write_pairs(tmp_path, 4, per_shard=9)[0]
+    source = Source([shard])
+    content = shard.read_bytes()
+    with shard.open("r+b") as file:
+        file.seek(content.index(b"caption 2 of picture 1"))
+        file.write(b"#")
+    with pytest.raises(UserError) as raised:
+        list(
+            make_loader(
+                make_plan(None, source, seed=1, global_batch=4),
+                None,
+                source,
+                small_tokenizer(),
+                rank=0,
+                world_size=1,
+                start_step=0,
+                total_steps=5,
+                max_length=8,
+                num_workers=workers,
+            )
+        )
+    assert str(raised.value).startswith(f"{shard}: line 3 of sample 'pairs0001' differs")
+    assert "\n" not in str(raised.value)
+
+
+def to_tensor(picture: Image.Image) -> torch.Tensor:
+    return torch.from_numpy(np.asarray(picture.resize((8, 8))).copy()).permute(2, 0, 1)
+
+
+def image_dataset(source: Source) -> StepDataset:
+    plan = make_plan(None, source, seed=1, global_batch=source.num_items)
+    return StepDataset(
+        plan, None, source, small_tokenizer(), Padding(8), 0, 1, 1, image_transform=to_tensor
+    )
+
+
+def test_pictures_are_decoded_in_the_worker(tmp_path: Path) -> None:
+    source = Source(write_pairs(tmp_path, 2, per_shard=9), with_images=True)
+    batch = image_dataset(source)[0]
+    assert isinstance(batch, Batch)
+    assert batch.images is not None
+    assert batch.images.shape == (10, 3, 8, 8)
+    for text, image in zip(batch.sentences, batch.images, strict=True):
+        assert torch.equal(image, to_tensor(decode_image(jpeg(int(text.rsplit(" ", 1)[1])))))
+
+
+def test_an_undecodable_picture_names_its_sample(tmp_path: Path) -> None:
+    with ShardSetWriter(tmp_path, "p", samples_per_shard=9) as writer:
+        writer.write("good", {"jpg": jpeg(), "txt": b"of"})
+        writer.write("half", {"jpg": jpeg()[:-200], "txt": b"of\n\npicture"})
+    found = image_dataset(Source(writer.shards, with_images=True))[0]
+    assert isinstance(found, UserError)
+    assert "sample 'half', line " in str(found)
+    assert "cannot be decoded" in str(found)
+
+
+GRAY16 = Image.fromarray(np.arange(64, dtype=np.uint16).reshape(8, 8) * 1000)
+PICTURES = {
+    "JPEG": picture_bytes(Image.new("RGB", (8, 8)), "JPEG"),
+    "PNG": picture_bytes(Image.new("P", (8, 8)), "PNG"),
+    "PNG with alpha": picture_bytes(Image.new("RGBA", (8, 8)), "PNG"),
+    "WebP": picture_bytes(Image.new("RGB", (8, 8)), "WEBP"),
+    "CMYK": picture_bytes(Image.new("CMYK", (8, 8)), "JPEG"),
+    "16 bit": picture_bytes(GRAY16, "PNG"),
+    "1 pixel": picture_bytes(Image.new("RGB", (1, 1)), "JPEG"),
+    "animated": picture_bytes(
+        Image.new("RGB", (8, 8)),
+        "WEBP",
+        save_all=True,
+        append_images=[Image.new("RGB", (8, 8), "red")],
+    ),
+}
+
+
+@pytest.mark.parametrize("data", PICTURES.values(), ids=PICTURES.keys())
+def test_usual_and_unusual_pictures_decode_to_rgb(data: bytes) -> None:
+    assert check_image(data) in ("jpg", "png", "webp")
+    assert decode_image(data).mode == "RGB"
+
+
+NO_PICTURES = {
+    "empty": b"",
+    "HTML": b"<html>not found</html>",
+    "EPS": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
+    "GIF": picture_bytes(Image.new("P", (8, 8)), "GIF"),
+    "half a JPEG": jpeg()[:-200],
+    "half a PNG": picture_bytes(Image.fromarray(np.eye(64, dtype=np.uint8)), "PNG")[:-40],
+    "JPEG header only": jpeg()[:20],
+}
+
+
+@pytest.mark.parametrize("data", NO_PICTURES.values(), ids=NO_PICTURES.keys())
+def test_no_pictures_are_refused(data: bytes) -> None:
+    for use in (check_image, decode_image):
+        with pytest.raises(ValueError, match=r"cannot be decoded|is not a JPEG"):
+            use(data)
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("side", [9_000, 13_000, 30_000])
+def test_bombs_are_refused_from_their_header(side: int) -> None:
+    small = picture_bytes(Image.new("1", (8, 8)), "PNG")
+    import zlib
+
+    header = b"IHDR" + side.to_bytes(4, "big") * 2 + small[24:29]
+    bomb = small[:12] + header + zlib.crc32(header).to_bytes(4, "big") + small[33:]
+    for use in (check_image, decode_image):
+        with pytest.raises(ValueError, match="pixels"):
+            use(bomb)
+
+
+def test_batches_move_and_pickle(sources) -> None:
+    batch = next(iter(loader_of(sources, start_step=1)))
+    moved = batch.to("meta")
+    assert moved.input_ids.device.type == "meta"
+    assert moved.sentences == batch.sentences
+    assert all(value.device.type == "meta" for value in moved.features.values())
+    again = pickle.loads(pickle.dumps(batch))
+    assert digest([again]) == digest([batch])
