@@ -10,7 +10,10 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
+import json
 import os
+import re
 import tomllib
 import types
 import typing
@@ -20,9 +23,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dalr_scale.errors import UserError
+from dalr_scale.ranges import check_ranges
 
 RECIPES = Path(__file__).parent / "recipes"
 DEFAULT_RECIPE = "quickstart"
+
+
+@functools.cache
+def _type_hints(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
 
 
 def opt(default: Any, text: str) -> Any:
@@ -320,20 +329,41 @@ def load_config(source: str | None, overrides: Sequence[str] = ()) -> Config:
 
 
 def build_config(layers: Iterable[Mapping[str, Mapping[str, Any]]]) -> Config:
-    """Merges layers of ``{section: {key: value}}`` and types every value."""
+    """Merges layers of ``{section: {key: value}}``, types every value and checks its range.
+
+    A dotted key (``architecture.hidden_size``) changes one entry of a table-valued key.
+    """
     values: dict[str, dict[str, Any]] = {}
     for layer in layers:
         for section, entries in layer.items():
+            if not isinstance(entries, Mapping):
+                raise UserError(f"'{section}' stands outside of a table: write it below [section]")
             target = values.setdefault(section, {})
             if section == "objective" and "preset" in entries:
                 target.clear()
                 target.update(_preset(str(entries["preset"])))
-            target.update(entries)
+            for key, value in entries.items():
+                _assign(target, key, value)
     sections = {f.name: f for f in dataclasses.fields(Config)}
     for section in values:
         _known(section, sections, "section")
-    hints = typing.get_type_hints(Config)
-    return Config(**{name: _section(hints[name], name, values.get(name, {})) for name in sections})
+    hints = _type_hints(Config)
+    config = Config(
+        **{name: _section(hints[name], name, values.get(name, {})) for name in sections}
+    )
+    check_ranges(config)
+    return config
+
+
+def _assign(target: dict[str, Any], dotted: str, value: Any) -> None:
+    """Sets a key, or one entry of a table below it; tables of earlier layers are not changed."""
+    key, dot, rest = dotted.partition(".")
+    if dot:
+        before = target.get(key)
+        table = dict(before) if isinstance(before, Mapping) else {}
+        _assign(table, rest, value)
+        value = table
+    target[key] = value
 
 
 def _preset(name: str) -> dict[str, Any]:
@@ -342,7 +372,7 @@ def _preset(name: str) -> dict[str, Any]:
 
 
 def _section(cls: type, section: str, entries: Mapping[str, Any]) -> Any:
-    hints = typing.get_type_hints(cls)
+    hints = _type_hints(cls)
     for key in entries:
         _known(key, hints, f"key in [{section}]")
     return cls(**{k: _typed(v, hints[k], f"{section}.{k}") for k, v in entries.items()})
@@ -392,9 +422,7 @@ def parse_overrides(words: Sequence[str]) -> dict[str, dict[str, Any]]:
             text = pending.pop(0)
         section, key = name.split(".", 1)
         entries = layer.setdefault(section, {})
-        *parents, key = key.split(".")
-        for parent in parents:
-            entries = entries.setdefault(parent, {})
+        entries.pop(key, None)  # a repeated word takes its place among the others anew
         entries[key] = _parse_value(text, section, key)
     return layer
 
@@ -410,8 +438,8 @@ def _parse_value(text: str, section: str, key: str) -> Any:
 
 
 def _field_hint(section: str, key: str) -> Any:
-    cls = typing.get_type_hints(Config).get(section)
-    return typing.get_type_hints(cls).get(key) if isinstance(cls, type) else None
+    cls = _type_hints(Config).get(section)
+    return _type_hints(cls).get(key) if isinstance(cls, type) else None
 
 
 def _toml_value(text: str) -> Any:
@@ -446,7 +474,7 @@ def recipe_names() -> list[str]:
 
 def to_toml(config: Config) -> str:
     """The resolved configuration as TOML text that ``load_config`` reads back to an equal one."""
-    lines = [f"# Resolved configuration of run '{config.run.name}'."]
+    lines = [f"# Resolved configuration of run {_toml_text(config.run.name)}."]
     for section in dataclasses.fields(config):
         lines += ["", f"[{section.name}]"]
         entries = getattr(config, section.name)
@@ -462,16 +490,21 @@ def _toml_text(value: Any) -> str:
         case bool():
             return "true" if value else "false"
         case str():
-            escaped = value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
-            return f'"{escaped}"'
+            # JSON's escapes are TOML's too; TOML alone wants DEL escaped
+            return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
         case list() | tuple():
             return "[" + ", ".join(map(_toml_text, value)) + "]"
         case dict():
-            return "{" + ", ".join(f"{k} = {_toml_text(v)}" for k, v in value.items()) + "}"
+            entries = (f"{_toml_key(k)} = {_toml_text(v)}" for k, v in value.items())
+            return "{" + ", ".join(entries) + "}"
         case types.NoneType():
             raise TypeError("TOML has no null")
         case _:
             return repr(value)
+
+
+def _toml_key(key: str) -> str:
+    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else _toml_text(key)
 
 
 def help_text() -> str:
@@ -479,7 +512,7 @@ def help_text() -> str:
     lines: list[str] = []
     for section in dataclasses.fields(Config):
         lines += ["", f"[{section.name}]"]
-        cls = typing.get_type_hints(Config)[section.name]
+        cls = _type_hints(Config)[section.name]
         for f in dataclasses.fields(cls):
             default = f.default if f.default is not dataclasses.MISSING else {}
             lines.append(f"  --{section.name}.{f.name}={_toml_text(default)}")
