@@ -1,0 +1,392 @@
+"""Configuration: layers, types, ranges, presets, and errors that name the right key."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import typing
+from collections.abc import Iterator
+
+import pytest
+
+from dalr_scale.config import (
+    PRESETS,
+    Config,
+    build_config,
+    help_text,
+    load_config,
+    parse_overrides,
+    recipe_names,
+    to_toml,
+)
+from dalr_scale.errors import UserError
+
+SECTIONS = {f.name: typing.get_type_hints(Config)[f.name] for f in dataclasses.fields(Config)}
+KEYS = [(name, f.name) for name, cls in SECTIONS.items() for f in dataclasses.fields(cls)]
+
+
+def override(*words: str) -> Config:
+    return build_config([parse_overrides(words)])
+
+
+def misspelt(word: str) -> Iterator[str]:
+    """`word` with each letter dropped, and with each two neighbours swapped."""
+    for i in range(len(word)):
+        yield word[:i] + word[i + 1 :]
+    for i in range(len(word) - 1):
+        if word[i] != word[i + 1]:
+            yield word[:i] + word[i + 1] + word[i] + word[i + 2 :]
+
+
+# Unknown names
+
+
+@pytest.mark.parametrize(("section", "key"), KEYS, ids=[".".join(k) for k in KEYS])
+def test_a_misspelt_key_names_the_right_one(section: str, key: str) -> None:
+    for typo in misspelt(key):
+        with pytest.raises(UserError) as error:
+            build_config([{section: {typo: 1}}])
+        assert f"'{typo}'" in str(error.value)
+        assert f"did you mean '{key}'?" in str(error.value), typo
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_a_misspelt_section_names_the_right_one(section: str) -> None:
+    for typo in misspelt(section):
+        with pytest.raises(UserError, match=f"did you mean '{section}'"):
+            override(f"--{typo}.key=1")
+
+
+def test_a_misspelt_preset_and_recipe_name_the_right_one() -> None:
+    with pytest.raises(UserError, match="did you mean 'kdmcse'"):
+        override("--objective.preset=kdmsce")
+    with pytest.raises(UserError, match="no recipe, file or run folder"):
+        load_config("no-such-recipe")
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        (["--optim.lr"], "has no value"),
+        (["--lr=1"], "write --section.key=value"),
+        (["optim.lr=1"], "write --section.key=value"),
+    ],
+)
+def test_words_that_are_no_override_are_refused(words: list[str], problem: str) -> None:
+    with pytest.raises(UserError, match=problem):
+        override(*words)
+
+
+# Types and ranges
+
+
+@pytest.mark.parametrize(
+    ("setting", "problem"),
+    [
+        ("optim.lr=fast", "must be of type float"),
+        ("optim.lr=nan", "must be of type float"),
+        ("optim.lr=true", "must be of type float"),
+        ("optim.steps=3.5", "must be of type int"),
+        ("optim.steps=true", "must be of type int"),
+        ("run.from_scratch=1", "must be of type bool"),
+        ("run.from_scratch=True", "must be of type bool"),
+        ("optim.betas=0.9,x", "must be of type float"),
+        ("model.architecture=3", "must be of type dict"),
+        ("engine.kind=zero4", "is not one of: zero1, zero2, zero3, ddp"),
+        ("objective.same_image=maks", "is not one of: keep, mask"),
+        ("optim.lr.x=1", "must be of type float"),
+    ],
+)
+def test_a_wrong_type_is_refused_with_key_and_wish(setting: str, problem: str) -> None:
+    with pytest.raises(UserError, match=problem) as error:
+        override(f"--{setting}")
+    key = setting.split("=")[0]
+    assert key in str(error.value) or key.rpartition(".")[0] in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "optim.lr=-1e-4",
+        "optim.lr=0",
+        "optim.lr=inf",
+        "optim.embedding_lr=-1",
+        "optim.betas=[0.9]",
+        "optim.betas=[0.9, 1.0]",
+        "optim.eps=0",
+        "optim.clip=-1",
+        "optim.steps=-5",
+        "optim.epochs=0",
+        "optim.warmup=-1",
+        "optim.weight_decay=-0.1",
+        "objective.temperature=0",
+        "objective.vl_temperature=-0.05",
+        "objective.margin=-0.1",
+        "objective.margin=4",
+        "objective.kl_teacher_temperature=0",
+        "objective.rank_teacher_temperature=0",
+        "objective.cross_weight=-1",
+        "objective.rank_weight=-1",
+        "objective.false_negative_threshold=1.5",
+        "data.pair_fraction=1.5",
+        "data.pair_fraction=-0.1",
+        "data.max_length=0",
+        "data.pad_to_multiple=0",
+        "data.workers=-1",
+        "model.grounding_width=0",
+        "model.consistency_width=-1",
+        "batch.global_size=0",
+        "batch.micro_size=-1",
+        "engine.timeout_minutes=0",
+        "engine.threads=-1",
+        "eval.every=-1",
+        "eval.batch_size=0",
+        "save.every_steps=-1",
+        "save.every_minutes=-1",
+        "save.keep=0",
+        "log.every=0",
+        "run.seed=-1",
+        "run.watchdog_minutes=-1",
+        "run.max_minutes=-1",
+        "teachers.text_weights=[0.5, -0.5]",
+    ],
+)
+def test_a_value_out_of_range_is_refused_before_anything_starts(setting: str) -> None:
+    key = setting.split("=")[0]
+    with pytest.raises(UserError, match=key.replace(".", r"\.")) as error:
+        override(f"--{setting}")
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_the_ends_of_ranges_are_allowed() -> None:
+    config = override("--optim.clip=0", "--data.pair_fraction=1", "--objective.margin=0")
+    assert (config.optim.clip, config.data.pair_fraction, config.objective.margin) == (0, 1, 0)
+
+
+def test_whole_numbers_serve_as_floats_and_text_stays_text() -> None:
+    config = override("--optim.lr=1", "--run.name=7", "--eval.tasks=STS12,STS-B", "--run.dir=''")
+    assert config.optim.lr == 1.0 and isinstance(config.optim.lr, float)
+    assert config.run.name == "7" and config.run.dir == ""
+    assert config.eval.tasks == ("STS12", "STS-B")
+    assert override("--run.name", "x=y").run.name == "x=y"
+
+
+# Layers
+
+
+def test_later_layers_win_key_by_key(tmp_path) -> None:
+    file = tmp_path / "own.toml"
+    file.write_text("[optim]\nlr = 0.5\nsteps = 7\n[data]\ntext = ['a', 'b']\n")
+    config = load_config(str(file), ["--optim.lr=0.25", "--data.text=c"])
+    assert (config.optim.lr, config.optim.steps) == (0.25, 7)
+    assert config.data.text == ("c",)
+    assert config.optim.eps == 1e-6  # untouched default
+
+
+def test_a_layer_that_names_a_preset_starts_the_objective_afresh(tmp_path) -> None:
+    file = tmp_path / "own.toml"
+    file.write_text("[objective]\npreset = 'dalr'\ntemperature = 0.1\nrank_weight = 32.0\n")
+    assert load_config(str(file)).objective.rank_weight == 32
+    kept = load_config(str(file), ["--objective.margin=0.2"]).objective
+    assert (kept.temperature, kept.rank_weight, kept.margin) == (0.1, 32, 0.2)
+    fresh = load_config(str(file), ["--objective.preset=mcse", "--objective.margin=0.2"]).objective
+    assert (fresh.temperature, fresh.rank_weight, fresh.margin) == (0.05, 0, 0.2)
+
+
+def test_a_dotted_word_changes_one_entry_of_a_table(tmp_path) -> None:
+    file = tmp_path / "own.toml"
+    file.write_text("[model]\narchitecture = { model_type = 'bert', hidden_size = 8 }\n")
+    changed = load_config(str(file), ["--model.architecture.hidden_size=16"]).model.architecture
+    assert changed == {"model_type": "bert", "hidden_size": 16}
+    assert load_config(str(file), ["--model.architecture={}"]).model.architecture == {}
+    new = load_config(str(file), ["--model.architecture={ a = 1 }", "--model.architecture.b=x"])
+    assert new.model.architecture == {"a": 1, "b": "x"}
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [("lr = 1", "table"), ("objective = 3", "table"), ("[optim]\nlr = ", "not valid TOML")],
+)
+def test_a_malformed_file_is_refused(text: str, problem: str, tmp_path) -> None:
+    file = tmp_path / "bad.toml"
+    file.write_text(text)
+    with pytest.raises(UserError, match=problem):
+        load_config(str(file))
+
+
+# Written and read back
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_resolved_configuration_reads_back_equal(preset: str, tmp_path) -> None:
+    config = build_config(
+        [
+            {
+                "run": {"name": 'quo"te \\ back\nline\ttab \x7f ü', "seed": 5},
+                "objective": {"preset": preset, "temperature": 0.07},
+                "model": {"architecture": {"model_type": "bert", "a.b c": [1, {"x": True}]}},
+                "optim": {"lr": 1e-05, "betas": [0.9, 0.95]},
+            }
+        ]
+    )
+    (tmp_path / "config.toml").write_text(to_toml(config), encoding="utf-8")
+    assert load_config(str(tmp_path)) == config
+    assert load_config(str(tmp_path / "config.toml")) == config
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_recipe_parses(name: str) -> None:
+    config = load_config(name)
+    assert config.run.name == name
+    assert build_config([dataclasses.asdict(config)]) == config
+
+
+def test_help_names_every_key_with_its_default() -> None:
+    text = help_text()
+    for section, key in KEYS:
+        assert f"--{section}.{key}=" in text
+    for cls in SECTIONS.values():
+        for f in dataclasses.fields(cls):
+            assert f.metadata["help"] in text
+    assert "--objective.margin=0.18" in text
+
+
+def test_the_data_folder_comes_from_the_key_or_the_environment(monkeypatch) -> None:
+    monkeypatch.delenv("DALR_DATA", raising=False)
+    with pytest.raises(UserError, match=r"--data\.root"):
+        Config().path("{root}/x")
+    monkeypatch.setenv("DALR_DATA", "/from/environment")
+    assert str(Config().path("{root}/x")) == "/from/environment/x"
+    assert str(override("--data.root=/from/key").path("{root}/x")) == "/from/key/x"
+    assert str(override("--data.shards=/s").path("{shards}/x")) == "/s/x"
+
+
+# Presets. The published values, written out: SimCSE (arXiv 2104.08821), MCSE (2204.10931), KDMCSE
+# (2403.17486), DALR (2506.21096) and the code published for each; the last column is the default.
+
+COMMON = {"temperature": 0.05, "kl_student_temperature": 0.45, "kl_teacher_temperature": 0.5}
+COMMON |= {"rank_teacher_temperature": 0.05, "margin_in_text_batches": True}
+COMMON |= {"false_negative_threshold": 0.0, "distil_text_batches": False, "rank_loss": "listmle"}
+NO_DISTILLATION = {
+    "intra_weight": 0.0,
+    "soft_labels": "none",
+    "caption_soft_labels": "none",
+    "same_image": "keep",
+    "consistency_weight": 0.0,
+    "cross_kl_weight": 0.0,
+}
+TABLE = {
+    "simcse": NO_DISTILLATION | {"margin": 0.0, "cross_weight": 0.0},
+    "mcse": NO_DISTILLATION
+    | {
+        "margin": 0.0,
+        "vl_margin": 0.0,
+        "vl_temperature": 0.05,
+        "cross_weight": 0.01,
+        "image_weight": 1.0,
+        "caption_weight": 0.0,
+        "alternation": "reference",
+    },
+    "kdmcse": NO_DISTILLATION
+    | {
+        "margin": 0.15,
+        "vl_margin": 0.15,
+        "vl_temperature": 0.05,
+        "cross_weight": 0.01,
+        "image_weight": 1.0,
+        "caption_weight": 1.0,
+        "soft_labels": "image",
+        "caption_soft_labels": "caption",
+        "clamp_soft_labels": False,
+        "alternation": "reference",
+    },
+    "dalr-reference": {
+        "margin": 0.18,
+        "vl_margin": 0.18,
+        "vl_temperature": 0.05,
+        "cross_weight": 0.1,
+        "image_weight": 1.0,
+        "caption_weight": 0.0,
+        "cross_kl_weight": 1.0,
+        "consistency_weight": 0.01,
+        "intra_weight": 0.2,
+        "intra_kl_weight": 1.0,
+        "rank_weight": 1.0,
+        "g2l_weight": 1.0,
+        "soft_labels": "image",
+        "clamp_soft_labels": False,
+        "same_image": "keep",
+        "cross_kl_student": "margin",
+        "intra_kl_student": "margin",
+        "rank_student": "margin",
+        "listmle_reduction": "sum",
+        "listmle_eps": 1e-7,
+        "g2l_norm": "axis",
+        "g2l_unit_rows": False,
+        "unmatched": "roll",
+        "alternation": "reference",
+        "tail": "keep",
+        "teacher_mix": "features",
+        "teacher_similarity_dtype": "float16",
+        "teacher_tokenizer": "must_match",
+        "image_projection": "identity",
+    },
+    "dalr": {
+        "margin": 0.18,
+        "vl_margin": 0.18,
+        "vl_temperature": 0.05,
+        "cross_weight": 0.1,
+        "image_weight": 1.0,
+        "caption_weight": 0.0,
+        "cross_kl_weight": 1.0,
+        "consistency_weight": 1.0,
+        "intra_weight": 0.2,
+        "intra_kl_weight": 1.0,
+        "rank_weight": 1.0,
+        "g2l_weight": 1.0,
+        "soft_labels": "consistency",
+        "clamp_soft_labels": True,
+        "same_image": "mask",
+        "cross_kl_student": "cosine",
+        "intra_kl_student": "cosine",
+        "rank_student": "cosine",
+        "listmle_reduction": "mean",
+        "listmle_eps": 0.0,
+        "g2l_norm": "token",
+        "g2l_unit_rows": True,
+        "unmatched": "shift",
+        "alternation": "proportional",
+        "tail": "drop",
+        "teacher_mix": "similarities",
+        "teacher_similarity_dtype": "float32",
+        "teacher_tokenizer": "retokenise",
+        "image_projection": "learned",
+    },
+}
+
+
+def test_presets_are_the_published_table() -> None:
+    assert set(TABLE) == set(PRESETS)
+    for name, expected in TABLE.items():
+        objective = override(f"--objective.preset={name}").objective
+        for key, value in (COMMON | expected).items():
+            assert getattr(objective, key) == value, f"{name}: {key}"
+        assert objective.preset == name
+    assert override().objective == override("--objective.preset=dalr").objective
+
+
+def test_presets_differ_in_nothing_that_the_table_leaves_out() -> None:
+    """A key that a preset sets without effect on that preset's loss may be missing above."""
+    without_effect = {
+        "simcse": {"vl_margin", "image_weight", "clamp_soft_labels", "tail", "alternation"},
+        "mcse": {"clamp_soft_labels", "tail"},
+        "kdmcse": {"tail"},
+    }
+    zero_weights = {"intra_kl_weight", "rank_weight", "g2l_weight"}
+    for name, changes in PRESETS.items():
+        unknown = set(changes) - set(TABLE[name]) - zero_weights
+        assert unknown <= without_effect.get(name, set())
+
+
+def test_reference_margin_is_in_radians() -> None:
+    assert 10 < math.degrees(TABLE["dalr"]["margin"]) < 10.5
