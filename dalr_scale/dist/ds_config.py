@@ -73,6 +73,8 @@ def _read_edited(path: str, template: dict[str, Any]) -> dict[str, Any]:
         edited = json.loads(file.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise UserError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(edited, dict) or not isinstance(edited.get("zero_optimization"), dict):
+        raise UserError(f"{path} has no table zero_optimization; start from a copy of ds_configs/")
     _check_keys(edited, template, path)
     stage = edited["zero_optimization"].get("stage")
     if stage != template["zero_optimization"]["stage"]:
@@ -88,7 +90,7 @@ def _check_keys(edited: dict[str, Any], template: dict[str, Any], path: str) -> 
     known["zero_optimization"].setdefault("offload_optimizer", {})
     for key in edited:
         _known_key(key, known, path)
-    for key in edited.get("zero_optimization", {}):
+    for key in edited["zero_optimization"]:
         _known_key(key, known["zero_optimization"], path)
     if '"auto"' in json.dumps(edited):
         raise UserError(f'{path} contains "auto"; write the number')
