@@ -26,6 +26,7 @@ import numpy as np
 
 from dalr_scale.data.index import IndexHeader, ensure_index
 from dalr_scale.data.shards import FEATURE_SUFFIX, Member, open_regular, read_exactly, walk_tar
+from dalr_scale.data.writer import open_tar_writer
 from dalr_scale.errors import UserError
 
 LEVELS = ("sample", "item", "token")
@@ -151,9 +152,6 @@ def write_features(
     Raises:
         UserError: the set exists and ``overwrite`` is off, or shape, level or values do not fit.
     """
-    # Imported here because training only reads: webdataset brings the standard tar reader along.
-    from dalr_scale.data.writer import open_tar_writer
-
     path = features_path(shard, name)
     if path.exists() and not overwrite:
         raise UserError(f"{path}: exists already; use another name, or --overwrite")

@@ -102,13 +102,14 @@ def _from_table(path: Path, text: str, separator: str) -> Iterator[tuple[str, st
     columns = [name.strip().lower() for name in first]
     image = _column(columns, IMAGE_COLUMNS)
     caption = _column(columns, CAPTION_COLUMNS)
+    last = len(columns) - 1
     if image is None or caption is None:
         if len(first) < 2 or not _is_image_name(_without_number(first[0])):
             raise UserError(
                 f"{path}: the first line is neither a header like image{separator}caption nor "
                 f"an image name and a caption, but {first[0][:80]!r}; add the header"
             )
-        image, caption = 0, 1
+        image, caption, last = 0, 1, 1
         rows = _chain(first, rows)
     for number, row in enumerate(rows, 2):
         if not row:
@@ -116,7 +117,7 @@ def _from_table(path: Path, text: str, separator: str) -> Iterator[tuple[str, st
         if len(row) <= max(image, caption):
             raise UserError(f"{path}: row {number} has {len(row)} columns; mend it")
         # An unquoted separator in the last column belongs to the caption.
-        rest = row[caption:] if caption == len(columns) - 1 else row[caption : caption + 1]
+        rest = row[caption:] if caption >= last else row[caption : caption + 1]
         yield _without_number(row[image].strip()), separator.join(rest)
 
 

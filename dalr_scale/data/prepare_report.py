@@ -17,7 +17,7 @@ class Report:
         shards: the shards written.
         written: number by what it counts, e.g. ``{"pictures": 6000}``.
         skipped: number by reason.
-        examples: the first few things skipped, by reason.
+        examples: the first few different things skipped, by reason; one more than is shown.
     """
 
     shards: list[Path] = field(default_factory=list)
@@ -29,7 +29,7 @@ class Report:
         """Count something that was left out."""
         self.skipped[reason] += count
         kept = self.examples.setdefault(reason, [])
-        if example is not None and len(kept) < _EXAMPLES:
+        if example is not None and example not in kept and len(kept) <= _EXAMPLES:
             kept.append(example)
 
     def lines(self) -> list[str]:
@@ -40,7 +40,9 @@ class Report:
         found = [f"wrote {what} to {len(self.shards):,} shards ({size:.1f} MB) in {folder}"]
         for reason, number in self.skipped.items():
             # Names come from outside: repr keeps control characters off the terminal.
-            shown = ", ".join(repr(example) for example in self.examples[reason])
-            more = ", ..." if number > len(self.examples[reason]) > 0 else ""
-            found.append(f"left out {number:,} {reason}" + (f" ({shown}{more})" if shown else ""))
+            kept = self.examples[reason]
+            shown = ", ".join(
+                [*map(repr, kept[:_EXAMPLES]), *(["..."] if kept[_EXAMPLES:] else [])]
+            )
+            found.append(f"left out {number:,} {reason}" + (f" ({shown})" if shown else ""))
         return found

@@ -7,13 +7,14 @@ import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO
-
-from webdataset.writer import TarWriter
+from typing import TYPE_CHECKING, BinaryIO
 
 from dalr_scale.data.index import index_path
 from dalr_scale.data.shards import FEATURE_SUFFIX, SHARD_EXTENSIONS
 from dalr_scale.errors import UserError
+
+if TYPE_CHECKING:
+    from webdataset.writer import TarWriter
 
 
 def open_tar_writer(stream: BinaryIO) -> TarWriter:
@@ -22,6 +23,9 @@ def open_tar_writer(stream: BinaryIO) -> TarWriter:
     The time stamp must be the integer 0: a float makes the tar library add a PAX header to each
     member.
     """
+    # The package imports torch, seconds that a refused command or --help need not wait for.
+    from webdataset.writer import TarWriter
+
     return TarWriter(stream, encoder=False, user="", group="", mtime=0)
 
 

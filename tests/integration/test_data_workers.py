@@ -111,3 +111,21 @@ def test_a_killed_worker_is_an_error_not_a_hang(folder: Path) -> None:
     assert process.returncode == 1
     assert str(workers[0]) in error
     assert wait_until_gone(workers, 10)
+
+
+@pytest.mark.soak
+def test_plainly_ignoring_the_signal_would_hang_the_exit(folder: Path, monkeypatch) -> None:
+    """The control: with SIG_IGN a process that fails with an open loader never ends."""
+    ignore = (
+        "    import signal, dalr_scale.data.loader as module\n"
+        "    module._start_worker = lambda _: signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+    )
+    monkeypatch.setattr(
+        sys.modules[__name__], "SETUP", SETUP.replace("    core =", f"{ignore}    core =", 1)
+    )
+    process, workers = start(folder, "raise RuntimeError('stop')")
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.communicate(timeout=20)
+    process.kill()
+    process.communicate()
+    assert wait_until_gone(workers, 20)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import gzip
 import io
 import os
@@ -14,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from shard_tools import END, oracle_samples, tar_header, tar_member, write_pairs
 
+from dalr_scale.data import shards as shards_module
 from dalr_scale.data.shards import expand_shards, split_name, walk_tar
 from dalr_scale.data.writer import ShardSetWriter, write_text_shards
 from dalr_scale.errors import UserError
@@ -276,3 +278,17 @@ def test_urls_and_commands_are_never_opened(text: str, tmp_path: Path, monkeypat
     with pytest.raises(UserError, match="URL or a command"):
         expand_shards([text])
     assert not (tmp_path / "canary").exists()
+
+
+def test_no_reading_code_uses_a_foreign_tar_reader_or_pickle() -> None:
+    """Only the writer may touch webdataset, and nothing touches tarfile or pickle."""
+    package = Path(shards_module.__file__).parent
+    users = {"tarfile": set(), "pickle": set(), "webdataset": set()}
+    for path in package.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom):
+                names = [node.module or ""]
+            for name in names:
+                users.get(name.partition(".")[0], set()).add(path.name)
+    assert users == {"tarfile": set(), "pickle": set(), "webdataset": {"writer.py"}}
