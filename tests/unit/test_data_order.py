@@ -21,6 +21,7 @@ PINNED = [
 ]
 
 
+@settings(deadline=None)
 @given(seed=seeds, epoch=st.integers(0, 10**6), items=st.integers(0, 2000))
 def test_order_is_a_repeatable_permutation(seed: int, epoch: int, items: int) -> None:
     order = epoch_order(seed, epoch, items, stream="text")
@@ -111,6 +112,7 @@ def test_the_once_per_pass_check_can_fail() -> None:
         assert_exactly_once(_Overlapping(seed=1, global_batch=4, text_items=21))
 
 
+@settings(deadline=None)
 @given(plan=plans, start=st.integers(0, 10**9))
 def test_counts_agree_with_the_kinds(plan: StreamPlan, start: int) -> None:
     """batches_before is the running count of kind, anywhere in a run, without walking there."""
@@ -121,6 +123,7 @@ def test_counts_agree_with_the_kinds(plan: StreamPlan, start: int) -> None:
         text, pair = text + (plan.kind(step) == "text"), pair + (plan.kind(step) == "pair")
 
 
+@settings(deadline=None)
 @given(plan=plans)
 def test_reference_rule_word_by_word(plan: StreamPlan) -> None:
     n_text, n_pair = plan.text_items // plan.global_batch, plan.pair_items // plan.global_batch
@@ -131,6 +134,7 @@ def test_reference_rule_word_by_word(plan: StreamPlan) -> None:
     assert [plan.kind(n) for n in range(len(kinds))] == kinds
 
 
+@settings(deadline=None)
 @given(plan=plans)
 def test_proportional_passes_each_stream_once_per_epoch(plan: StreamPlan) -> None:
     plan = StreamPlan(**{**vars(plan), "alternation": "proportional"})

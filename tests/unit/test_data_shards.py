@@ -155,7 +155,7 @@ def test_walk_agrees_with_the_standard_library(form: int, tmp_path: Path) -> Non
     assert [tuple(member) for member in walk_tar(path)] == expected
 
 
-@settings(max_examples=150, deadline=1000)
+@settings(max_examples=150, deadline=None)
 @given(data=st.data())
 def test_damaged_archives_give_a_user_error_or_members(
     data: st.DataObject, tmp_path_factory
