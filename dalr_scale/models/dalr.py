@@ -122,6 +122,7 @@ class DalrModel(nn.Module):
 
     def ground(self, states: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
         """Sentence states [n,H] and picture features [m,d_v] in the shared space, [n,P], [m,P]."""
+        states = states.to(self.text_grounding.linear.weight.dtype)  # bf16 in a bf16 engine
         return self.text_grounding(states), self.image_grounding(_like(image, states))
 
     def loss(
