@@ -1,0 +1,102 @@
+"""Training processes for the tests, forked from one server that has imported everything once.
+
+A process of its own for every run is what interruptions are about; importing torch and DeepSpeed
+for each of them is not.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import socket
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from unittest import mock
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(
+    ["deepspeed", "accelerate", "transformers.models.bert.modeling_bert", "dalr_scale.trainer"]
+)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Exit codes of all ranks (-9 after a SIGKILL) and what they printed, both streams."""
+
+    codes: tuple[int, ...]
+    output: str
+
+
+def train(
+    words: Sequence[str],
+    log: Path,
+    *,
+    ranks: int = 1,
+    end_at: tuple[int, str] | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> Outcome:
+    """Runs the training command in `ranks` fresh processes and waits for them.
+
+    Args:
+        words: arguments of ``dalr_scale.train``.
+        log: file for what the processes print.
+        end_at: after this many steps, ``"STOP"`` touches the file and ``"SIGTERM"`` sends the
+            signal to the last rank.
+        environment: further variables.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    base = {"OMP_NUM_THREADS": "1", **(environment or {})}
+    base |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    base |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+    processes = []
+    for rank in range(ranks):
+        own = base | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        process = CONTEXT.Process(target=_one_rank, args=(list(words), own, str(log), end_at))
+        process.start()
+        processes.append(process)
+    try:
+        for process in processes:
+            process.join(timeout=120)
+    finally:
+        for process in processes:
+            if process.is_alive():
+                process.kill()
+                process.join()
+    codes = tuple(process.exitcode for process in processes)
+    return Outcome(codes, log.read_text(encoding="utf-8"))  # type: ignore[arg-type]
+
+
+def _one_rank(
+    words: list[str], environment: dict[str, str], log: str, end_at: tuple[int, str] | None
+) -> None:
+    os.environ.update(environment)
+    # a child of the server would start its loader workers through the server too
+    multiprocessing.set_start_method("fork", force=True)
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for stream in (1, 2):
+        os.dup2(descriptor, stream)
+    from dalr_scale.cli import run_command
+    from dalr_scale.train import main
+    from dalr_scale.trainer import Trainer
+
+    original = Trainer.train_step
+
+    def train_step(self, batch):
+        result = original(self, batch)
+        if end_at is not None and self.step == end_at[0]:
+            _end(end_at[1], self)
+        return result
+
+    with mock.patch.object(Trainer, "train_step", train_step):
+        raise SystemExit(run_command(main, words))
+
+
+def _end(how: str, trainer) -> None:
+    if how == "STOP" and trainer.world.rank == 0:
+        (trainer.run_dir / "STOP").touch()
+    if how == "SIGTERM" and trainer.world.rank == trainer.world.size - 1:
+        os.kill(os.getpid(), signal.SIGTERM)
