@@ -114,7 +114,8 @@ class RunLog:
             return
         run_dir.mkdir(parents=True, exist_ok=True)
         path = run_dir / "metrics.jsonl"
-        drop_later_records(path, start_step)
+        # a run that starts at 0 makes all its records anew, those before the first step too
+        drop_later_records(path, start_step or -1)
         self._file = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
         if tensorboard:
             # Imported here: it takes seconds, and only one rank needs it.

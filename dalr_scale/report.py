@@ -77,7 +77,8 @@ def print_result(run_dir: Path) -> None:
     )
     if rows:
         print_table(title, rows)
-    print(f"encoder: {run_dir}/best   curves: tensorboard --logdir {run_dir}/tensorboard")
+    encoder = run_dir / ("best" if (run_dir / "best").is_dir() else "final")
+    print(f"encoder: {encoder}   curves: tensorboard --logdir {run_dir}/tensorboard")
 
 
 def _percent(score: float | None) -> str:

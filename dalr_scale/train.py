@@ -11,6 +11,7 @@ import logging
 import os
 import sys
 import time
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,8 @@ def train(config: Config) -> int:
             except Exception:
                 # a rank that dies silently leaves the others waiting: leave at once, and say why
                 log.exception("rank %d failed", world.rank)
+                if world.rank != 0:  # whose log goes to its file only
+                    traceback.print_exc()
                 _record_failure(config, world)
                 sys.stderr.flush()
                 os._exit(1)
@@ -80,12 +83,15 @@ def _record_failure(config: Config, world: Any) -> None:
 
 
 def _train_in_world(config: Config, world: Any) -> int:
+    from dalr_scale.preempt import StopFlag
     from dalr_scale.runstate import lock_run_folder
 
     started = time.monotonic()
     if _is_finished(config, world):
         return 0
     with lock_run_folder(config.run_dir, world):
+        # now, not after the minutes that preparing may take: a wish made meanwhile counts
+        StopFlag(config.run_dir).clear_stale(world)
         return _run(config, world, started)
 
 
@@ -135,9 +141,8 @@ def _run(config: Config, world: Any, started: float) -> int:
             tensorboard=config.log.tensorboard,
         ) as run_log,
     ):
-        stop.clear_stale(world)
         before = _score_before(config, world, suite, engine, trainer, run_log)
-        reason = trainer.fit(stop, run_log)
+        reason = _fit(trainer, stop, run_log, world)
     if reason is None:
         after = _finish(config, world, trainer)
         if world.rank == 0:
@@ -150,22 +155,31 @@ def _run(config: Config, world: Any, started: float) -> int:
     return 0
 
 
+def _fit(trainer: Any, stop: Any, run_log: Any, world: Any) -> Any:
+    """Trains; a rank that alone finds a bad row says so itself, the first one cannot know."""
+    try:
+        return trainer.fit(stop, run_log)
+    except UserError as error:
+        if world.rank != 0:
+            print(f"error on rank {world.rank}: {error}", file=sys.stderr, flush=True)
+        raise
+
+
 def _score_before(
     config: Config, world: Any, suite: Any, engine: Any, trainer: Any, run_log: Any
 ) -> dict[str, float]:
     """Scores of the untrained encoder and of word overlap; kept in RUN/before.json for a resume."""
+    from dalr_scale.runstate import write_durably
+
     path = config.run_dir / "before.json"
-    stored = world.broadcast_object(
-        json.loads(path.read_text()) if world.rank == 0 and path.exists() else None
-    )
-    if stored is not None:
-        return stored
     if trainer.step:
-        return {}
+        known = json.loads(path.read_text()) if world.rank == 0 and path.exists() else {}
+        return world.broadcast_object(known)
+    # at step 0 a file from an earlier attempt may belong to other settings
     scores = suite.score_final(engine)
     record = {"untrained": scores, "lexical": suite.lexical_baselines()}
     if world.rank == 0:
-        path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        write_durably(path, (json.dumps(record, indent=1) + "\n").encode())
     run_log.scores(0, scores)
     return record
 

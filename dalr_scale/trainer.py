@@ -29,6 +29,7 @@ from dalr_scale.data.order import ORDER_VERSION
 from dalr_scale.dist.engine import Engine, StepResult
 from dalr_scale.dist.gradcache import StepInputs, backward_global_batch
 from dalr_scale.dist.world import World
+from dalr_scale.errors import UserError
 from dalr_scale.eval.suite import EvaluationSuite
 from dalr_scale.metrics import RunLog
 from dalr_scale.models.encoder import SentenceEncoder
@@ -259,7 +260,7 @@ class Trainer:
             log.warning("continuing although %s", line)
         saved = checkpoint.manifest.world_size
         if saved != self.world.size and self.config.engine.kind != "ddp":
-            raise TrainingError(
+            raise UserError(
                 f"{checkpoint.path} was saved by {saved} ranks and this run has "
                 f"{self.world.size}: ZeRO states are cut by rank; start {saved} processes"
             )
@@ -323,5 +324,5 @@ def write_outcome(
     if world.rank == 0:
         outcome = "finished" if reason is None else reason.outcome
         text = reason.text if reason is not None else ""
-        checkpoint = f"checkpoints/step-{trainer.step}"
-        write_status(config.run_dir, outcome, step=trainer.step, checkpoint=checkpoint, reason=text)
+        # the checkpoint is the one that the last successful save has recorded
+        write_status(config.run_dir, outcome, step=trainer.step, reason=text)
