@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dalr_scale.cli import run_command
+from dalr_scale.cli import calm_threads, run_command
 from dalr_scale.config import Config, help_text, load_config, recipe_names
 from dalr_scale.errors import UserError
 
@@ -42,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def train(config: Config) -> int:
     """Runs one configuration on this rank of the world that the launcher started."""
     # heavy imports wait until the arguments are known to be right
+    calm_threads()
     from dalr_scale.dist.world import leave_world, start_world
     from dalr_scale.metrics import logging_to
 
