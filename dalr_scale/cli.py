@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import os
 import sys
@@ -56,7 +57,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(__version__)
         return 0
     if words[0] not in COMMANDS:
-        print(f"error: no command '{words[0]}'\n{usage()}", file=sys.stderr)
+        near = difflib.get_close_matches(words[0], COMMANDS, n=1, cutoff=0.0)[0]
+        problem = f"error: no command '{words[0]}'; did you mean '{near}'?"
+        print(f"{problem}\n\n{usage()}", file=sys.stderr)
         return 2
     calm_threads()
     module = importlib.import_module(f"dalr_scale.{words[0]}")
