@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from dalr_scale.config import Config
-from dalr_scale.data.order import StreamPlan
+from dalr_scale.data.order import StreamPlan, Tail
 from dalr_scale.data.shards import expand_shards
 from dalr_scale.data.source import Source
 from dalr_scale.dist.world import World
@@ -26,7 +26,12 @@ from dalr_scale.models.dalr import DalrModel, FeatureWidths, LossSpec
 from dalr_scale.models.encoder import SentenceEncoder
 from dalr_scale.models.tokenizer import load_tokenizer
 from dalr_scale.objective import Needs, needs_of
-from dalr_scale.online_teachers import STORED, OnlineTeachers, build_online_teachers
+from dalr_scale.online_teachers import (
+    STORED,
+    OnlineTeachers,
+    build_online_teachers,
+    check_stored_tokenizers,
+)
 
 
 @dataclass(frozen=True)
@@ -58,12 +63,12 @@ def check_arithmetic(config: Config, world_size: int) -> int:
             f"batch.micro_size = {micro} does not fit the {rows} rows of a rank "
             f"({size} rows over {world_size} ranks); choose 1 to {rows}, or 0 for all"
         )
-    if config.objective.tail == "keep" and world_size > 1:
-        raise UserError(
-            "objective.tail = keep needs one process: ragged batches cannot be cut equally; "
-            "set --objective.tail=drop"
-        )
     return rows
+
+
+def tail_rule(config: Config, world_size: int) -> Tail:
+    """A ragged last batch is kept by one process only: several ranks could not cut it equally."""
+    return "keep" if config.objective.tail == "keep" and world_size == 1 else "drop"
 
 
 def prepare_data(config: Config, world: World) -> None:
@@ -76,15 +81,25 @@ def prepare_data(config: Config, world: World) -> None:
     unknown = sorted(set(config.data.builder_options) - names)
     if unknown:
         raise UserError(f"data.builder_options: unknown {unknown}; known: {sorted(names)}")
+    refusal = None
     if world.rank == 0:
-        spec = QuickstartSpec(**config.data.builder_options)
-        build_quickstart(Path(config.data.shards), spec)
-    world.barrier()
+        try:
+            spec = QuickstartSpec(**config.data.builder_options)
+            build_quickstart(Path(config.data.shards), spec)
+        except UserError as error:
+            refusal = str(error)
+    if (refusal := world.broadcast_object(refusal)) is not None:
+        raise UserError(refusal)
 
 
-def build_streams(config: Config) -> Streams:
+def build_streams(config: Config, world_size: int = 1) -> Streams:
     """Opens the shards and their features, and lays out the order of the batches."""
     needs = needs_of(config.objective)
+    if not config.data.pairs and (needs.image or needs.caption or needs.tokens):
+        raise UserError(
+            f"objective {config.objective.preset} learns from pictures: name their shards in "
+            "data.pairs, or set --objective.preset=simcse"
+        )
     pairs = _source(config, config.data.pairs, _pair_roles(config, needs), needs)
     roles = _text_roles(config, needs) if config.objective.distil_text_batches else {}
     text = _source(config, config.data.text, roles, None)
@@ -98,7 +113,7 @@ def build_streams(config: Config) -> Streams:
         pair_items=pairs.num_items if pairs else 0,
         alternation="proportional" if fraction else config.objective.alternation,
         pair_fraction=Fraction(str(fraction)) if fraction else None,
-        tail=config.objective.tail,
+        tail=tail_rule(config, world_size),
     )
     steps = config.optim.steps or math.ceil(config.optim.epochs * plan.steps_per_epoch)
     return Streams(text, pairs, plan, steps)
@@ -118,18 +133,26 @@ def _pair_roles(config: Config, needs: Needs) -> dict[str, str]:
     """Role -> stored feature set, for the features that the objective reads."""
     teachers = config.teachers
     roles = _text_roles(config, needs)
-    for role, wanted, spec in (
-        ("image", needs.image, teachers.image),
-        ("caption", needs.caption, teachers.caption),
+    for role, wanted, specs in (
+        ("image", needs.image, (teachers.image,)),
+        ("caption", needs.caption, (teachers.caption,)),
         ("tokens", needs.tokens, teachers.tokens),
     ):
-        if wanted and not spec:
+        if wanted and not any(specs):
             raise UserError(
                 f"this objective needs {role} features: set teachers.{role} "
                 f"(features:NAME, or a model folder), or weight 0 on the terms that use them"
             )
-        if wanted and spec.startswith(STORED):
-            roles[role] = spec.removeprefix(STORED)
+        stored = [spec.removeprefix(STORED) for spec in specs if spec.startswith(STORED)]
+        if wanted and len(stored) > 1:
+            raise UserError(f"teachers.{role} names {len(stored)} stored feature sets; one at most")
+        if wanted and stored:
+            roles[role] = stored[0]
+    if "tokens" in roles and config.objective.g2l_norm == "axis":
+        raise UserError(
+            "objective.g2l_norm = axis divides by a norm over padding positions too, and stored "
+            "token features have none: use an hf:FOLDER teacher, or --objective.g2l_norm=token"
+        )
     return roles
 
 
@@ -161,6 +184,8 @@ def text_weights(config: Config) -> tuple[float, ...]:
             f"teachers.text_weights has {len(weights)} entries for {count} teachers in "
             "teachers.text; give one weight each"
         )
+    if abs(sum(weights) - 1) > 1e-3:
+        raise UserError(f"teachers.text_weights = {weights} must add up to 1")
     return weights
 
 
@@ -183,6 +208,8 @@ def build_model(config: Config, streams: Streams, world: World) -> ModelParts:
     encoder = build_encoder(config)
     needs = needs_of(config.objective)
     teachers = build_online_teachers(config, needs, encoder.tokenizer, world.device)
+    if streams.pairs is not None and needs.text:
+        check_stored_tokenizers(config, streams.pairs, encoder.tokenizer)
     widths = _widths(config, streams, teachers, needs)
     spec = LossSpec(config.objective, text_weights(config), config.run.seed)
     model = DalrModel(encoder, config.model, spec, widths)
@@ -194,14 +221,16 @@ def build_encoder(config: Config) -> SentenceEncoder:
     if bool(config.model.encoder) == bool(config.model.architecture):
         raise UserError("set exactly one of model.encoder (a folder) and model.architecture")
     if config.model.encoder:
+        if config.data.tokenizer:
+            raise UserError("data.tokenizer is for a new encoder; model.encoder brings its own")
         path = config.path(config.model.encoder)
-        encoder = SentenceEncoder.from_folder(str(path), config.model.pooler)
+        encoder = SentenceEncoder.from_folder(str(path), config.model.pooler or None)
     else:
         if not config.data.tokenizer:
             raise UserError("a new encoder needs data.tokenizer: a folder or a vocab.txt")
         tokenizer = load_tokenizer(config.path(config.data.tokenizer))
         encoder = SentenceEncoder.from_config(
-            config.model.architecture, tokenizer, config.model.pooler
+            config.model.architecture, tokenizer, config.model.pooler or "cls_before_pooler"
         )
     if config.data.max_length > encoder.max_length:
         raise UserError(
@@ -224,21 +253,34 @@ def _widths(
         return FeatureWidths()
 
     def width(role: str) -> int:
-        return online[role] if role in online else stored.feature_dim(role)
+        if role in online:
+            return online[role]
+        return stored.feature_dim("tokens" if role.startswith("tokens") else role)
 
-    tokens = (width("tokens"),) if needs.tokens else ()
-    texts = range(len(config.teachers.text) if needs.text else 0)
+    count = len(config.teachers.tokens) if needs.tokens else 0
+    tokens = tuple(width(f"tokens{k}") for k in range(count))
+    texts = tuple(width(f"text{k}") for k in range(len(config.teachers.text) if needs.text else 0))
+    if config.objective.teacher_mix == "features" and len(set(texts)) > 1:
+        raise UserError(
+            f"sentence teachers of widths {texts} cannot be mixed as features; set "
+            "--objective.teacher_mix=similarities"
+        )
     return FeatureWidths(
         image=width("image") if needs.image else 0,
         caption=width("caption") if needs.caption else 0,
-        text=tuple(width(f"text{k}") for k in texts),
+        text=texts,
         tokens=tokens,
     )
 
 
 def open_held_out(config: Config) -> Source | None:
     """The pairs for caption-picture recall, where the pictures' features are stored."""
-    if not config.eval.retrieval or not config.teachers.image.startswith(STORED):
+    if not config.eval.retrieval:
         return None
+    if not config.teachers.image.startswith(STORED):
+        raise UserError(
+            "eval.retrieval reads stored picture features: set teachers.image = features:NAME, or "
+            "leave eval.retrieval empty"
+        )
     shards = expand_shards([str(config.path(p)) for p in config.eval.retrieval])
     return Source(shards, features={"image": config.teachers.image.removeprefix(STORED)})

@@ -71,7 +71,6 @@ class DataConfig:
         0.0, "share of paired batches; 0: from the sizes of the streams (objective.alternation)"
     )
     max_length: int = opt(32, "longest sentence in tokens, special tokens included")
-    pad_to_multiple: int = opt(1, "pad token length up to a multiple of this")
     workers: int = opt(1, "loader processes per rank; 0: in the training process")
 
 
@@ -79,8 +78,8 @@ class DataConfig:
 class ModelConfig:
     encoder: str = opt("", "Hugging Face folder or name; empty: from scratch from `architecture`")
     architecture: dict[str, Any] = opt({}, "configuration of a new encoder (model_type, ...)")
-    pooler: Literal["cls_before_pooler", "cls", "mean"] = opt(
-        "cls_before_pooler", "how token states become the sentence state h"
+    pooler: Literal["", "cls_before_pooler", "cls", "mean"] = opt(
+        "", "token states to the sentence state h; empty: the folder's own, else cls_before_pooler"
     )
     grounding_width: int = opt(256, "width P of the shared picture-text space")
     consistency_width: int = opt(256, "output width of the consistency module's aligners")
@@ -97,7 +96,9 @@ class TeachersConfig:
     )
     text_poolers: tuple[str, ...] = opt((), "pooler of each 'hf:' text teacher")
     text_weights: tuple[float, ...] = opt((), "mixing weights alpha_k; empty: equal")
-    tokens: str = opt("", "token features for global-to-local: 'features:NAME' or 'hf:FOLDER'")
+    tokens: tuple[str, ...] = opt(
+        (), "token teachers for global-to-local: at most one 'features:NAME', any 'hf:FOLDER'"
+    )
 
 
 @dataclass(frozen=True)
@@ -158,8 +159,11 @@ class ObjectiveConfig:
     )
     g2l_norm: Literal["axis", "token"] = opt("token", "norm of token features in L_g2l")
     g2l_unit_rows: bool = opt(True, "unit z_1 in L_g2l")
+    g2l_mix: Literal["features", "losses"] = opt(
+        "losses", "several token teachers: mix their tokens, or sum their losses"
+    )
     distil_text_batches: bool = opt(
-        False, "intra-modal group in text-only batches too (needs teachers; not in the paper)"
+        False, "L_IMA and L_rank in text-only batches too (needs teachers; not in the paper)"
     )
     alternation: Literal["reference", "proportional"] = opt(
         "proportional", "how text-only and paired batches take turns"
@@ -308,6 +312,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "image_projection": "identity",
         "g2l_norm": "axis",
         "g2l_unit_rows": False,
+        "g2l_mix": "features",
         "alternation": "reference",
         "tail": "keep",
     },

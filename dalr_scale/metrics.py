@@ -321,7 +321,8 @@ def logging_to(run_dir: Path, rank: int, *, verbose: bool = False) -> Iterator[P
     path = run_dir / "log" / f"rank{rank}.log"
     path.parent.mkdir(parents=True, exist_ok=True)
     project = logging.getLogger("dalr_scale")
-    former = project.level
+    former, propagated = project.level, project.propagate
+    project.propagate = False  # libraries configure the root logger: every line would come twice
     form = logging.Formatter(
         f"%(asctime)s rank {rank} pid {os.getpid()} %(levelname)s %(name)s: %(message)s"
     )
@@ -337,6 +338,7 @@ def logging_to(run_dir: Path, rank: int, *, verbose: bool = False) -> Iterator[P
         yield path
     finally:
         project.setLevel(former)
+        project.propagate = propagated
         for handler in handlers:
             project.removeHandler(handler)
             handler.close()

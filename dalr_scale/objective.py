@@ -18,6 +18,7 @@ from dalr_kernels import Similarity
 from torch import Tensor
 
 from dalr_scale.config import ObjectiveConfig
+from dalr_scale.errors import UserError
 
 
 @dataclass
@@ -96,9 +97,10 @@ def unmatched_rows(objective: ObjectiveConfig, rows: int, seed: int, step: int) 
     return (np.arange(rows) - shift) % rows
 
 
-def text_terms(rows: Views, cols: Views, objective: ObjectiveConfig, offset: int) -> dict:
+def text_terms(
+    rows: Views, cols: Views, objective: ObjectiveConfig, offset: int, *, paired: bool
+) -> dict[str, Tensor]:
     """L_con, the one term of every batch."""
-    paired = rows.image is not None or rows.caption is not None
     margin = objective.margin if paired or objective.margin_in_text_batches else 0.0
     ids = _mask_ids(rows, cols, objective)
     return {
@@ -300,19 +302,32 @@ def _rank(
 def _global_to_local(
     rows: Views, cols: Views, objective: ObjectiveConfig, weights: Sequence[float], offset: int
 ) -> Tensor:
-    """L_g2l, a weighted sum over the token teachers."""
+    """L_g2l of the mixed tokens, or the weighted sum over the token teachers."""
     ids = _mask_ids(rows, cols, objective)
     shares = (
-        weights if len(weights) == len(rows.tokens) else [1.0 / len(rows.tokens)] * len(rows.tokens)
+        weights if len(weights) == len(rows.tokens) else [1 / len(rows.tokens)] * len(rows.tokens)
     )
+    sides = [(rows.tokens, rows.token_masks), (cols.tokens, cols.token_masks)]
+    if objective.g2l_mix == "features":
+        sides = [([mix_tokens(tokens, shares)], masks[:1]) for tokens, masks in sides]
+        shares = [1.0]
+    (own, own_masks), (tokens, masks) = sides
     losses = [
         share * kernels.global_to_local(
-            z1, own, own_mask, tokens, mask, temperature=objective.temperature,
-            norm=objective.g2l_norm, unit_rows=objective.g2l_unit_rows, col_offset=offset, **ids,
+            rows.z1_tokens[k], own[k], own_masks[k], tokens[k], masks[k],
+            temperature=objective.temperature, norm=objective.g2l_norm,
+            unit_rows=objective.g2l_unit_rows, col_offset=offset, **ids,
         )
-        for share, z1, own, own_mask, tokens, mask in zip(
-            shares, rows.z1_tokens, rows.tokens, rows.token_masks, cols.tokens, cols.token_masks,
-            strict=True,
-        )
+        for k, share in enumerate(shares)
     ]  # fmt: skip
     return torch.stack(losses).sum()
+
+
+def mix_tokens(tokens: Sequence[Tensor], shares: Sequence[float]) -> Tensor:
+    """l = sum of alpha_k l_k, for teachers of one width that read the same tokens."""
+    if len({t.shape for t in tokens}) > 1:
+        shapes = [tuple(t.shape) for t in tokens]
+        raise UserError(
+            f"token teachers of shapes {shapes} cannot be mixed; set --objective.g2l_mix=losses"
+        )
+    return torch.stack([share * t for share, t in zip(shares, tokens, strict=True)]).sum(0)

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 
 from dalr_scale.config import Config
+from dalr_scale.data.features_store import open_features
 from dalr_scale.data.loader import Batch
+from dalr_scale.data.source import Source
 from dalr_scale.dist.gather import pad_to_common_length
 from dalr_scale.errors import UserError
 from dalr_scale.models.dalr import TeacherBatch
@@ -20,7 +22,7 @@ STORED = "features:"
 
 @dataclass(frozen=True)
 class OnlineText:
-    """A text teacher and the roles it plays: ``text0`` ..., ``caption``, ``tokens``."""
+    """A text teacher and the roles it plays: ``text0`` ..., ``caption``, ``tokens0`` ..."""
 
     teacher: Any
     roles: tuple[str, ...]
@@ -28,39 +30,58 @@ class OnlineText:
 
 @dataclass(frozen=True)
 class OnlineTeachers:
-    """The models that compute what the shards do not store; each runs once per batch."""
+    """The models that compute what the shards do not store; each runs once per batch.
+
+    Attributes:
+        num_text, num_tokens: sentence and token teachers of the run, stored ones included.
+        student_ids: teachers read the student's token ids (equal tokenizers), not the sentences.
+    """
 
     image: Any = None
     texts: Sequence[OnlineText] = ()
     widths: dict[str, int] = field(default_factory=dict)
+    num_text: int = 0
+    num_tokens: int = 0
+    student_ids: bool = False
 
-    def batch(self, batch: Batch, num_text: int, *, with_text: bool) -> TeacherBatch:
+    def batch(self, batch: Batch, *, with_text: bool) -> TeacherBatch:
         """The frozen features of a batch, stored ones as they are, the others computed here.
 
         Args:
-            num_text: sentence teachers of the run.
             with_text: whether this batch is distilled (paired, or by configuration).
         """
-        features = dict(batch.features)
-        tokens, mask = batch.tokens, batch.token_mask
         paired = batch.kind == "pair"
+        features = dict(batch.features)
+        tokens = {}
+        if batch.tokens is not None and batch.token_mask is not None:
+            tokens["stored"] = (batch.tokens, batch.token_mask)
         if paired and self.image is not None:
             features["image"] = self.image.encode(batch.images)
         for online in self.texts if paired or with_text else ():
-            pooled, own_tokens, own_mask = online.teacher.encode(batch.sentences)
-            features |= {role: pooled for role in online.roles if role != "tokens"}
-            if "tokens" in online.roles:
-                tokens, mask = own_tokens, own_mask
-        if tokens is not None and mask is not None:
-            tokens, mask = pad_to_common_length(tokens, mask)
+            pooled, own, mask = self._encode(online.teacher, batch)
+            for role in online.roles:
+                if role.startswith("tokens"):
+                    tokens[role] = (own, mask)
+                else:
+                    features[role] = pooled
+        pairs = [tokens.get(f"tokens{k}") or tokens["stored"] for k in range(self.num_tokens)]
+        padded = [pad_to_common_length(*pair) for pair in pairs] if paired else []
         return TeacherBatch(
             ids=batch.image_ids,
+            paired=paired,
             image=features.get("image"),
             caption=features.get("caption") if paired else None,
-            text=[features[f"text{k}"] for k in range(num_text)] if with_text else [],
-            tokens=[tokens] if tokens is not None else [],
-            token_masks=[mask] if mask is not None else [],
+            text=[features[f"text{k}"] for k in range(self.num_text)] if with_text else [],
+            tokens=[values for values, _ in padded],
+            token_masks=[mask for _, mask in padded],
         )
+
+    def _encode(self, teacher: Any, batch: Batch) -> tuple[Any, Any, Any]:
+        """Sentence features, token features and mask; padded alike on all ranks where it counts."""
+        if not self.student_ids:
+            return teacher.encode(batch.sentences)
+        ids, mask = pad_to_common_length(batch.input_ids, batch.attention_mask)
+        return teacher.encode_ids(ids, mask)
 
 
 def build_online_teachers(
@@ -70,10 +91,9 @@ def build_online_teachers(
     texts = [
         OnlineText(_text_teacher(config, spec, pooler, roles, tokenizer).to(device), tuple(roles))
         for (spec, pooler), roles in _text_roles(config, needs).items()
-        if not spec.startswith(STORED)
     ]
     widths = {
-        role: online.teacher.token_width if role == "tokens" else online.teacher.width
+        role: online.teacher.token_width if role.startswith("tokens") else online.teacher.width
         for online in texts
         for role in online.roles
     }
@@ -83,7 +103,14 @@ def build_online_teachers(
 
         image = load_image_teacher(_model_spec(config, config.teachers.image)).to(device)
         widths["image"] = image.width
-    return OnlineTeachers(image, texts, widths)
+    return OnlineTeachers(
+        image,
+        texts,
+        widths,
+        num_text=len(config.teachers.text) if needs.text else 0,
+        num_tokens=len(config.teachers.tokens) if needs.tokens else 0,
+        student_ids=config.objective.teacher_tokenizer == "must_match",
+    )
 
 
 def _text_roles(config: Config, needs: Needs) -> dict[tuple[str, str], list[str]]:
@@ -92,19 +119,16 @@ def _text_roles(config: Config, needs: Needs) -> dict[tuple[str, str], list[str]
     poolers = teachers.text_poolers or ("",) * len(teachers.text)
     if len(poolers) != len(teachers.text):
         raise UserError("teachers.text_poolers needs one entry for each of teachers.text")
-    pooler_of = dict(zip(teachers.text, poolers, strict=True))
     roles: dict[tuple[str, str], list[str]] = {}
-
-    def add(spec: str, role: str) -> None:
-        roles.setdefault((spec, pooler_of.get(spec, "")), []).append(role)
-
-    for k, spec in enumerate(teachers.text if needs.text else ()):
-        add(spec, f"text{k}")
+    for k, pair in enumerate(zip(teachers.text, poolers, strict=True) if needs.text else ()):
+        roles.setdefault(pair, []).append(f"text{k}")
+    pooler_of = dict(roles)  # a token teacher that is a sentence teacher too shares its model
     if needs.caption:
-        add(teachers.caption, "caption")
-    if needs.tokens:
-        add(teachers.tokens, "tokens")
-    return roles
+        roles.setdefault((teachers.caption, ""), []).append("caption")
+    for k, spec in enumerate(teachers.tokens if needs.tokens else ()):
+        shared = next((pair for pair in pooler_of if pair[0] == spec), (spec, ""))
+        roles.setdefault(shared, []).append(f"tokens{k}")
+    return {pair: names for pair, names in roles.items() if not pair[0].startswith(STORED)}
 
 
 def _text_teacher(
@@ -112,15 +136,36 @@ def _text_teacher(
 ) -> Any:
     from dalr_scale.models.teachers import compare_tokenizers, load_text_teacher
 
+    tokens = any(role.startswith("tokens") for role in roles)
     if spec.startswith("hf:") and not pooler:
-        if any(role != "tokens" for role in roles):
+        if not all(role.startswith("tokens") for role in roles):
             raise UserError(f"teachers.text '{spec}' needs its pooler in teachers.text_poolers")
         pooler = "mean"  # token features do not depend on it
-    path = _model_spec(config, spec)
-    teacher = load_text_teacher(path, pooler=pooler or None, tokens="tokens" in roles)
+    teacher = load_text_teacher(
+        _model_spec(config, spec),
+        pooler=pooler or None,
+        tokens=tokens,
+        max_length=config.data.max_length if spec.startswith("hf:") else None,
+    )
     if config.objective.teacher_tokenizer == "must_match":
         compare_tokenizers(tokenizer, teacher.tokenizer)
     return teacher
+
+
+def check_stored_tokenizers(config: Config, source: Source, tokenizer: Any) -> None:
+    """``teacher_tokenizer = must_match`` for teachers whose features are stored in shards."""
+    from dalr_scale.models.teachers import tokenizer_hash
+
+    if config.objective.teacher_tokenizer != "must_match":
+        return
+    specs = [s for s in (*config.teachers.text, *config.teachers.tokens) if s.startswith(STORED)]
+    for name in (spec.removeprefix(STORED) for spec in specs):
+        stored = open_features(source.shards[0], name).manifest["tokenizer_sha256"]
+        if stored != tokenizer_hash(tokenizer):
+            raise UserError(
+                f"feature set '{name}' of {source.shards[0]} was made with another tokenizer than "
+                "the student's; set --objective.teacher_tokenizer=retokenise"
+            )
 
 
 def _model_spec(config: Config, spec: str) -> str:

@@ -44,7 +44,6 @@ SHARE = Range(high=1)
 RANGES = {
     "data.pair_fraction": SHARE,
     "data.max_length": Range(3),  # the two special tokens and one of the sentence
-    "data.pad_to_multiple": COUNT,
     "model.grounding_width": COUNT,
     "model.consistency_width": COUNT,
     "model.head_init_std": POSITIVE,

@@ -55,7 +55,7 @@ def train(config: Config) -> int:
             try:
                 return _train_in_world(config, world)
             except UserError as error:
-                return _refuse(error, world)
+                return _refuse(error, config, world)
             except Exception:
                 # a rank that dies silently leaves the others waiting: leave at once, and say why
                 log.exception("rank %d failed", world.rank)
@@ -68,19 +68,25 @@ def train(config: Config) -> int:
         leave_world()
 
 
-def _refuse(error: UserError, world: Any) -> int:
-    if world.rank == 0:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+def _refuse(error: UserError, config: Config, world: Any) -> int:
+    """One clear sentence from every rank that met the error; the others must not wait for it."""
+    who = "" if world.rank == 0 else f" on rank {world.rank}"
+    print(f"error{who}: {error}", file=sys.stderr, flush=True)
+    log.debug("refused: %s", error)
+    _record_failure(config, world)
+    if world.size > 1:
+        os._exit(2)
     return 2
 
 
 def _record_failure(config: Config, world: Any) -> None:
+    """Marks the run as failed, if it is this process that the status file calls running."""
     from dalr_scale.runstate import read_status, write_status
 
-    if world.rank == 0 and config.run_dir.is_dir():
-        before = read_status(config.run_dir) or {}
+    status = read_status(config.run_dir) if world.rank == 0 else None
+    if status and status.get("outcome") == "running" and status.get("pid") == os.getpid():
         reason = repr(sys.exc_info()[1])
-        write_status(config.run_dir, "failed", step=int(before.get("step") or 0), reason=reason)
+        write_status(config.run_dir, "failed", step=int(status.get("step") or 0), reason=reason)
 
 
 def _train_in_world(config: Config, world: Any) -> int:
@@ -115,7 +121,7 @@ def _run(config: Config, world: Any, started: float) -> int:
 
     check_arithmetic(config, world.size)
     prepare_data(config, world)
-    streams = build_streams(config)
+    streams = build_streams(config, world.size)
     parts = build_model(config, streams, world)
     suite = build_suite(config, parts.model.encoder, open_held_out(config), world)
     if world.rank == 0:
@@ -124,6 +130,9 @@ def _run(config: Config, world: Any, started: float) -> int:
     engine, ds_config = build_engine(parts.model, optimizer, config, world)
     trainer = Trainer(config, world, streams, parts, engine, suite)
     resumed = trainer.resume()
+    kept = (config.run_dir / "config.toml").exists() and not config.run.allow_change
+    if not resumed and kept:
+        refuse_other_settings(config)
     fruitless = 0
     if world.rank == 0:
         write_run_files(config, ds_config)
@@ -151,6 +160,7 @@ def _run(config: Config, world: Any, started: float) -> int:
             report.print_result(config.run_dir)
     write_outcome(config, world, reason, trainer)
     world.barrier()
+    trainer.watchdog.disarm()
     if reason is not None and world.rank == 0:
         print(f"stopped at step {trainer.step} ({reason.text}); run the same command to go on")
     return 0
@@ -189,6 +199,7 @@ def _finish(config: Config, world: Any, trainer: Any) -> dict[str, float]:
     """Exports the last encoder, and scores the best one (the last where nothing selects)."""
     from dalr_scale.eval.suite import FolderEngine
 
+    trainer.watchdog.arm(60 * config.run.watchdog_minutes, "final evaluation")
     final, best = config.run_dir / "final", config.run_dir / "best"
     trainer.export(final)
     scores = trainer.suite.score_final(trainer.engine)
@@ -217,7 +228,7 @@ def _is_finished(config: Config, world: Any) -> bool:
 
 
 def refuse_other_settings(config: Config) -> None:
-    """A finished run's folder is not handed to a run with other settings."""
+    """A run's folder is not handed to a run with other settings."""
     from dalr_scale.trainer import settings_of
 
     saved = load_config(str(config.run_dir / "config.toml"))
@@ -230,7 +241,7 @@ def refuse_other_settings(config: Config) -> None:
     ]
     if changed:
         raise UserError(
-            f"{config.run_dir} holds a finished run with other settings; choose another "
+            f"{config.run_dir} holds a run with other settings; choose another "
             "--run.name, or --run.from_scratch=true to move it aside:\n  " + "\n  ".join(changed)
         )
 
@@ -239,7 +250,9 @@ def _set_aside_if_asked(config: Config, world: Any) -> None:
     """``run.from_scratch``: renames the earlier run's folder, unless a job still writes into it."""
     from dalr_scale.runstate import lock_run_folder
 
-    if not config.run.from_scratch or not (config.run_dir / "config.toml").exists():
+    # a requeued job repeats its command line: that must not throw its own progress away
+    wished = config.run.from_scratch and not int(os.environ.get("SLURM_RESTART_COUNT") or 0)
+    if not world.broadcast_object(wished and (config.run_dir / "config.toml").exists()):
         return
     with lock_run_folder(config.run_dir, world):
         if world.rank == 0:

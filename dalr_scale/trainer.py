@@ -44,6 +44,9 @@ FREE_SECTIONS = ("log", "save", "run")
 FREE_KEYS = {"data": ("root", "shards", "workers"), "engine": ("timeout_minutes", "threads")}
 
 
+MAX_SKIPPED = 3
+
+
 class TrainingError(RuntimeError):
     """Training cannot go on; the message names step and cause."""
 
@@ -71,6 +74,7 @@ class Trainer:
         self.save_errors = SaveErrors(config.save.on_error)
         self._last_save = time.monotonic()
         self._saved_step = -1
+        self._skipped = 0
 
     # -- the loop ---------------------------------------------------------------------------
 
@@ -102,6 +106,7 @@ class Trainer:
         values = self._means({"loss": loss, **terms})
         self._require_finite(values, batch)
         result = self.engine.step(learning_rate(self.config.optim, self.step, self.total_steps))
+        self._require_sound(result)
         self.step += 1
         return values, result
 
@@ -109,9 +114,7 @@ class Trainer:
         objective = self.config.objective
         distil = batch.kind == "pair" or objective.distil_text_batches
         needs_text = self.parts.model.spec.needs.text
-        teachers = self.parts.teachers.batch(
-            batch, len(self.config.teachers.text), with_text=distil and needs_text
-        )
+        teachers = self.parts.teachers.batch(batch, with_text=distil and needs_text)
         return StepInputs(
             input_ids=batch.input_ids,
             attention_mask=batch.attention_mask,
@@ -137,7 +140,7 @@ class Trainer:
             total_steps=self.total_steps,
             max_length=self.config.data.max_length,
             num_workers=self.config.data.workers,
-            pad_to_multiple=self.config.data.pad_to_multiple,
+            pin_memory=self.world.device.type == "cuda",
             image_transform=getattr(self.parts.teachers.image, "transform", None),
         )
         iterator = iter(loader)
@@ -160,6 +163,20 @@ class Trainer:
             raise TrainingError(
                 f"step {self.step + 1}: {', '.join(bad)} not finite ({batch.kind} batch, items "
                 f"{batch.item_ids[:8].tolist()} ...); lower optim.lr or check the features"
+            )
+
+    def _require_sound(self, result: StepResult) -> None:
+        """Skipped steps are counted; weights that took a gradient that is not finite are lost."""
+        self._skipped = 0 if result.applied else self._skipped + 1
+        if result.applied and not math.isfinite(result.grad_norm_preclip):
+            raise TrainingError(
+                f"step {self.step + 1}: gradient norm {result.grad_norm_preclip} reached the "
+                "weights; lower optim.lr and start again from the last checkpoint"
+            )
+        if self._skipped >= MAX_SKIPPED:
+            raise TrainingError(
+                f"step {self.step + 1}: gradients not finite {MAX_SKIPPED} times in a row; lower "
+                "optim.lr or check the features"
             )
 
     def _report(
@@ -246,6 +263,7 @@ class Trainer:
         if checkpoint is None:
             return False
         self._check_continuable(checkpoint)
+        self._arm("loading")
         self.engine.load(checkpoint.path)
         state = checkpoint.state
         self.step, self._saved_step = state.step, state.step
@@ -258,6 +276,12 @@ class Trainer:
         )
         for line in changed:
             log.warning("continuing although %s", line)
+        if checkpoint.state.tail_rule != self.streams.plan.tail:
+            raise UserError(
+                f"{checkpoint.path} keeps the last, shorter batch of a pass and this run drops it "
+                "(or the reverse); several ranks always drop it: start one process, or set "
+                "objective.tail=drop in a new run"
+            )
         saved = checkpoint.manifest.world_size
         if saved != self.world.size and self.config.engine.kind != "ddp":
             raise UserError(
@@ -278,7 +302,7 @@ class Trainer:
             step=self.step,
             streams=streams,
             global_batch=self.config.batch.global_size,
-            tail_rule=self.config.objective.tail,
+            tail_rule=self.streams.plan.tail,
             dataset_fingerprint=self.streams.fingerprint,
             best_score=self.best_score,
             best_step=self.best_step,
@@ -309,7 +333,13 @@ def settings_of(config: Config) -> dict[str, Any]:
 
 
 def write_run_files(config: Config, ds_config: dict[str, Any] | None) -> None:
-    """The resolved configuration, next to everything that was made with it."""
+    """The resolved configuration, next to everything that was made with it.
+
+    Wishes of one start (``from_scratch``, ``allow_change``) are not written: ``--config RUN`` would
+    repeat them.
+    """
+    run = dataclasses.replace(config.run, from_scratch=False, allow_change=False)
+    config = dataclasses.replace(config, run=run)
     config.run_dir.mkdir(parents=True, exist_ok=True)
     (config.run_dir / "config.toml").write_text(to_toml(config), encoding="utf-8")
     if ds_config is not None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -202,9 +203,11 @@ class PlainEngine:
     def step(self, lr: float) -> StepResult:
         set_learning_rate(self.optimizer, lr)
         limit = self.clip if self.clip > 0 else float("inf")
-        norm = nn.utils.clip_grad_norm_(self.module.parameters(), limit)
-        self.optimizer.step()
-        return StepResult(float(norm), applied=True)
+        norm = float(nn.utils.clip_grad_norm_(self.module.parameters(), limit))
+        applied = math.isfinite(norm)  # the same on all ranks: gradients are averaged already
+        if applied:
+            self.optimizer.step()
+        return StepResult(norm, applied)
 
     def save(self, folder: Path) -> None:
         if self.world.rank == 0:
@@ -227,6 +230,25 @@ class PlainEngine:
             for name, tensor in self.module.state_dict().items()
             if name.startswith(prefix)
         }
+
+
+@contextlib.contextmanager
+def whole_weights() -> Iterator[None]:
+    """Inside, ``from_pretrained`` gives whole models again.
+
+    Accelerate leaves transformers a ZeRO-3 configuration under which every model that is loaded
+    comes out in shards (https://github.com/huggingface/accelerate/issues/3140).
+    """
+    from transformers.integrations import deepspeed as integration
+
+    reference = integration._hf_deepspeed_config_weak_ref
+    config = reference() if reference is not None else None
+    integration.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        if config is not None:
+            integration.set_hf_deepspeed_config(config)
 
 
 def allow_deepspeed_globals() -> None:

@@ -45,14 +45,14 @@ def all_reduce_sum(local: Tensor) -> Tensor:
 
 
 def pad_to_common_length(tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Pads [b,T,d] and [b,T] on the token axis to the longest T of all ranks."""
+    """Pads [b,T,...] and its mask [b,T] on the token axis to the longest T of all ranks."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return tokens, mask
     longest = torch.tensor([tokens.shape[1]], device=tokens.device)
     dist.all_reduce(longest, dist.ReduceOp.MAX)
     extra = int(longest) - tokens.shape[1]
     pad = torch.nn.functional.pad
-    return pad(tokens, (0, 0, 0, extra)), pad(mask, (0, extra))
+    return pad(tokens, (0, 0) * (tokens.ndim - 2) + (0, extra)), pad(mask, (0, extra))
 
 
 class _GatherRows(torch.autograd.Function):

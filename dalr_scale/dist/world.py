@@ -47,6 +47,12 @@ class World:
         dist.all_reduce(tensor, op)
         return tensor.tolist()
 
+    def sum_rows(self, rows: torch.Tensor) -> torch.Tensor:
+        """Sum over ranks of a tensor of which every rank filled other rows; in place."""
+        if self.size > 1:
+            dist.all_reduce(rows)
+        return rows
+
     def gather_objects(self, obj: Any) -> list[Any] | None:
         """All ranks' objects on rank 0, None elsewhere."""
         if self.size == 1:

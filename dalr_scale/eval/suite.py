@@ -11,11 +11,11 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from dalr_scale.config import Config
 from dalr_scale.data.source import Source
+from dalr_scale.dist.engine import whole_weights
 from dalr_scale.dist.world import World
 from dalr_scale.errors import UserError
 from dalr_scale.eval.graded import load_graded, score_lexical
@@ -111,9 +111,7 @@ class EvaluationSuite:
                 if number < len(batches):
                     out[chosen] = states
         assert out is not None
-        if self.world.size > 1:
-            dist.all_reduce(out)
-        return out.cpu()
+        return self.world.sum_rows(out).cpu()
 
     def _recall(self, engine: Forward) -> dict[str, float]:
         if self.held_out is None or not hasattr(engine.module, "image_grounding"):
@@ -130,7 +128,8 @@ class FolderEngine:
     """An exported encoder in the place of an engine, to score it with the same suite."""
 
     def __init__(self, folder: Path, device: torch.device) -> None:
-        self.module = SentenceEncoder.from_folder(folder).to(device)
+        with whole_weights():
+            self.module = SentenceEncoder.from_folder(folder).to(device)
 
     def forward(self, task: str, **inputs: Any) -> Tensor:
         assert task == "encode"

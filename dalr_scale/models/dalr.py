@@ -45,20 +45,18 @@ class FeatureWidths:
 class TeacherBatch:
     """Frozen features of this rank's rows.
 
-    Shapes: ids [b]; image, caption [b,d_v] (None in text-only batches); text: one [b,H_k] per
-    teacher; tokens: one [b,T,H_t] per token teacher with masks [b,T] of 0/1.
+    Shapes: ids [b]; image, caption [b,d_v] where the objective reads them; text: one [b,H_k] per
+    teacher; tokens: one [b,T,H_t] per token teacher with masks [b,T] of 0/1. `paired` tells a
+    batch of captions from one of plain sentences, whatever features the objective reads.
     """
 
     ids: Tensor
+    paired: bool = False
     image: Tensor | None = None
     caption: Tensor | None = None
     text: Sequence[Tensor] = ()
     tokens: Sequence[Tensor] = ()
     token_masks: Sequence[Tensor] = ()
-
-    @property
-    def paired(self) -> bool:
-        return self.image is not None or self.caption is not None
 
 
 @dataclass(frozen=True)
@@ -142,7 +140,7 @@ class DalrModel(nn.Module):
         spec = self.spec
         rows = self._rows(states[0], states[1], teachers)
         cols = gather_views(rows)
-        terms = text_terms(rows, cols, spec.objective, offset)
+        terms = text_terms(rows, cols, spec.objective, offset, paired=teachers.paired)
         if teachers.paired and spec.objective.cross_weight > 0:
             unmatched = unmatched_rows(spec.objective, len(cols.ids), spec.seed, step)
             terms |= cross_terms(rows, cols, spec.objective, spec.text_weights, offset, unmatched)
@@ -157,7 +155,7 @@ class DalrModel(nn.Module):
         z1, z2 = self.sentence_head(h1), self.sentence_head(h2)
         needs = self.spec.needs
         rows = Views(z1, z2, teachers.ids, text=teachers.text if needs.text else ())
-        if teachers.tokens and needs.tokens:
+        if teachers.paired and needs.tokens:
             rows.tokens, rows.token_masks = teachers.tokens, teachers.token_masks
             rows.z1_tokens = [head(z1) for head in self.token_projections]
         if not teachers.paired:

@@ -27,7 +27,10 @@ class GroundingHead(nn.Module):
         self.linear = nn.Linear(width, grounding_width)
 
     def forward(self, state_BH: Tensor) -> Tensor:
-        return nn.functional.normalize(torch.tanh(self.linear(state_BH)), dim=-1, eps=1e-8)
+        grounded = torch.tanh(self.linear(state_BH))
+        if grounded.dtype != torch.float64:
+            grounded = grounded.float()  # unit length is not kept by half precision
+        return nn.functional.normalize(grounded, dim=-1, eps=1e-8)
 
 
 def projection(width: int, target: int, init_std: float = 0.02) -> nn.Linear:

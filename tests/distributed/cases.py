@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertModel
 
 from dalr_scale.config import BatchConfig, Config, EngineConfig, OptimConfig, build_config
-from dalr_scale.dist import gather, gradcache
+from dalr_scale.dist import gather
 from dalr_scale.dist.engine import DeepSpeedEngine, Engine, build_engine
 from dalr_scale.dist.gradcache import StepInputs, backward_global_batch
 from dalr_scale.dist.world import World
@@ -132,6 +132,7 @@ def step_inputs(case: Case, config: Config, world: World, step: int) -> StepInpu
     if case.batch == "pair":
         teachers = TeacherBatch(
             ids=batch["ids"],
+            paired=True,
             image=batch["image"],
             caption=batch["caption"],
             text=[batch["text0"], batch["text1"]],
@@ -175,9 +176,6 @@ def sabotage(fault: str) -> Iterator[None]:
         ),
         "one reduction per chunk": lambda: mock.patch.object(
             DeepSpeedEngine, "gradients", lambda self: contextlib.nullcontext()
-        ),
-        "other dropout in the second pass": lambda: mock.patch.object(
-            gradcache, "seed_dropout", lambda *key: None
         ),
     }
     with patches[fault]():

@@ -131,7 +131,6 @@ def test_a_wrong_type_is_refused_with_key_and_wish(setting: str, problem: str) -
         "data.pair_fraction=1.5",
         "data.pair_fraction=-0.1",
         "data.max_length=0",
-        "data.pad_to_multiple=0",
         "data.workers=-1",
         "model.grounding_width=0",
         "model.consistency_width=-1",
