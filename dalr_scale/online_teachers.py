@@ -64,8 +64,9 @@ class OnlineTeachers:
                     tokens[role] = (own, mask)
                 else:
                     features[role] = pooled
-        pairs = [tokens.get(f"tokens{k}") or tokens["stored"] for k in range(self.num_tokens)]
-        padded = [pad_to_common_length(*pair) for pair in pairs] if paired else []
+        count = self.num_tokens if paired else 0
+        pairs = [tokens.get(f"tokens{k}") or tokens["stored"] for k in range(count)]
+        padded = [pad_to_common_length(*pair) for pair in pairs]
         return TeacherBatch(
             ids=batch.image_ids,
             paired=paired,
