@@ -1,5 +1,5 @@
 # Two commands on a fresh Linux machine with Python >= 3.11: `make train` and `make test`.
-# Both share the environment in .venv; PYTHON=python3 with VENV= uses an interpreter as it is.
+# Both share one environment: VENV is its folder, PYTHON the interpreter it is made from.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -7,6 +7,9 @@ SHELL := /bin/bash
 
 PYTHON ?= python3
 VENV ?= .venv
+ifeq ($(strip $(VENV)),)
+$(error VENV is empty: name the folder of the environment)
+endif
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DISK_GB := 12
@@ -44,10 +47,11 @@ versions: $(STAMP)
 	@$(BIN)/python -m dalr_scale.versions
 
 # The stamp comes last: an interrupted installation is taken up again, a complete one is not redone.
+# An environment without pip was interrupted while it was made: it is cleared and made anew.
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed, this is %s" % sys.version.split()[0])'
 	@$(PYTHON) -c 'import os, shutil, sys; free = shutil.disk_usage(".").free / 1e9; sys.exit(None if os.path.exists("$(STAMP)") or free >= $(DISK_GB) else "$(DISK_GB) GB of free disk are needed, %.1f are free here" % free)'
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(if $(wildcard $(VENV)/pyvenv.cfg),--clear) $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=24" "setuptools>=77" wheel
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
 	touch $(STAMP)
