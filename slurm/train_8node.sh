@@ -51,10 +51,14 @@ while :; do # a trapped signal ends wait early: wait again
   [[ $interrupted == 0 ]] && break
 done
 
-# The launcher hides how a run ended; the run itself wrote it down.
+# The launcher hides how a run ended; the run itself wrote it down. What another job or an earlier
+# start of this one wrote says nothing: a job that dies before its first word is not requeued for it.
 outcome=$("$VENV/bin/python" -c '
-import json, sys
-print(json.load(open(sys.argv[1] + "/status.json"))["outcome"])' "$RUN_DIR" || echo unknown)
+import json, os, sys
+status = json.load(open(sys.argv[1] + "/status.json"))
+start = os.environ["SLURM_JOB_ID"], int(os.environ.get("SLURM_RESTART_COUNT") or 0)
+own = (status.get("job_id"), status.get("restart_count")) == start
+print(status["outcome"] if own else "unknown")' "$RUN_DIR" || echo unknown)
 echo "outcome: $outcome (exit status $rc)"
 if [[ $outcome == preempted || ($asked == 1 && $outcome != finished && $outcome != stopped) ]]; then
   scontrol requeue "$SLURM_JOB_ID" || exit 85 # saved, not finished: submit it again
