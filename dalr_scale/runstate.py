@@ -155,9 +155,14 @@ def fsync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def process_name() -> str:
+    """Host and process number: unique among all that may write into a shared folder."""
+    return f"{socket.gethostname()}-{os.getpid()}"
+
+
 def write_durably(path: Path, data: bytes) -> None:
     """Replace `path`: a reader, or a crash, sees the old or the new content, never a part."""
-    temporary = path.with_name(f".tmp-{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".tmp-{path.name}.{process_name()}")
     try:
         with open(temporary, "wb") as file:
             file.write(data)

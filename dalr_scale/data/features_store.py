@@ -28,6 +28,7 @@ from dalr_scale.data.index import IndexHeader, ensure_index
 from dalr_scale.data.shards import FEATURE_SUFFIX, Member, open_regular, read_exactly, walk_tar
 from dalr_scale.data.writer import open_tar_writer
 from dalr_scale.errors import UserError
+from dalr_scale.runstate import process_name
 
 LEVELS = ("sample", "item", "token")
 SCHEMA = 1
@@ -183,7 +184,7 @@ def write_features(
     }
     if offsets is not None:
         members["offsets.npy"] = _npy_bytes(offsets)
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    temporary = path.with_name(f"{path.name}.tmp-{process_name()}")
     try:
         with temporary.open("wb") as stream, open_tar_writer(stream) as writer:
             writer.write({"__key__": _KEY, **members})

@@ -36,6 +36,7 @@ from dalr_scale.data.shards import (
     walk_tar,
 )
 from dalr_scale.errors import UserError
+from dalr_scale.runstate import process_name
 
 MEMBER_LIMIT = 64 * 1024 * 1024  # bytes of one picture or text member
 CAPTION_LIMIT = 64 * 1024  # bytes of one line that are used; no tokenizer needs more
@@ -212,7 +213,7 @@ def ensure_index(shard: Path) -> IndexFile:
 def write_index(shard: Path, blob: bytes) -> None:
     """Write an index beside its shard, by temporary file and rename."""
     path = index_path(shard)
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    temporary = path.with_name(f"{path.name}.tmp-{process_name()}")
     try:
         temporary.write_bytes(blob)
         os.replace(temporary, path)

@@ -13,6 +13,7 @@ import pytest
 from shard_tools import END, jpeg, oracle_samples, tar_member, write_pairs
 
 from dalr_scale import index as index_command
+from dalr_scale.data.features_store import write_features
 from dalr_scale.data.index import (
     CAPTION_LIMIT,
     IndexHeader,
@@ -23,6 +24,7 @@ from dalr_scale.data.index import (
     index_path,
 )
 from dalr_scale.errors import UserError
+from dalr_scale.runstate import write_durably
 
 
 def shard_of(folder: Path, *members: tuple[str, bytes]) -> Path:
@@ -205,6 +207,29 @@ def test_building_is_deterministic_and_leaves_no_temporary_file(tmp_path: Path) 
     assert build_index(shard) == build_index(shard)
     ensure_index(shard)
     assert {path.name for path in tmp_path.iterdir()} == {shard.name, index_path(shard).name}
+
+
+def test_hosts_that_share_process_numbers_do_not_share_temporary_files(
+    tmp_path: Path, monkeypatch
+) -> None:
+    """Containers on several hosts all count from 1, and write into one shared folder."""
+    shard = write_pairs(tmp_path, 2, per_shard=9)[0]
+    used: list[str] = []
+    replace_file = os.replace
+
+    def note(source: Path, target: Path) -> None:
+        used.append(Path(source).name)
+        replace_file(source, target)
+
+    monkeypatch.setattr(os, "replace", note)
+    for host in ("one", "two"):
+        monkeypatch.setattr("socket.gethostname", lambda host=host: host)
+        index_path(shard).unlink(missing_ok=True)
+        ensure_index(shard)
+        options = {"level": "sample", "manifest_extra": {}, "overwrite": True}
+        write_features(shard, "clip", np.ones((2, 3)), **options)
+        write_durably(tmp_path / "status.json", b"{}")
+    assert len(used) == len(set(used)) == 6, used
 
 
 def test_command_builds_checks_and_reports(tmp_path: Path, capsys) -> None:
