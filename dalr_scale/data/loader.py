@@ -76,44 +76,23 @@ class Batch:
         """Return the batch in page-locked memory (the name ``DataLoader`` looks for)."""
         return self.map_tensors(Tensor.pin_memory)
 
-    pin = pin_memory
-
-
-@dataclass(frozen=True)
-class Padding:
-    """How sentences are cut and padded, in tokens.
-
-    Attributes:
-        max_length: sentences are cut to this, special tokens included.
-        pad_to: fixed length of every batch; None pads to the longest sentence of the batch.
-        pad_to_multiple: rounds the dynamic length up, at most to ``max_length``.
-    """
-
-    max_length: int
-    pad_to: int | None = None
-    pad_to_multiple: int = 1
-
-    def length(self, longest: int) -> int:
-        """Return the padded length of a batch whose longest sentence has ``longest`` tokens."""
-        if self.pad_to is not None:
-            return self.pad_to
-        rounded = -(-longest // self.pad_to_multiple) * self.pad_to_multiple
-        return min(max(rounded, 1), max(self.max_length, longest))
-
 
 def tokenize(
-    tokenizer: PreTrainedTokenizerBase, sentences: Sequence[str], padding: Padding
+    tokenizer: PreTrainedTokenizerBase, sentences: Sequence[str], max_length: int
 ) -> tuple[Tensor, Tensor]:
-    """Return input ids and attention mask, int64 [n, L], padded on the right."""
+    """Return input ids and attention mask, int64 [n, L], padded on the right.
+
+    Sentences are cut to ``max_length`` tokens, special tokens included; L is the longest one's.
+    """
     encoded = tokenizer(
         list(sentences),
         truncation=True,
-        max_length=padding.max_length,
+        max_length=max_length,
         return_attention_mask=False,
         return_token_type_ids=False,
     )["input_ids"]
     rows: list[list[int]] = encoded  # type: ignore[assignment]
-    length = padding.length(max(map(len, rows)))
+    length = max(1, *map(len, rows))
     input_ids = np.full((len(rows), length), tokenizer.pad_token_id, np.int64)
     mask = np.zeros((len(rows), length), np.int64)
     for number, row in enumerate(rows):
@@ -160,7 +139,7 @@ class StepDataset(Dataset):
     text: Source | None
     pairs: Source | None
     tokenizer: PreTrainedTokenizerBase
-    padding: Padding
+    max_length: int
     rank: int
     world_size: int
     total_steps: int
@@ -185,7 +164,7 @@ class StepDataset(Dataset):
         rows = len(whole) // self.world_size
         ids = whole[self.rank * rows : (self.rank + 1) * rows]
         records = source.read(ids)
-        input_ids, mask = tokenize(self.tokenizer, records.sentences, self.padding)
+        input_ids, mask = tokenize(self.tokenizer, records.sentences, self.max_length)
         tokens, token_mask = records.tokens or (None, None)
         return Batch(
             step=step,
@@ -250,8 +229,6 @@ def make_loader(
     max_length: int,
     num_workers: int,
     image_transform: ImageTransform | None = None,
-    pad_to: int | None = None,
-    pad_to_multiple: int = 1,
     pin_memory: bool = False,
     prefetch: int = 4,
 ) -> StepLoader:
@@ -266,11 +243,9 @@ def make_loader(
         world_size: processes; it must divide the global batch.
         start_step: first step, e.g. after a resume.
         total_steps: end of the run.
-        max_length: tokens kept of a sentence.
+        max_length: tokens kept of a sentence, special tokens included.
         num_workers: worker processes; 0 reads in this process.
         image_transform: picture to tensor, for sources that read images.
-        pad_to: fixed padded length in tokens; None pads to the longest of the local batch.
-        pad_to_multiple: rounds the dynamic length up.
         pin_memory: put batches into page-locked memory.
         prefetch: batches each worker reads ahead.
 
@@ -290,8 +265,6 @@ def make_loader(
         raise UserError(f"the run ends at step {total_steps}; it cannot start at step {start_step}")
     if tokenizer.pad_token_id is None:
         raise UserError("the tokenizer has no padding token; set one")
-    if pad_to is not None and pad_to < max_length:
-        raise UserError(f"batches padded to {pad_to} tokens cannot hold {max_length}; raise pad_to")
     for source, items in ((text, plan.text_items), (pairs, plan.pair_items)):
         if (source.num_items if source else 0) != items:
             raise ValueError("the plan was made for other sources")
@@ -300,7 +273,7 @@ def make_loader(
         text,
         pairs,
         tokenizer,
-        Padding(max_length, pad_to, pad_to_multiple),
+        max_length,
         rank,
         world_size,
         total_steps,

@@ -19,7 +19,6 @@ from dalr_scale.data.images import check_image, decode_image
 from dalr_scale.data.index import ensure_index
 from dalr_scale.data.loader import (
     Batch,
-    Padding,
     StepDataset,
     make_loader,
     make_plan,
@@ -170,28 +169,37 @@ def test_a_batch_holds_what_the_plan_says(sources) -> None:
     assert kinds.count("pair") == plan.batches_before(20)[1] > 0
 
 
-def test_padding() -> None:
+def test_sentences_are_cut_and_padded_to_the_longest() -> None:
     tokenizer = small_tokenizer()
-    sentences = ["of", "of of of of"]
+    ids, mask = tokenize(tokenizer, ["of", "of of of of"], 32)
+    assert ids.tolist() == [[2, 7, 3, 0, 0, 0], [2, 7, 7, 7, 7, 3]]
+    assert mask.tolist() == [[1, 1, 1, 0, 0, 0], [1] * 6]
+    ids, mask = tokenize(tokenizer, ["of", "of of of of"], 4)
+    assert ids.tolist() == [[2, 7, 3, 0], [2, 7, 7, 3]]
 
-    def shape(**settings: int) -> list[int]:
-        return list(tokenize(tokenizer, sentences, Padding(**settings))[0].shape)
 
-    assert shape(max_length=32) == [2, 6]
-    assert shape(max_length=4) == [2, 4]
-    assert shape(max_length=32, pad_to_multiple=4) == [2, 8]
-    assert shape(max_length=7, pad_to_multiple=4) == [2, 7]
-    assert shape(max_length=32, pad_to=32) == [2, 32]
-    ids, mask = tokenize(tokenizer, ["of"], Padding(8, pad_to=5))
-    assert ids.tolist() == [[2, 7, 3, 0, 0]]
-    assert mask.tolist() == [[1, 1, 1, 0, 0]]
+def test_one_shard_serves_any_number_of_ranks(tmp_path: Path) -> None:
+    """Ranks cut items, not shards: none is left without rows, none sees another's."""
+    source = Source(write_pairs(tmp_path, 4, per_shard=9))
+    assert len(source.shards) == 1
+    plan = StreamPlan(seed=1, global_batch=8, pair_items=source.num_items)
+    seen: list[int] = []
+    for rank in range(4):
+        loader = make_loader(
+            plan, None, source, small_tokenizer(), rank=rank, world_size=4,
+            start_step=0, total_steps=2, max_length=8, num_workers=0,
+        )  # fmt: skip
+        batches = list(loader)
+        assert [len(batch.sentences) for batch in batches] == [2, 2]
+        seen += [item for batch in batches for item in batch.item_ids.tolist()]
+    assert len(set(seen)) == len(seen) == 16
+    assert set(seen) == {*plan.batch_ids(0).tolist(), *plan.batch_ids(1).tolist()}
 
 
 def test_impossible_settings_are_refused(sources) -> None:
     cases = [
         ({"world_size": 5}, "global batch of 12 cannot be cut into 5"),
         ({"start_step": 21}, "ends at step 20"),
-        ({"pad_to": 4}, "cannot hold 8"),
         (
             {"world_size": 2, "plan": StreamPlan(3, 12, 100, 55, tail="keep")},
             "one process only",
@@ -255,9 +263,7 @@ def to_tensor(picture: Image.Image) -> torch.Tensor:
 
 def image_dataset(source: Source) -> StepDataset:
     plan = make_plan(None, source, seed=1, global_batch=source.num_items)
-    return StepDataset(
-        plan, None, source, small_tokenizer(), Padding(8), 0, 1, 1, image_transform=to_tensor
-    )
+    return StepDataset(plan, None, source, small_tokenizer(), 8, 0, 1, 1, image_transform=to_tensor)
 
 
 def test_pictures_are_decoded_in_the_worker(tmp_path: Path) -> None:
