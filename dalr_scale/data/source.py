@@ -70,7 +70,6 @@ class Source:
     Attributes:
         num_items: captions or sentences.
         num_samples: samples, with or without pictures.
-        num_images: samples with a picture.
         shards: the shards in their order.
         fingerprint: changes with the content of any shard or feature set, not with names.
     """
@@ -109,7 +108,6 @@ class Source:
         self.shards = [file.shard for file in files]
         self.num_items = int(self._item_start[-1])
         self.num_samples = int(self._sample_start[-1])
-        self.num_images = sum(file.header.images for file in files)
         if with_images:
             self._require_images()
         self._dims, sums = self._audit_features()
@@ -118,11 +116,6 @@ class Source:
     def __getstate__(self) -> dict[str, object]:
         """Pickle without open files; a spawned worker opens its own."""
         return {**self.__dict__, "_cache": OrderedDict()}
-
-    @property
-    def is_paired(self) -> bool:
-        """Whether the items belong to pictures or to stored features of pictures."""
-        return self.num_images > 0 or any(role in self._features for role in _IMAGE_ROLES)
 
     def feature_dim(self, role: str) -> int:
         """Return the width of a role's features.

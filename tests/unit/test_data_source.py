@@ -32,7 +32,7 @@ def values_for(rows: int, dim: int = 4) -> np.ndarray:
 
 def test_items_are_read_in_any_order(tmp_path: Path) -> None:
     source = Source(write_pairs(tmp_path, 7, per_shard=3), with_images=True)
-    assert (source.num_items, source.num_samples, source.num_images) == (35, 7, 7)
+    assert (source.num_items, source.num_samples) == (35, 7)
     everything = source.read(np.arange(35))
     assert everything.image_ids.tolist() == [n for n in range(7) for _ in range(5)]
     expected = {f"pairs {text}" for n in range(7) for text in captions_of(n)}
@@ -83,7 +83,6 @@ def test_text_items_have_no_image(tmp_path: Path) -> None:
     shards = write_text_shards(sentences, tmp_path, "t", per_member=8, members_per_shard=3)
     source = Source(shards)
     records = source.read(np.arange(50))
-    assert not source.is_paired
     assert sorted(records.sentences) == sorted(sentences)
     assert set(records.image_ids.tolist()) == {-1}
     with pytest.raises(UserError, match="have no picture"):
@@ -132,14 +131,13 @@ def test_features_are_joined_by_sample_item_and_token(tmp_path: Path) -> None:
         Source(shards, features={"image": "tok"})
 
 
-def test_text_with_image_features_is_paired(tmp_path: Path) -> None:
+def test_text_with_image_features_has_image_ids(tmp_path: Path) -> None:
     """Shards may leave the pictures out once their features are stored."""
     shard = tmp_path / "x.tar"
     members = [tar_member(b"%d.txt" % n, b"one\ntwo\n") for n in range(3)]
     shard.write_bytes(b"".join(members) + END)
     write_features(shard, "clip", values_for(3), level="sample", manifest_extra={})
     source = Source([shard], features={"image": "clip"})
-    assert source.is_paired
     assert source.read(np.arange(6)).image_ids.tolist() == [0, 0, 1, 1, 2, 2]
 
 
