@@ -460,6 +460,8 @@ def _read_source(source: str) -> dict[str, Any]:
         path = path / "config.toml"
     if not path.exists():
         names = recipe_names()
+        if "/" in source or source.endswith(".toml"):
+            raise UserError(f"no such file or run folder: {source}")
         if source not in names:
             near = difflib.get_close_matches(source, names, n=1, cutoff=0.0)
             raise UserError(

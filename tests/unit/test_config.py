@@ -60,6 +60,9 @@ def test_a_misspelt_section_names_the_right_one(section: str) -> None:
 def test_a_misspelt_preset_and_recipe_name_the_right_one() -> None:
     with pytest.raises(UserError, match="did you mean 'kdmcse'"):
         override("--objective.preset=kdmsce")
+    for path in ("runs/gone", "mine.toml", "/no/such/mine.toml"):
+        with pytest.raises(UserError, match=f"^no such file or run folder: {path}$"):
+            load_config(path)
     with pytest.raises(UserError, match="no recipe, file or run folder"):
         load_config("no-such-recipe")
 
