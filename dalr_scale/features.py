@@ -21,7 +21,7 @@ from tqdm import tqdm
 from dalr_scale.data.features_store import features_path, open_features, write_features
 from dalr_scale.data.images import decode_image
 from dalr_scale.data.index import ensure_index
-from dalr_scale.data.shards import expand_shards
+from dalr_scale.data.shards import expand_shards, sample_key
 from dalr_scale.data.source import Source
 from dalr_scale.errors import UserError
 
@@ -294,13 +294,6 @@ def _read_npz(path: Path) -> tuple[np.ndarray, dict[str, int], dict[str, int]]:
         base = key.rpartition("/")[2]
         by_base[base] = -1 if base in by_base else row
     return features, by_name, by_base
-
-
-def sample_key(name: str) -> str:
-    """The sample key that `prepare` gives a picture file: no suffix, dots become underscores."""
-    stem, dot, suffix = name.rpartition(".")
-    plain = stem if dot and "/" not in suffix else name
-    return "".join(c if c.isprintable() and c not in ".\\" else "_" for c in plain)
 
 
 if __name__ == "__main__":

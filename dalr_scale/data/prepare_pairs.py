@@ -16,7 +16,13 @@ from dalr_scale.data.images import check_image
 from dalr_scale.data.index import MEMBER_LIMIT, ensure_index
 from dalr_scale.data.prepare_captions import read_captions, read_names
 from dalr_scale.data.prepare_report import Report
-from dalr_scale.data.shards import IMAGE_EXTENSIONS, open_regular, read_exactly, walk_tar
+from dalr_scale.data.shards import (
+    IMAGE_EXTENSIONS,
+    open_regular,
+    read_exactly,
+    sample_key,
+    walk_tar,
+)
 from dalr_scale.data.writer import ShardSetWriter
 from dalr_scale.errors import UserError
 
@@ -233,12 +239,11 @@ def _listed(path: Path | None, lookup: _Lookup, report: Report) -> set[Picture] 
 
 
 def _unique_keys(pictures: Iterable[Picture]) -> dict[Picture, str]:
-    """Name the samples after their pictures, without suffix and without dots."""
+    """Name the samples after their pictures; names that become equal get a number."""
     keys: dict[Picture, str] = {}
     used: set[str] = set()
     for picture in sorted(pictures):
-        stem = picture.name.rpartition(".")[0]
-        plain = "".join(c if c.isprintable() and c not in ".\\" else "_" for c in stem)
+        plain = sample_key(picture.name)
         key, number = plain, 1
         while key in used:
             number += 1

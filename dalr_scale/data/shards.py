@@ -61,6 +61,16 @@ def split_name(name: str) -> tuple[str, str]:
     return folder + slash + stem, extension.lower()
 
 
+def sample_key(name: str) -> str:
+    """Return the sample key of a picture file: its name without suffix, other dots as underscores.
+
+    WebDataset ends a key at the first dot, and a name in a tar must be printable.
+    """
+    stem, dot, suffix = name.rpartition(".")
+    plain = stem if dot and "/" not in suffix else name
+    return "".join(c if c.isprintable() and c not in ".\\" else "_" for c in plain)
+
+
 def open_regular(path: Path) -> int:
     """Open a regular file for reading and return its descriptor; pipes and devices are refused."""
     try:

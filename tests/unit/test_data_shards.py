@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from shard_tools import END, oracle_samples, tar_header, tar_member, write_pairs
 
 from dalr_scale.data import shards as shards_module
-from dalr_scale.data.shards import expand_shards, split_name, walk_tar
+from dalr_scale.data.shards import expand_shards, sample_key, split_name, walk_tar
 from dalr_scale.data.writer import ShardSetWriter, write_text_shards
 from dalr_scale.errors import UserError
 
@@ -292,3 +292,10 @@ def test_no_reading_code_uses_a_foreign_tar_reader_or_pickle() -> None:
             for name in names:
                 users.get(name.partition(".")[0], set()).add(path.name)
     assert users == {"tarfile": set(), "pickle": set(), "webdataset": {"writer.py"}}
+
+
+def test_sample_keys_of_picture_files() -> None:
+    assert sample_key("a/b.c.jpg") == "a/b_c"
+    assert sample_key("plain") == "plain"
+    assert sample_key("x.d/plain") == "x_d/plain"
+    assert sample_key("a\\b\n.PNG") == "a_b_"

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from dalr_scale.data.features_store import features_path, open_features
 from dalr_scale.data.writer import ShardSetWriter, write_text_shards
 from dalr_scale.errors import UserError
-from dalr_scale.features import main, sample_key
+from dalr_scale.features import main
 from dalr_scale.models.encoder import SentenceEncoder, load_tokenizer
 from dalr_scale.models.teachers import load_image_teacher, load_text_teacher
 
@@ -206,9 +206,3 @@ def test_unreadable_picture_names_its_sample(tmp_path, clip_folder):
         writer.write("torn", {"png": picture(1)[:90], "txt": b"a cat\n"})
     with pytest.raises(UserError, match="picture of sample 'torn' cannot be decoded"):
         run(writer.shards, "--name", "img", "--image-teacher", clip_folder)
-
-
-def test_sample_keys_are_those_of_prepare():
-    assert sample_key("a/b.c.jpg") == "a/b_c"
-    assert sample_key("plain") == "plain"
-    assert sample_key("x.d/plain") == "x_d/plain"
