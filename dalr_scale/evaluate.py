@@ -70,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def data_root(given: Path | None) -> Path:
-    """The folder with `STS/` and `SICK/`: the one given, else $DALR_DATA; its `senteval` if any.
+    """The folder given, else $DALR_DATA; see `load_sts` for what it holds.
 
     Raises:
         UserError: neither is set, or the folder does not exist.
@@ -80,7 +80,7 @@ def data_root(given: Path | None) -> Path:
         raise UserError(f"name the folder with STS/ and SICK/ by --data or ${DATA_VARIABLE}")
     if not root.is_dir():
         raise UserError(f"{root} is not a folder; --data names the one with STS/ and SICK/")
-    return root / "senteval" if (root / "senteval").is_dir() else root
+    return root
 
 
 def format_scores(table: Mapping[str, float], notes: Mapping[str, str]) -> str:

@@ -53,11 +53,17 @@ class STSTask:
 
 
 def load_sts(root: Path, task: str) -> STSTask:
-    """Read one task below `root`, the folder that holds `STS/` and `SICK/`.
+    """Read one task below `root`.
+
+    Args:
+        root: folder with `STS/` and `SICK/` (SentEval's layout), or the one above, which has
+            them in `senteval/`.
+        task: one of `TASKS`.
 
     Raises:
         UserError: unknown task, or a file that is missing or malformed, named with its line.
     """
+    root = root / "senteval" if (root / "senteval").is_dir() else root
     if task in SUBSETS:
         folder = root / "STS" / f"{task}-en-test"
         rows = [row for name in SUBSETS[task] for row in _read_subset(folder, name)]

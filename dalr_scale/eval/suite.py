@@ -192,7 +192,7 @@ def _sts_task(config: Config, name: str) -> STSTask:
             f"task {name} needs the data folder: set --data.root or the environment variable "
             "DALR_DATA (it holds senteval/STS and senteval/SICK)"
         )
-    return load_sts(root / "senteval" if (root / "senteval").is_dir() else root, name)
+    return load_sts(root, name)
 
 
 def _graded(config: Config, path: str, name: str) -> STSTask:

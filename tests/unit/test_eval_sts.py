@@ -77,6 +77,12 @@ def test_every_task_is_read_and_unscored_lines_are_left_out(task, root):
     assert loaded.scores.tolist() == [score for *_, score in PAIRS] * copies
 
 
+def test_the_folder_above_senteval_will_do(root):
+    (root / "data").mkdir()
+    (root / "data" / "senteval").symlink_to(root)
+    assert load_sts(root / "data", "STS13").pairs == load_sts(root, "STS13").pairs
+
+
 def test_all_setting_is_one_correlation_over_the_concatenated_subsets(root):
     # Shift the scores of one subset: each subset alone still ranks perfectly, the whole does not.
     gold = root / "STS" / "STS13-en-test" / "STS.gs.FNWN.txt"
