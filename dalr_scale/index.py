@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from dalr_scale.errors import UserError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; return 0, 1 when the check found faults, or 2 after a user error."""
+    """Run the command; return 0, or 1 when the check found faults."""
     parser = argparse.ArgumentParser(
         prog="dalr-scale index",
         description="Build the index beside each shard where it is missing or out of date.",
@@ -35,12 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="write nothing; read every byte and compare it with the index and the feature sums",
     )
     args = parser.parse_args(argv)
-    try:
-        shards = expand_shards(args.shards)
-        return _check(shards) if args.check else _build(shards)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    shards = expand_shards(args.shards)
+    return _check(shards) if args.check else _build(shards)
 
 
 def _build(shards: list[Path]) -> int:
@@ -90,4 +85,6 @@ def _check(shards: list[Path]) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    from dalr_scale.cli import run_command
+
+    raise SystemExit(run_command(main, None))

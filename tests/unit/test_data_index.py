@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from shard_tools import END, jpeg, oracle_samples, tar_member, write_pairs
 
+from dalr_scale import cli
 from dalr_scale import index as index_command
 from dalr_scale.data.features_store import write_features
 from dalr_scale.data.index import (
@@ -232,7 +233,7 @@ def test_hosts_that_share_process_numbers_do_not_share_temporary_files(
     assert len(used) == len(set(used)) == 6, used
 
 
-def test_command_builds_checks_and_reports(tmp_path: Path, capsys) -> None:
+def test_command_builds_checks_and_reports(tmp_path: Path, capsys, same_environment) -> None:
     shards = write_pairs(tmp_path, 5, per_shard=2)
     assert index_command.main([str(tmp_path), "--check"]) == 1
     assert "missing; run dalr-scale index" in capsys.readouterr().out
@@ -247,5 +248,7 @@ def test_command_builds_checks_and_reports(tmp_path: Path, capsys) -> None:
     shards[1].write_bytes(content.replace(b"caption 3 of picture 2", b"caption 3 of picture 9"))
     assert index_command.main([str(tmp_path), "--check"]) == 1
     assert "line 4 of sample 'pairs0002' has changed" in capsys.readouterr().out
-    assert index_command.main([str(tmp_path / "none")]) == 2
+    with pytest.raises(UserError, match="none"):
+        index_command.main([str(tmp_path / "none")])
+    assert cli.main(["index", str(tmp_path / "none")]) == 2
     assert capsys.readouterr().err.startswith("error: ")
