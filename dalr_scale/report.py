@@ -9,8 +9,10 @@ from typing import Any
 from dalr_scale.assembly import Streams
 from dalr_scale.checkpoint import package_versions
 from dalr_scale.config import Config
+from dalr_scale.dist.engine import resolve_precision
 from dalr_scale.metrics import format_table, print_table
 from dalr_scale.models.dalr import DalrModel
+from dalr_scale.runstate import write_durably
 
 
 def arithmetic(config: Config, streams: Streams, model: DalrModel, world_size: int) -> str:
@@ -19,6 +21,9 @@ def arithmetic(config: Config, streams: Streams, model: DalrModel, world_size: i
     rows = batch.global_size // world_size
     micro = batch.micro_size or rows
     text, pair = plan.batches_before(streams.total_steps)
+    sizes = (plan.text_items, plan.n_text), (plan.pair_items, plan.n_pair)
+    dropped = [max(items - batches * batch.global_size, 0) for items, batches in sizes]
+    passes = [f"{done / max(n, 1):.2f}" for done, (_, n) in zip((text, pair), sizes, strict=True)]
     parameters = sum(p.numel() for p in model.parameters())
     table = [
         {"what": "parameters, trainable", "value": f"{parameters:,}"},
@@ -27,8 +32,13 @@ def arithmetic(config: Config, streams: Streams, model: DalrModel, world_size: i
         {"what": "chunks per rank", "value": f"{-(-rows // micro)} of up to {micro} rows"},
         {"what": "text items, batches a pass", "value": f"{plan.text_items:,}, {plan.n_text:,}"},
         {"what": "pair items, batches a pass", "value": f"{plan.pair_items:,}, {plan.n_pair:,}"},
+        {"what": "rows dropped a pass", "value": f"text {dropped[0]}, pairs {dropped[1]}"},
+        {"what": "passes in this run", "value": f"text {passes[0]}, pairs {passes[1]}"},
         {"what": "steps (text + paired)", "value": f"{streams.total_steps:,} ({text} + {pair})"},
-        {"what": "engine", "value": config.engine.kind},
+        {
+            "what": "engine, precision",
+            "value": f"{config.engine.kind}, {resolve_precision(config)}",
+        },
         {"what": "objective", "value": config.objective.preset},
     ]
     return format_table(f"run {config.run.name}, {config.run_dir}", table)
@@ -50,7 +60,7 @@ def write_result(
         "versions": package_versions(),
     }
     text = json.dumps(result, indent=1) + "\n"
-    (config.run_dir / "result.json").write_text(text, encoding="utf-8")
+    write_durably(config.run_dir / "result.json", text.encode())
 
 
 def print_result(run_dir: Path) -> None:

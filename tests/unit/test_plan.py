@@ -10,8 +10,10 @@ from common import tiny_config, tree, write_config
 
 from dalr_scale.assembly import build_model, build_streams
 from dalr_scale.dist.world import World
-from dalr_scale.models.dalr import DalrModel
-from dalr_scale.plan import column_widths, main, plan_memory, time_step
+from dalr_scale.errors import UserError
+from dalr_scale.models import dalr as dalr_module
+from dalr_scale.models.dalr import DalrModel, TeacherBatch
+from dalr_scale.plan import TOKENS, column_widths, main, plan_memory, time_step
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +40,10 @@ def test_plan_prints_the_numbers_and_writes_nothing(
         "144, 6",
         "12 (7 + 5)",
         "z2 (with gradient)",
+        "text 2, pairs 0",
+        "text 1.00, pairs 0.83",
+        "zero2, fp32",
+        "token features",
         "s a step",
     ):
         assert text in shown, text
@@ -57,14 +63,59 @@ def test_sharding_divides_what_it_says(tiny_data: Path, model: DalrModel) -> Non
     one, four = plan("zero2", 1), plan("zero2", 4)
     assert four.cached_states == one.cached_states // 4
     assert four.columns == one.columns  # every rank sees the global batch
+    assert four.token_features == one.token_features == 24 * 31 * 12 * 4
     assert one.total == sum(vars(one).values())
 
 
 def test_columns_are_those_of_the_objective(model: DalrModel) -> None:
-    widths = column_widths(model)
+    widths = column_widths(model, max_length=8)
     assert widths["z2 (with gradient)"] == 16
     assert widths["picture features"] == 20 == widths["z1 for pictures (with gradient)"]
     assert widths["text teachers"] == 12
+    assert widths["u (with gradient)"] == 8
+    assert widths[TOKENS] == 7 * 12
+    assert not any("caption" in name for name in widths)
+
+
+def test_columns_of_the_caption_branch(tiny_data: Path) -> None:
+    changes = {"objective.preset": "kdmcse", "teachers.caption": "features:cap"}
+    config = tiny_config(tiny_data, changes)
+    world = World(0, 1, torch.device("cpu"))
+    widths = column_widths(build_model(config, build_streams(config), world).model, max_length=8)
+    assert widths["u of captions (with gradient)"] == widths["u (with gradient)"] == 8
+    assert widths["caption features"] == 20
+    assert TOKENS not in widths
+
+
+def test_gathers_are_counted_as_they_are_sent(tiny_data: Path, model: DalrModel) -> None:
+    """The planned floats are those of the views that a paired batch really gathers."""
+    rows = 4
+    teachers = TeacherBatch(
+        ids=torch.arange(rows),
+        paired=True,
+        image=torch.randn(rows, 20),
+        text=[torch.randn(rows, 12)],
+        tokens=[torch.randn(rows, 7, 12)],
+        token_masks=[torch.ones(rows, 7)],
+    )
+    sent: list[int] = []
+
+    def note(local: torch.Tensor, *, grad: bool = True) -> torch.Tensor:
+        if local.is_floating_point():
+            sent.append(local[0].numel())
+        return local
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dalr_module, "gather_rows", note)
+        model.loss(torch.randn(2, rows, 16), teachers, 0, 0)
+    sent.remove(7)  # the mask
+    assert sorted(sent) == sorted(column_widths(model, max_length=8).values())
+
+
+def test_no_ranks_are_refused() -> None:
+    for ranks in ("0", "-1"):
+        with pytest.raises(UserError, match="at least 1 process"):
+            main(["--ranks", ranks])
 
 
 def test_a_step_takes_time(tiny_data: Path, model: DalrModel) -> None:
