@@ -24,7 +24,7 @@ from dalr_scale.dist.world import World
 from dalr_scale.errors import UserError
 from dalr_scale.models.dalr import DalrModel, FeatureWidths, LossSpec
 from dalr_scale.models.encoder import SentenceEncoder
-from dalr_scale.models.tokenizer import load_tokenizer
+from dalr_scale.models.tokenizer import first_line, load_tokenizer
 from dalr_scale.objective import Needs, needs_of
 from dalr_scale.online_teachers import (
     STORED,
@@ -32,6 +32,8 @@ from dalr_scale.online_teachers import (
     build_online_teachers,
     check_stored_tokenizers,
 )
+
+MODELS = ("hf", "open_clip")
 
 
 @dataclass(frozen=True)
@@ -52,10 +54,12 @@ class Streams:
 def check_arithmetic(config: Config, world_size: int) -> int:
     """Rows per rank; refuses impossible batch sizes in one line with the numbers."""
     size, micro = config.batch.global_size, config.batch.micro_size
-    if size < 2 or size % world_size:
+    if size < 2:
+        raise UserError(f"batch.global_size = {size}: a contrast needs at least 2 rows")
+    if size % world_size:
         raise UserError(
-            f"batch.global_size = {size} cannot be cut into {world_size} equal shares of at least "
-            f"one row; choose a multiple of {world_size}"
+            f"batch.global_size = {size} cannot be cut into equal shares for {world_size} ranks; "
+            f"choose a multiple of {world_size}"
         )
     rows = size // world_size
     if not 0 <= micro <= rows:
@@ -94,6 +98,8 @@ def prepare_data(config: Config, world: World) -> None:
 
 def build_streams(config: Config, world_size: int = 1) -> Streams:
     """Opens the shards and their features, and lays out the order of the batches."""
+    if not config.data.pairs and not config.data.text:
+        raise UserError("data.pairs and data.text are both empty: name shards for one of them")
     needs = needs_of(config.objective)
     if not config.data.pairs and (needs.image or needs.caption or needs.tokens):
         raise UserError(
@@ -103,8 +109,6 @@ def build_streams(config: Config, world_size: int = 1) -> Streams:
     pairs = _source(config, config.data.pairs, _pair_roles(config, needs), needs)
     roles = _text_roles(config, needs) if config.objective.distil_text_batches else {}
     text = _source(config, config.data.text, roles, None)
-    if pairs is None and text is None:
-        raise UserError("data.pairs and data.text are both empty: name shards for one of them")
     fraction = config.data.pair_fraction
     plan = StreamPlan(
         seed=config.run.seed,
@@ -143,6 +147,8 @@ def _pair_roles(config: Config, needs: Needs) -> dict[str, str]:
                 f"this objective needs {role} features: set teachers.{role} "
                 f"(features:NAME, or a model folder), or weight 0 on the terms that use them"
             )
+        for spec in specs if wanted else ():
+            _check_teacher(role, spec, ("open_clip",) if role == "image" else MODELS)
         stored = [spec.removeprefix(STORED) for spec in specs if spec.startswith(STORED)]
         if wanted and len(stored) > 1:
             raise UserError(f"teachers.{role} names {len(stored)} stored feature sets; one at most")
@@ -163,11 +169,21 @@ def _text_roles(config: Config, needs: Needs) -> dict[str, str]:
             "hf:FOLDER or open_clip:FOLDER), or weight 0 on ranking and alignment"
         )
     specs = config.teachers.text if needs.text else ()
+    for spec in specs:
+        _check_teacher("text", spec, MODELS)
     return {
         f"text{k}": spec.removeprefix(STORED)
         for k, spec in enumerate(specs)
         if spec.startswith(STORED)
     }
+
+
+def _check_teacher(role: str, spec: str, models: tuple[str, ...]) -> None:
+    """A misspelt teacher would otherwise show as a shard without pictures, or much later."""
+    kind, _, name = spec.partition(":")
+    if not name or (f"{kind}:" != STORED and kind not in models):
+        forms = " or ".join([f"{STORED}NAME", *(f"{model}:FOLDER" for model in models)])
+        raise UserError(f"teachers.{role}: '{spec}' must be {forms}")
 
 
 def _online(spec: str) -> bool:
@@ -229,9 +245,7 @@ def build_encoder(config: Config) -> SentenceEncoder:
         if not config.data.tokenizer:
             raise UserError("a new encoder needs data.tokenizer: a folder or a vocab.txt")
         tokenizer = load_tokenizer(config.path(config.data.tokenizer))
-        encoder = SentenceEncoder.from_config(
-            config.model.architecture, tokenizer, config.model.pooler or "cls_before_pooler"
-        )
+        encoder = _new_encoder(config, tokenizer)
     if config.data.max_length > encoder.max_length:
         raise UserError(
             f"data.max_length = {config.data.max_length} exceeds the encoder's "
@@ -241,6 +255,16 @@ def build_encoder(config: Config) -> SentenceEncoder:
         # recomputation must see the same parameter shapes that ZeRO-3 gathered
         encoder.gradient_checkpointing(use_reentrant=config.engine.kind == "zero3")
     return encoder
+
+
+def _new_encoder(config: Config, tokenizer: Any) -> SentenceEncoder:
+    pooler = config.model.pooler or "cls_before_pooler"
+    try:
+        return SentenceEncoder.from_config(config.model.architecture, tokenizer, pooler)
+    except UserError:
+        raise
+    except (ValueError, TypeError) as error:  # how transformers refuses impossible sizes
+        raise UserError(f"model.architecture cannot be built: {first_line(error)}") from error
 
 
 def _widths(

@@ -21,6 +21,7 @@ from typing import Any, SupportsFloat, TextIO
 
 from tqdm import tqdm
 
+from dalr_scale.errors import UserError
 from dalr_scale.runstate import write_durably
 
 NOT_TERMS = ("loss", "lr", "grad_norm")
@@ -319,7 +320,10 @@ def logging_to(run_dir: Path, rank: int, *, verbose: bool = False) -> Iterator[P
         The path of this rank's file. Handlers and level are taken back at the end.
     """
     path = run_dir / "log" / f"rank{rank}.log"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{run_dir} cannot be a run folder: {error}; choose another") from error
     project = logging.getLogger("dalr_scale")
     former, propagated = project.level, project.propagate
     project.propagate = False  # libraries configure the root logger: every line would come twice

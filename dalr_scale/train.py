@@ -130,9 +130,8 @@ def _run(config: Config, world: Any, started: float) -> int:
     engine, ds_config = build_engine(parts.model, optimizer, config, world)
     trainer = Trainer(config, world, streams, parts, engine, suite)
     resumed = trainer.resume()
-    kept = (config.run_dir / "config.toml").exists() and not config.run.allow_change
-    if not resumed and kept:
-        refuse_other_settings(config)
+    if not resumed and not config.run.allow_change:
+        _refuse_other_attempt(config, world)
     fruitless = 0
     if world.rank == 0:
         write_run_files(config, ds_config)
@@ -225,6 +224,18 @@ def _is_finished(config: Config, world: Any) -> bool:
             "or beside it with --run.name=NAME"
         )
     return True
+
+
+def _refuse_other_attempt(config: Config, world: Any) -> None:
+    """The same for a run that reached no checkpoint; rank 0 looks, as it alone writes there."""
+    refusal = None
+    if world.rank == 0 and (config.run_dir / "config.toml").exists():
+        try:
+            refuse_other_settings(config)
+        except UserError as error:
+            refusal = str(error)
+    if (refusal := world.broadcast_object(refusal)) is not None:
+        raise UserError(refusal)
 
 
 def refuse_other_settings(config: Config) -> None:

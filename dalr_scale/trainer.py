@@ -35,7 +35,7 @@ from dalr_scale.metrics import RunLog
 from dalr_scale.models.encoder import SentenceEncoder
 from dalr_scale.optim import learning_rate
 from dalr_scale.preempt import StopFlag, StopReason, Watchdog
-from dalr_scale.runstate import RunState, StreamState, write_status
+from dalr_scale.runstate import RunState, StreamState, write_durably, write_status
 
 log = logging.getLogger(__name__)
 
@@ -341,7 +341,7 @@ def write_run_files(config: Config, ds_config: dict[str, Any] | None) -> None:
     run = dataclasses.replace(config.run, from_scratch=False, allow_change=False)
     config = dataclasses.replace(config, run=run)
     config.run_dir.mkdir(parents=True, exist_ok=True)
-    (config.run_dir / "config.toml").write_text(to_toml(config), encoding="utf-8")
+    write_durably(config.run_dir / "config.toml", to_toml(config).encode())
     if ds_config is not None:
         text = json.dumps(ds_config, indent=2) + "\n"
         (config.run_dir / "ds_config.json").write_text(text, encoding="utf-8")
