@@ -176,12 +176,15 @@ def test_a_finished_run_is_shown_and_not_trained_again(
 def test_an_attempt_without_checkpoint_leaves_no_trace_in_the_next(
     launch: Launch, folder: Path
 ) -> None:
-    """Killed before its first checkpoint, a folder may go on with other settings."""
+    """Killed before its first checkpoint, a folder may be told to go on with other settings."""
     fault = {"DALR_FAULT": "save:before-tmp@2"}
     first = launch("attempt", "--save.every_steps=2", environment=fault)
     assert first.codes == (-9,)
     untrained = records(folder / "attempt", "scores")[0]
-    second = launch("attempt", "--optim.steps=2", "--run.seed=9")
+    words = ("--optim.steps=2", "--run.seed=9")
+    refused = launch("attempt", *words)
+    assert refused.codes == (2,) and "run.seed: 3 there, 9 here" in refused.output
+    second = launch("attempt", *words, "--run.allow_change=true")
     assert second.codes == (0,), second.output
     steps = [
         (r["kind"], r["step"]) for k in ("scores", "train") for r in records(folder / "attempt", k)

@@ -148,6 +148,7 @@ def paired(rows: int = ROWS) -> TeacherBatch:
 
     return TeacherBatch(
         ids=torch.arange(rows) // 2,
+        paired=True,
         image=normal(rows, WIDTH),
         caption=normal(rows, WIDTH),
         text=[normal(rows, 6), normal(rows, 6)],
@@ -214,7 +215,7 @@ def all_terms(spec: ObjectiveConfig, v: Views | None = None) -> dict[str, Tensor
     weights = (0.33, 0.67)
     unmatched = unmatched_rows(spec, len(v.ids), seed=1, step=4)
     return (
-        text_terms(v, v, spec, 0)
+        text_terms(v, v, spec, 0, paired=True)
         | cross_terms(v, v, spec, weights, 0, unmatched)
         | intra_terms(v, v, spec, weights, 0)
     )
@@ -335,7 +336,7 @@ def golden_terms(g: Golden, spec: ObjectiveConfig, rows: slice | None = None) ->
     own, cols = golden_views(g, rows), golden_views(g, slice(0, g.size))
     weights = (g.hyper["alpha"], 1 - g.hyper["alpha"])
     return (
-        text_terms(own, cols, spec, rows.start)
+        text_terms(own, cols, spec, rows.start, paired=True)
         | cross_terms(own, cols, spec, weights, rows.start, np.zeros(0))
         | intra_terms(own, cols, spec, weights, rows.start)
     )
