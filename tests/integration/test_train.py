@@ -27,8 +27,9 @@ from common import (
     write_config,
 )
 from launching import Outcome, train
+from safetensors.torch import load_file
 
-from dalr_scale.assembly import build_streams
+from dalr_scale.assembly import build_encoder, build_streams
 from dalr_scale.config import load_config
 from dalr_scale.data.features_store import open_features
 
@@ -203,6 +204,52 @@ def test_a_stop_before_the_first_step_is_honoured(launch: Launch, folder: Path) 
     assert outcome.codes == (0,) and status(folder / "early")["outcome"] == "preempted"
     assert launch("early", "--optim.steps=2").codes == (0,)
     assert [r["step"] for r in records(folder / "early")] == [1, 2]
+
+
+def test_text_alone_trains_with_ragged_batches_and_two_rates(
+    launch: Launch, tiny_data: Path, folder: Path
+) -> None:
+    """SimCSE without pictures: 170 sentences are 7 batches of 24 and one of 2, in chunks of 5."""
+    words = ("--objective.preset=simcse", "--data.pairs=", "--batch.micro_size=5")
+    rates = ("--optim.steps=8", "--eval.every=0", "--optim.embedding_lr=1e-12")
+    outcome = launch("text", *words, *rates)
+    assert outcome.codes == (0,), outcome.output
+    run = folder / "text"
+    assert {r["stream"] for r in records(run)} == {"text"}
+    assert {"con"} == set(records(run)[0]) & {"con", "xce", "cma", "ima", "rank", "g2l"}
+    after = load_file(run / "final" / "model.safetensors")
+    torch.manual_seed(3)
+    before = build_encoder(load_config(str(run))).backbone.state_dict()
+    moved = {name: float((after[name] - before[name]).abs().max()) for name in after}
+    assert moved["embeddings.word_embeddings.weight"] < 1e-8
+    assert moved["encoder.layer.0.output.dense.weight"] > 1e-4
+    assert f"encoder: {run / 'final'} " in outcome.output  # nothing chose a best one
+
+
+@pytest.mark.parametrize(
+    ("preset", "words", "terms"),
+    [
+        ("kdmcse", ("--teachers.caption=features:cap",), {"con", "xce", "xce_caption"}),
+        (
+            "dalr-reference",
+            (
+                "--objective.g2l_norm=token",
+                "--objective.teacher_tokenizer=retokenise",
+                "--objective.image_projection=learned",
+            ),
+            {"con", "cons", "cma", "xce", "ima", "rank", "g2l"},
+        ),
+    ],
+)
+def test_other_presets_train_all_their_terms(
+    preset: str, words: tuple[str, ...], terms: set[str], launch: Launch, folder: Path
+) -> None:
+    """Reference alternation: with 8 text and 6 paired batches a pass, every step is paired."""
+    outcome = launch(preset, f"--objective.preset={preset}", *words, "--optim.steps=2")
+    assert outcome.codes == (0,), outcome.output
+    for record in records(folder / preset):
+        assert record["stream"] == "pair"
+        assert terms == set(record) & {*terms, "con", "cons", "cma", "xce", "ima", "rank", "g2l"}
 
 
 # Several ranks
