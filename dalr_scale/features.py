@@ -52,12 +52,17 @@ class Maker:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns 0."""
+    """Run the command; returns 0. Under a launcher this rank does its share of the shards."""
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    return store(argv, rank, world)
+
+
+def store(argv: Sequence[str] | None, rank: int, world: int) -> int:
+    """The command for rank `rank` of `world` processes, whatever the environment says."""
     args = _parser().parse_args(argv)
     shards = expand_shards(args.shards)
     for shard in shards:
         features_path(shard, args.name)  # refuses an unusable name before any model is loaded
-    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     mine = shards[rank::world]
     if not mine:
         print(f"rank {rank}: fewer shards than processes, nothing to do", file=sys.stderr)

@@ -335,4 +335,5 @@ def _store_features(data: QuickstartData, spec: QuickstartSpec, progress: bool) 
     with _all_cores(), contextlib.redirect_stdout(io.StringIO()):
         for name, shards in _feature_sets(data).items():
             common = ["--name", name, "--device", "cpu", "--overwrite", "--quiet"]
-            features.main([*map(str, shards), *common, *options[name]])
+            # all shards here, although the trainer that builds may be rank 0 of several
+            features.store([*map(str, shards), *common, *options[name]], rank=0, world=1)
