@@ -34,7 +34,11 @@ TINY = QuickstartSpec(
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> QuickstartData:
-    return build_quickstart(tmp_path_factory.mktemp("quickstart"), TINY, progress=False)
+    with pytest.MonkeyPatch.context() as patch:
+        # rank 0 of several builds alone: the features command must not take its share only
+        patch.setenv("RANK", "0")
+        patch.setenv("WORLD_SIZE", "8")
+        return build_quickstart(tmp_path_factory.mktemp("quickstart"), TINY, progress=False)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
