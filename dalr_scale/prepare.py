@@ -12,7 +12,6 @@ Text, one sentence a line:
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -26,13 +25,8 @@ _PAIRS_PER_SHARD = 1000
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; return 0, or 2 after a user error."""
-    args = _parser().parse_args(argv)
-    try:
-        report = _prepare(args)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    """Run the command; return 0."""
+    report = _prepare(_parser().parse_args(argv))
     print("\n".join(report.lines()))
     return 0
 
@@ -143,4 +137,6 @@ def _has_pictures(folder: Path) -> bool:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    from dalr_scale.cli import run_command
+
+    raise SystemExit(run_command(main, None))

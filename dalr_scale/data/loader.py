@@ -12,7 +12,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -23,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase
 
 from dalr_scale.data.images import decode_image
-from dalr_scale.data.order import Alternation, Kind, StreamPlan, Tail, exact_fraction
+from dalr_scale.data.order import Kind, StreamPlan
 from dalr_scale.data.source import Source
 from dalr_scale.errors import UserError
 
@@ -99,32 +98,6 @@ def tokenize(
         input_ids[number, : len(row)] = row
         mask[number, : len(row)] = 1
     return torch.from_numpy(input_ids), torch.from_numpy(mask)
-
-
-def make_plan(
-    text: Source | None,
-    pairs: Source | None,
-    *,
-    seed: int,
-    global_batch: int,
-    alternation: Alternation = "proportional",
-    pair_fraction: float | str | Fraction | None = None,
-    tail: Tail = "drop",
-) -> StreamPlan:
-    """Return the plan of batches over a text and a pair stream, either of which may be missing.
-
-    Raises:
-        UserError: no stream, or a stream smaller than one global batch.
-    """
-    return StreamPlan(
-        seed=seed,
-        global_batch=global_batch,
-        text_items=text.num_items if text else 0,
-        pair_items=pairs.num_items if pairs else 0,
-        alternation=alternation,
-        pair_fraction=None if pair_fraction is None else exact_fraction(pair_fraction),
-        tail=tail,
-    )
 
 
 @dataclass(frozen=True)
@@ -235,7 +208,7 @@ def make_loader(
     """Return a loader of this rank's batches for the steps start_step ... total_steps - 1.
 
     Args:
-        plan: which items each step takes, e.g. from ``make_plan``.
+        plan: which items each step takes.
         text: the text stream, or None.
         pairs: the pair stream, or None.
         tokenizer: the student's tokenizer; it needs a padding token.

@@ -95,22 +95,21 @@ class EvaluationSuite:
                 self.tokenizer, sentences, max_length=self.max_length, batch_size=self.batch_size
             )
         )
-        rounds = -(-len(batches) // self.world.size)
-        out: Tensor | None = None
+        parts: list[tuple[list[int], Tensor]] = []
         with _evaluating(engine):
-            for turn in range(rounds):
-                number = turn * self.world.size + self.world.rank
+            for first in range(0, len(batches), self.world.size):
+                number = first + self.world.rank
                 chosen, ids, mask = batches[min(number, len(batches) - 1)]
                 states = engine.forward(
                     "encode",
                     input_ids=ids.to(self.world.device),
                     attention_mask=mask.to(self.world.device),
-                ).float()
-                if out is None:
-                    out = states.new_zeros(len(sentences), states.shape[1])
-                if number < len(batches):
-                    out[chosen] = states
-        assert out is not None
+                )
+                parts.append((chosen if number < len(batches) else [], states.float()))
+        out = parts[0][1].new_zeros(len(sentences), parts[0][1].shape[1])
+        for chosen, states in parts:
+            if chosen:
+                out[chosen] = states
         return self.world.sum_rows(out).cpu()
 
     def _recall(self, engine: Forward) -> dict[str, float]:

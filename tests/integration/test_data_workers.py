@@ -19,7 +19,8 @@ SETUP = """
     from pathlib import Path
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
-    from dalr_scale.data.loader import make_loader, make_plan
+    from dalr_scale.data.loader import make_loader
+    from dalr_scale.data.order import StreamPlan
     from dalr_scale.data.source import Source
 
     core = Tokenizer(models.WordLevel({"[PAD]": 0, "[UNK]": 1}, "[UNK]"))
@@ -27,7 +28,7 @@ SETUP = """
     tokenizer(["parallel use before the fork"] * 8)
     text = Source(sorted(Path(sys.argv[1]).glob("*.tar")))
     loader = make_loader(
-        make_plan(text, None, seed=1, global_batch=2), text, None, tokenizer, rank=0,
+        StreamPlan(1, 2, text.num_items), text, None, tokenizer, rank=0,
         world_size=1, start_step=0, total_steps=10**6, max_length=8, num_workers=2,
     )
     batches = iter(loader)

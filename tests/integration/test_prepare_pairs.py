@@ -17,6 +17,7 @@ import pytest
 from PIL import Image
 
 from dalr_scale import index, prepare
+from dalr_scale.cli import run_command
 from dalr_scale.data.index import index_path
 from dalr_scale.data.shards import expand_shards
 from dalr_scale.data.source import Source
@@ -56,7 +57,7 @@ def captions_csv(folder: Path, names: list[str] = NAMES) -> Path:
 
 
 def run(capsys, *arguments: object) -> tuple[int, str, str]:
-    code = prepare.main([str(argument) for argument in arguments])
+    code = run_command(prepare.main, [str(argument) for argument in arguments])
     captured = capsys.readouterr()
     return code, captured.out, captured.err
 

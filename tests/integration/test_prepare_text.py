@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from dalr_scale import prepare
+from dalr_scale.cli import run_command
 from dalr_scale.data.shards import expand_shards
 from dalr_scale.data.source import Source
 
@@ -31,7 +32,7 @@ FILES = {
 
 
 def run(capsys, *arguments: object) -> tuple[int, str, str]:
-    code = prepare.main([str(argument) for argument in arguments])
+    code = run_command(prepare.main, [str(argument) for argument in arguments])
     captured = capsys.readouterr()
     return code, captured.out, captured.err
 

@@ -21,7 +21,6 @@ from dalr_scale.data.loader import (
     Batch,
     StepDataset,
     make_loader,
-    make_plan,
     tokenize,
 )
 from dalr_scale.data.order import StreamPlan
@@ -71,8 +70,18 @@ def sources(folder: Path) -> tuple[Source, Source]:
     return text, pairs
 
 
+def plan_of(
+    text: Source | None, pairs: Source | None, *, seed: int, global_batch: int
+) -> StreamPlan:
+    items = {
+        "text_items": text.num_items if text else 0,
+        "pair_items": pairs.num_items if pairs else 0,
+    }
+    return StreamPlan(seed=seed, global_batch=global_batch, **items)
+
+
 def loader_of(sources: tuple[Source, Source], **changes: object):
-    plan = make_plan(*sources, seed=3, global_batch=12)
+    plan = plan_of(*sources, seed=3, global_batch=12)
     settings: dict = {
         "rank": 0,
         "world_size": 1,
@@ -141,7 +150,7 @@ def test_the_comparison_notices_swapped_ranks_and_another_seed(sources) -> None:
     reference = digest(list(loader_of(sources)))
     parts = [list(loader_of(sources, rank=r, world_size=2)) for r in (1, 0)]
     assert not set(digest(joined(parts))) & set(reference)
-    other = make_plan(*sources, seed=4, global_batch=12)
+    other = plan_of(*sources, seed=4, global_batch=12)
     assert not set(digest(list(loader_of(sources, plan=other)))) & set(reference)
 
 
@@ -153,7 +162,7 @@ def test_a_later_start_continues_the_same_order(start: int, sources) -> None:
 
 def test_a_batch_holds_what_the_plan_says(sources) -> None:
     text, pairs = sources
-    plan = make_plan(text, pairs, seed=3, global_batch=12)
+    plan = plan_of(text, pairs, seed=3, global_batch=12)
     kinds = []
     for batch in loader_of(sources, rank=1, world_size=3):
         ids = plan.batch_ids(batch.step)[4:8]
@@ -213,12 +222,12 @@ def test_impossible_settings_are_refused(sources) -> None:
     with pytest.raises(ValueError, match="rank 2"):
         loader_of(sources, rank=2, world_size=2)
     with pytest.raises(UserError, match="fewer than one global batch of 60"):
-        make_plan(*sources, seed=1, global_batch=60)
+        plan_of(*sources, seed=1, global_batch=60)
     without = small_tokenizer()
     without.pad_token = None
     with pytest.raises(UserError, match="padding token"):
         make_loader(
-            make_plan(*sources, seed=3, global_batch=12),
+            plan_of(*sources, seed=3, global_batch=12),
             *sources,
             without,
             rank=0,
@@ -241,7 +250,7 @@ def test_errors_of_workers_arrive_as_one_sentence(workers: int, tmp_path: Path) 
     with pytest.raises(UserError) as raised:
         list(
             make_loader(
-                make_plan(None, source, seed=1, global_batch=4),
+                plan_of(None, source, seed=1, global_batch=4),
                 None,
                 source,
                 small_tokenizer(),
@@ -262,7 +271,7 @@ def to_tensor(picture: Image.Image) -> torch.Tensor:
 
 
 def image_dataset(source: Source) -> StepDataset:
-    plan = make_plan(None, source, seed=1, global_batch=source.num_items)
+    plan = plan_of(None, source, seed=1, global_batch=source.num_items)
     return StepDataset(plan, None, source, small_tokenizer(), 8, 0, 1, 1, image_transform=to_tensor)
 
 
