@@ -29,6 +29,12 @@ class Outcome:
     output: str
 
 
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 def train(
     words: Sequence[str],
     log: Path,
@@ -46,11 +52,8 @@ def train(
             signal to the last rank.
         environment: further variables.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     base = {"OMP_NUM_THREADS": "1", **(environment or {})}
-    base |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    base |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     base |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
     processes = []
     for rank in range(ranks):

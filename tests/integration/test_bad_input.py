@@ -150,7 +150,7 @@ def test_features_of_two_widths_cannot_be_mixed(refuse: Refuse) -> None:
     assert "(12, 20) cannot be mixed" in refuse(*words)
 
 
-@pytest.mark.parametrize("numbers", itertools.product((1, 2, 3), repeat=3), ids=str)
+@pytest.mark.parametrize("numbers", list(itertools.product((1, 2, 3), repeat=3)), ids=str)
 def test_the_batch_arithmetic_names_its_numbers(numbers: tuple[int, int, int]) -> None:
     size, micro, ranks = numbers
     config = dataclasses.replace(build_config([]), batch=BatchConfig(size, micro))

@@ -26,7 +26,7 @@ from common import (
     weights_hash,
     write_config,
 )
-from launching import Outcome, train
+from launching import Outcome, free_port, train
 from safetensors.torch import load_file
 
 from dalr_scale.assembly import build_encoder, build_streams
@@ -302,11 +302,13 @@ def test_a_bad_row_is_named_by_the_rank_that_met_it(
     assert [r["step"] for r in records(folder / "bad")] == list(range(1, first + 1))
 
 
-def accelerate(*words: str, log: Path | None = None) -> subprocess.CompletedProcess[str]:
-    environment = {k: v for k, v in os.environ.items() if k not in ("WORLD_SIZE", "RANK")}
+def accelerate(*words: str) -> subprocess.CompletedProcess[str]:
+    """``accelerate launch`` as a user types it, outside of any world, on a free port."""
+    world = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    environment = {name: value for name, value in os.environ.items() if name not in world}
     launcher = Path(sys.executable).with_name("accelerate")
     return subprocess.run(
-        [sys.executable, str(launcher), "launch", *words],
+        [sys.executable, str(launcher), "launch", f"--main_process_port={free_port()}", *words],
         env=environment | {"OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
