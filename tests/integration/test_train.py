@@ -325,7 +325,8 @@ def sharded(launch: Launch, folder: Path) -> Path:
     found = accelerate(
         *("--use_deepspeed", "--num_processes=2", "-m", "dalr_scale.train"),
         *(f"--config={folder / 'tiny.toml'}", f"--run.dir={run}", "--engine.kind=zero3"),
-        *("--batch.micro_size=5", "--optim.steps=6", "--eval.every=3", "--save.every_steps=0"),
+        *("--batch.micro_size=5", "--optim.steps=6", "--eval.every=1", "--save.every_steps=0"),
+        "--optim.lr=0.3",  # so high that the last encoder is hardly the best one
     )
     assert found.returncode == 0, found.stdout[-4000:]
     (folder / "sharded.txt").write_text(found.stdout)
@@ -339,6 +340,14 @@ def test_two_ranks_of_one_world_train(sharded: Path, folder: Path) -> None:
     assert "2 x 12" in output and "3 of up to 5 rows" in output
     assert [r["step"] for r in records(sharded)] == list(range(1, 7))
     assert status(sharded)["outcome"] == "finished"
+
+
+def test_the_best_encoder_is_scored_whole_when_ranks_hold_parts(sharded: Path) -> None:
+    result = json.loads((sharded / "result.json").read_text())
+    scores = {r["step"]: r["graded-dev"] for r in records(sharded, "scores") if r["step"]}
+    best = max(scores, key=lambda step: scores[step])
+    assert result["best_step"] == best
+    assert result["trained"]["graded-dev"] == pytest.approx(scores[best], abs=1e-6)
 
 
 def test_the_exported_encoder_loads_in_other_tools(sharded: Path) -> None:
@@ -372,7 +381,13 @@ def test_sharded_states_name_the_number_of_ranks_they_need(
 ) -> None:
     shutil.copytree(sharded, folder / "cut")
     (folder / "cut" / "status.json").unlink()
-    words = ("--engine.kind=zero3", "--batch.micro_size=5", "--optim.steps=6", "--eval.every=3")
+    words = (
+        "--engine.kind=zero3",
+        "--batch.micro_size=5",
+        "--optim.steps=6",
+        "--eval.every=1",
+        "--optim.lr=0.3",
+    )
     refused = launch("cut", *words)
     assert refused.codes == (2,), refused.output
     assert "saved by 2 ranks and this run has 1" in refused.output
