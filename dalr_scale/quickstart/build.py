@@ -26,6 +26,7 @@ from dalr_scale.errors import UserError
 from dalr_scale.quickstart.captions import FRAMES, choose_told, tell, vocabulary
 from dalr_scale.quickstart.graded import graded_pairs
 from dalr_scale.quickstart.scenes import Scene, partition, render
+from dalr_scale.quickstart.sheet import contact_sheet
 
 _SCHEMA = 1
 _RECORD = "quickstart.json"
@@ -119,7 +120,7 @@ def build_quickstart(
     """Write the quickstart's data, train its teacher and store the teacher's features.
 
     Written into `output`: `train-*.tar`, `heldout-*.tar` (jpg, captions, json), `text-*.tar`,
-    `graded-dev.jsonl`, `graded-test.jsonl`, `tokenizer/`, `teacher/` (open_clip), and beside the
+    `scenes.png` to look at, `graded-dev.jsonl`, `graded-test.jsonl`, `tokenizer/`, `teacher/` (open_clip), and beside the
     paired shards the feature sets `clip` (pictures), `clip-text` (captions) and, for training,
     `clip-tokens`. Data depend on `spec` alone; the teacher also on the machine's rounding.
 
@@ -223,6 +224,7 @@ def _draw_data(data: QuickstartData, spec: QuickstartSpec, progress: bool) -> No
     train, dev, test = partition(spec.seed)
     _write_pairs(data.train, "train", train[: spec.train_scenes], spec)
     _write_pairs(data.heldout, "heldout", test[: spec.heldout_scenes], spec)
+    contact_sheet(data.train[0].parent / "scenes.png")
     rng = _rng(spec, "text")
     told = rng.choice(train, spec.text_only_captions)
     sentences = (_caption(Scene.from_number(int(number)), spec, rng) for number in told)
