@@ -120,9 +120,10 @@ def build_quickstart(
     """Write the quickstart's data, train its teacher and store the teacher's features.
 
     Written into `output`: `train-*.tar`, `heldout-*.tar` (jpg, captions, json), `text-*.tar`,
-    `scenes.png` to look at, `graded-dev.jsonl`, `graded-test.jsonl`, `tokenizer/`, `teacher/` (open_clip), and beside the
-    paired shards the feature sets `clip` (pictures), `clip-text` (captions) and, for training,
-    `clip-tokens`. Data depend on `spec` alone; the teacher also on the machine's rounding.
+    `scenes.png` to look at, `graded-dev.jsonl`, `graded-test.jsonl`, `tokenizer/`, `teacher/`
+    (open_clip), and beside the paired shards the feature sets `clip` (pictures), `clip-text`
+    (captions) and, for training, `clip-tokens`. Data depend on `spec` alone; the teacher also on
+    the machine's rounding.
 
     Args:
         output: folder, created when missing.
