@@ -34,7 +34,7 @@ def build_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.Optimiz
 
 
 def parameter_groups(model: nn.Module, optim: OptimConfig) -> list[dict]:
-    """Groups by weight decay (matrices only) and by learning rate (word embeddings may differ)."""
+    """Groups by weight decay (matrices only) and by learning rate (embedding tables may differ)."""
     embeddings = {
         id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()
     }

@@ -87,6 +87,9 @@ def print_result(run_dir: Path) -> None:
     )
     if rows:
         print_table(title, rows)
+    best = result["best_step"]
+    if best not in (None, result["steps"]) and "text_to_image_r1" in trained:
+        print(f"(recall is of step {result['steps']}: an exported encoder has no picture head)")
     encoder = run_dir / ("best" if (run_dir / "best").is_dir() else "final")
     print(f"encoder: {encoder}   curves: tensorboard --logdir {run_dir}/tensorboard")
 

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from dalr_scale.cli import calm_threads, run_command
-from dalr_scale.config import Config, help_text, load_config, recipe_names
+from dalr_scale.config import Config, load_config, recipe_names
+from dalr_scale.config_text import help_text
 from dalr_scale.errors import UserError
 
 log = logging.getLogger("dalr_scale.train")  # not "__main__"

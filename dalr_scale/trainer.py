@@ -23,7 +23,8 @@ from dalr_scale.checkpoint import (
     package_versions,
     save_checkpoint,
 )
-from dalr_scale.config import Config, to_toml
+from dalr_scale.config import Config
+from dalr_scale.config_text import to_toml
 from dalr_scale.data.loader import Batch, make_loader
 from dalr_scale.data.order import ORDER_VERSION
 from dalr_scale.dist.engine import Engine, StepResult

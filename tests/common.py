@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from dalr_scale.config import Config, build_config, to_toml
+from dalr_scale.config import Config, build_config
+from dalr_scale.config_text import to_toml
 from dalr_scale.data.features_store import write_features
 from dalr_scale.data.writer import ShardSetWriter, write_text_shards
 

@@ -13,12 +13,11 @@ from dalr_scale.config import (
     PRESETS,
     Config,
     build_config,
-    help_text,
     load_config,
     parse_overrides,
     recipe_names,
-    to_toml,
 )
+from dalr_scale.config_text import help_text, to_toml
 from dalr_scale.errors import UserError
 
 SECTIONS = {f.name: typing.get_type_hints(Config)[f.name] for f in dataclasses.fields(Config)}

@@ -1,0 +1,60 @@
+"""A configuration as text: the TOML that is saved with a run, and what ``--help`` prints."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import types
+import typing
+from typing import Any
+
+from dalr_scale.config import Config
+
+
+def to_toml(config: Config) -> str:
+    """The resolved configuration as TOML text that ``load_config`` reads back to an equal one."""
+    lines = [f"# Resolved configuration of run {_toml_text(config.run.name)}."]
+    for section in dataclasses.fields(config):
+        lines += ["", f"[{section.name}]"]
+        entries = getattr(config, section.name)
+        lines += [
+            f"{f.name} = {_toml_text(getattr(entries, f.name))}"
+            for f in dataclasses.fields(entries)
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def _toml_text(value: Any) -> str:
+    match value:
+        case bool():
+            return "true" if value else "false"
+        case str():
+            # JSON's escapes are TOML's too; TOML alone wants DEL escaped
+            return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+        case list() | tuple():
+            return "[" + ", ".join(map(_toml_text, value)) + "]"
+        case dict():
+            entries = (f"{_toml_key(k)} = {_toml_text(v)}" for k, v in value.items())
+            return "{" + ", ".join(entries) + "}"
+        case types.NoneType():
+            raise TypeError("TOML has no null")
+        case _:
+            return repr(value)
+
+
+def _toml_key(key: str) -> str:
+    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else _toml_text(key)
+
+
+def help_text() -> str:
+    """Every section and key with its default and meaning, for ``--help``."""
+    lines: list[str] = []
+    for section in dataclasses.fields(Config):
+        lines += ["", f"[{section.name}]"]
+        cls = typing.get_type_hints(Config)[section.name]
+        for f in dataclasses.fields(cls):
+            default = f.default if f.default is not dataclasses.MISSING else {}
+            lines.append(f"  --{section.name}.{f.name}={_toml_text(default)}")
+            lines.append(f"      {f.metadata['help']}")
+    return "\n".join(lines[1:])
