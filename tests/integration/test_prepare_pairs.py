@@ -406,7 +406,7 @@ def test_flickr8k_is_prepared_in_time(data_root: Path, tmp_path: Path, capsys) -
     assert index.main([str(tmp_path)]) == 0
     assert time.perf_counter() - start < 5
     source = Source(expand_shards([str(tmp_path)]))
-    assert (source.num_items, source.num_images) == (40_455, 8_091)
+    assert (source.num_items, source.num_samples) == (40_455, 8_091)
 
 
 def test_flickr8k_without_the_evaluation_text(data_root: Path, tmp_path: Path, capsys) -> None:
