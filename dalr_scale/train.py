@@ -287,4 +287,9 @@ def _give_up_on_crash_loop(fruitless: int, world: Any, run_dir: Path) -> None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(run_command(main, None))
+    status = run_command(main, None)
+    if "torch" in sys.modules:
+        from dalr_scale.dist.world import end_process
+
+        end_process(status)
+    raise SystemExit(status)

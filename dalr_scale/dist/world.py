@@ -6,11 +6,13 @@ launcher quietly starts fewer processes than were asked for.
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
+import sys
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -100,6 +102,19 @@ def start_world(timeout_minutes: float, threads: int = 0) -> World:
 def leave_world() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def end_process(status: int) -> NoReturn:
+    """Ends this process at once, with everything written out.
+
+    The interpreter's own exit runs into background threads that the collectives leave behind: a
+    rank that had finished was seen to abort there ("terminate called without an active
+    exception"), and a launcher would call the whole run failed.
+    """
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def _local_device() -> torch.device:

@@ -9,7 +9,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from cases import run, save, wanted_cases
 
-from dalr_scale.dist.world import leave_world, start_world
+from dalr_scale.dist.world import end_process, leave_world, start_world
 
 
 def main(folder: Path) -> None:
@@ -23,3 +23,4 @@ def main(folder: Path) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+    end_process(0)
