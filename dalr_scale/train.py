@@ -49,7 +49,9 @@ def train(config: Config) -> int:
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     world = start_world(config.engine.timeout_minutes, config.engine.threads)
-    print(f"rank {world.rank} of a world of {world.size} on {world.device}", flush=True)
+    # one write: the ranks share a terminal
+    sys.stdout.write(f"rank {world.rank} of a world of {world.size} on {world.device}\n")
+    sys.stdout.flush()
     try:
         _set_aside_if_asked(config, world)
         with logging_to(config.run_dir, world.rank):
