@@ -154,6 +154,9 @@ class ObjectiveConfig:
     image_projection: Literal["identity", "learned"] = opt(
         "learned", "z_1 against picture features of another width: refuse, or a learned projection"
     )
+    token_projection: Literal["identity", "learned"] = opt(
+        "learned", "z_1 against token features of another width: refuse, or a learned projection"
+    )
     g2l_norm: Literal["axis", "token"] = opt("token", "norm of token features in L_g2l")
     g2l_unit_rows: bool = opt(True, "unit z_1 in L_g2l")
     g2l_mix: Literal["features", "losses"] = opt(
@@ -307,6 +310,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "teacher_similarity_dtype": "float16",
         "teacher_tokenizer": "must_match",
         "image_projection": "identity",
+        "token_projection": "identity",
         "g2l_norm": "axis",
         "g2l_unit_rows": False,
         "g2l_mix": "features",

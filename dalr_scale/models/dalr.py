@@ -95,18 +95,19 @@ class DalrModel(nn.Module):
             self.text_aligner = Aligner(width, model.consistency_width)
             self.image_aligner = Aligner(widths.image, model.consistency_width)
         if needs.image_rows and width != widths.image:
-            self.image_projection = self._projection(width, widths.image, "picture features")
+            self.image_projection = self._projection(width, widths.image, "image")
         if needs.tokens:
             self.token_projections = nn.ModuleList(
-                nn.Identity() if width == w else self._projection(width, w, "token features")
+                nn.Identity() if width == w else self._projection(width, w, "token")
                 for w in widths.tokens
             )
 
     def _projection(self, width: int, target: int, what: str) -> nn.Linear:
-        if self.spec.objective.image_projection == "identity":
+        if getattr(self.spec.objective, f"{what}_projection") == "identity":
             raise UserError(
-                f"the encoder is {width} wide and the {what} {target}: this objective compares "
-                "them directly; set --objective.image_projection=learned or use equal widths"
+                f"the encoder is {width} wide and the {what} features {target}: this objective "
+                f"compares them directly; set --objective.{what}_projection=learned or use equal "
+                "widths"
             )
         return projection(width, target)
 

@@ -90,7 +90,7 @@ MISTAKES = [
     ("--teachers.tokens=features:t0", "t0"),
     ("--objective.preset=dalr-reference", "--objective.g2l_norm=token"),
     ("--objective.teacher_tokenizer=must_match", "'t0'.*another tokenizer than the student's"),
-    ("--objective.image_projection=identity", "encoder is 16 wide and the picture features 20"),
+    ("--objective.image_projection=identity", "encoder is 16 wide and the image features 20"),
     ("--data.tokenizer=", "needs data.tokenizer"),
     ("--data.tokenizer={shards}/none.txt", "none.txt"),
     ("--data.tokenizer={shards}/graded.jsonl", "graded.jsonl"),

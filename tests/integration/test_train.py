@@ -236,6 +236,7 @@ def test_text_alone_trains_with_ragged_batches_and_two_rates(
                 "--objective.g2l_norm=token",
                 "--objective.teacher_tokenizer=retokenise",
                 "--objective.image_projection=learned",
+                "--objective.token_projection=learned",
             ),
             {"con", "cons", "cma", "xce", "ima", "rank", "g2l"},
         ),

@@ -332,6 +332,7 @@ TABLE = {
         "teacher_similarity_dtype": "float16",
         "teacher_tokenizer": "must_match",
         "image_projection": "identity",
+        "token_projection": "identity",
     },
     "dalr": {
         "margin": 0.18,
@@ -364,6 +365,7 @@ TABLE = {
         "teacher_similarity_dtype": "float32",
         "teacher_tokenizer": "retokenise",
         "image_projection": "learned",
+        "token_projection": "learned",
     },
 }
 

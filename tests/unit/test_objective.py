@@ -127,8 +127,8 @@ def test_other_widths_get_a_projection_or_a_refusal() -> None:
     model = build(objective(), image=9, tokens=8)
     built = {name.split(".")[0] for name, _ in model.named_parameters()}
     assert built == ALIGNED | {"image_projection", "token_projections"}
-    for widths in ({"image": 9}, {"tokens": 8}):
-        with pytest.raises(UserError, match="image_projection=learned or use equal widths"):
+    for widths, key in (({"image": 9}, "image"), ({"tokens": 8}, "token")):
+        with pytest.raises(UserError, match=f"{key}_projection=learned or use equal widths"):
             build(objective("dalr-reference"), **widths)
 
 
