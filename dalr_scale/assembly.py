@@ -24,6 +24,7 @@ from dalr_scale.dist.world import World
 from dalr_scale.errors import UserError
 from dalr_scale.models.dalr import DalrModel, FeatureWidths, LossSpec
 from dalr_scale.models.encoder import SentenceEncoder
+from dalr_scale.models.row_dropout import install_row_dropout
 from dalr_scale.models.tokenizer import first_line, load_tokenizer
 from dalr_scale.objective import Needs, needs_of
 from dalr_scale.online_teachers import (
@@ -251,6 +252,8 @@ def build_encoder(config: Config) -> SentenceEncoder:
             f"data.max_length = {config.data.max_length} exceeds the encoder's "
             f"{encoder.max_length} positions; lower it"
         )
+    if config.batch.dropout_keys == "row":
+        encoder.row_keys = install_row_dropout(encoder.backbone)
     if config.model.activation_checkpointing:
         # recomputation must see the same parameter shapes that ZeRO-3 gathered
         encoder.gradient_checkpointing(use_reentrant=config.engine.kind == "zero3")

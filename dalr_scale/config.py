@@ -177,6 +177,10 @@ class ObjectiveConfig:
 class BatchConfig:
     global_size: int = opt(128, "rows of one optimizer step over all ranks: the contrast set")
     micro_size: int = opt(0, "rows a rank encodes at a time; 0: its whole share")
+    sort_by_length: bool = opt(True, "cut chunks from the rows sorted by length: less padding")
+    dropout_keys: Literal["rank", "row"] = opt(
+        "rank", "dropout masks keyed by rank and chunk, or by the row's number in the global batch"
+    )
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from dalr_kernels import Similarity
 from torch import Tensor
 
 from dalr_scale.config import ObjectiveConfig
+from dalr_scale.dist.gather import merge_log_sum_exp
 from dalr_scale.errors import UserError
 
 
@@ -28,7 +29,8 @@ class Views:
     Shapes with B rows: z1, z2 [B,H]; p1, p2, u, u_caption [B,P]; z1_image [B,d_v], z1 in the
     width of the picture features; aligned_text, aligned_image [B,C]; image, caption [B,d_v];
     text one [B,H_k] per sentence teacher; tokens/token_mask one [B,T,H_t] and [B,T] per token
-    teacher; z1_tokens one [B,H_t] per token teacher; ids [B], -1 for text-only rows.
+    teacher, of this rank's rows only; z1_tokens one [B,H_t] per token teacher; ids [B], -1 for
+    text-only rows.
     """
 
     z1: Tensor
@@ -173,7 +175,8 @@ def text_similarity(
     dtype = getattr(torch, objective.teacher_similarity_dtype)
     if objective.teacher_mix == "features" and len(rows.text) > 1:
         mixed = [
-            sum(w * e for w, e in zip(weights, side.text, strict=True)) for side in (rows, cols)
+            sum(w * _wide(e) for w, e in zip(weights, side.text, strict=True))
+            for side in (rows, cols)
         ]
         return Similarity(((1.0, mixed[0], mixed[1]),), dtype)  # pyright: ignore[reportArgumentType]
     return rank_similarity(rows, cols, objective, weights)
@@ -185,6 +188,11 @@ def rank_similarity(
     """R before its temperature: always the mix of the teachers' cosines."""
     factors = tuple(zip(weights, rows.text, cols.text, strict=True))
     return Similarity(factors, getattr(torch, objective.teacher_similarity_dtype))
+
+
+def _wide(features: Tensor) -> Tensor:
+    """Stored features are float16; sums of them are not taken in that."""
+    return features if features.dtype == torch.float64 else features.float()
 
 
 def _mask_ids(rows: Views, cols: Views, objective: ObjectiveConfig) -> dict[str, Any]:
@@ -302,24 +310,31 @@ def _rank(
 def _global_to_local(
     rows: Views, cols: Views, objective: ObjectiveConfig, weights: Sequence[float], offset: int
 ) -> Tensor:
-    """L_g2l of the mixed tokens, or the weighted sum over the token teachers."""
-    ids = _mask_ids(rows, cols, objective)
+    """L_g2l of the mixed tokens, or the weighted sum over the token teachers.
+
+    Tokens stay on their rank: all rows are scored against this rank's tokens, and the ranks'
+    partial results are merged.
+    """
+    ids = _mask_ids(cols, rows, objective)
     shares = (
         weights if len(weights) == len(rows.tokens) else [1 / len(rows.tokens)] * len(rows.tokens)
     )
-    sides = [(rows.tokens, rows.token_masks), (cols.tokens, cols.token_masks)]
+    tokens, masks = rows.tokens, rows.token_masks
     if objective.g2l_mix == "features":
-        sides = [([mix_tokens(tokens, shares)], masks[:1]) for tokens, masks in sides]
-        shares = [1.0]
-    (own, own_masks), (tokens, masks) = sides
-    losses = [
-        share * kernels.global_to_local(
-            rows.z1_tokens[k], own[k], own_masks[k], tokens[k], masks[k],
-            temperature=objective.temperature, norm=objective.g2l_norm,
-            unit_rows=objective.g2l_unit_rows, col_offset=offset, **ids,
+        tokens, masks, shares = [mix_tokens(tokens, shares)], masks[:1], [1.0]
+    options: dict[str, Any] = {
+        "temperature": objective.temperature,
+        "norm": objective.g2l_norm,
+        "unit_rows": objective.g2l_unit_rows,
+    }
+    losses = []
+    for k, share in enumerate(shares):
+        partial = kernels.token_negatives(
+            cols.z1_tokens[k], tokens[k], masks[k], first_own=offset, **ids, **options
         )
-        for k, share in enumerate(shares)
-    ]  # fmt: skip
+        merged = merge_log_sum_exp(*partial)
+        loss = kernels.own_token_loss(rows.z1_tokens[k], tokens[k], masks[k], *merged, **options)
+        losses.append(share * loss)
     return torch.stack(losses).sum()
 
 

@@ -51,7 +51,8 @@ class OnlineTeachers:
             with_text: whether this batch is distilled (paired, or by configuration).
         """
         paired = batch.kind == "pair"
-        features = dict(batch.features)
+        # stored as float16: travelling as such costs half the bytes and loses nothing
+        features = {role: values.half() for role, values in batch.features.items()}
         tokens = {}
         if batch.tokens is not None and batch.token_mask is not None:
             tokens["stored"] = (batch.tokens, batch.token_mask)

@@ -124,6 +124,8 @@ class Trainer:
             rank=self.world.rank,
             seed=self.config.run.seed,
             micro_rows=self.config.batch.micro_size,
+            row_keys=self.parts.model.encoder.row_keys,
+            sort=self.config.batch.sort_by_length,
         )
 
     def _batches(self, reason: StopReason | None) -> Iterator[tuple[Batch, float]]:

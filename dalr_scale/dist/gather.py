@@ -13,11 +13,35 @@ Gathering without gradient loses the columns' part, and no factor repairs its di
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+
+_group: dist.ProcessGroup | None = None
+
+
+def open_column_group(timeout: timedelta) -> None:
+    """Gives the columns a process group of their own; a collective call, once per process group.
+
+    Columns travel while encoders run. In the default group they would queue with the parameters
+    that ZeRO-3 gathers for these very encoders.
+    """
+    global _group
+    _group = dist.new_group(timeout=timeout) if dist.get_world_size() > 1 else None
+
+
+def column_group() -> dist.ProcessGroup | None:
+    """The columns' process group; None is torch's name for the default group."""
+    return _group
+
+
+def several_ranks() -> bool:
+    """Whether there is anybody to gather from."""
+    return dist.is_initialized() and dist.get_world_size() > 1
 
 
 def gather_rows(local: Tensor, *, grad: bool = True) -> Tensor:
@@ -30,52 +54,95 @@ def gather_rows(local: Tensor, *, grad: bool = True) -> Tensor:
     Returns:
         [W * b, ...].
     """
-    if not dist.is_initialized() or dist.get_world_size() == 1:
+    if not several_ranks():
         return local if grad else local.detach()
-    if grad and torch.is_grad_enabled() and local.requires_grad:
-        return _GatherRows.apply(local)  # pyright: ignore[reportReturnType]
-    return _all_gather(local.detach())
+    gathered = _all_gather(local.detach())
+    return with_gradient(gathered, local) if grad else gathered
+
+
+def with_gradient(gathered: Tensor, local: Tensor) -> Tensor:
+    """Columns that are already here, as a differentiable function of this rank's rows.
+
+    Half-precision columns come out in float32 (exactly), so that what the rows of all ranks say
+    about them is summed in float32 on its way back.
+
+    Args:
+        gathered: [W * b, ...], the rows of all ranks.
+        local: [b, ...], this rank's rows, with graph.
+
+    Returns:
+        [W * b, ...], float32 or float64.
+    """
+    gathered = gathered if gathered.dtype == torch.float64 else gathered.float()
+    if torch.is_grad_enabled() and local.requires_grad:
+        return _WithGradient.apply(local, gathered)  # pyright: ignore[reportReturnType]
+    return gathered
+
+
+def merge_log_sum_exp(partial_N: Tensor, mean_ND: Tensor) -> tuple[Tensor, Tensor]:
+    """Merges every rank's log-sum-exps and weighted means; each rank keeps its own rows.
+
+    Args:
+        partial_N: this rank's log-sum-exp for every row of the global batch, -inf where empty.
+        mean_ND: the mean of something with these weights, any value where empty.
+
+    Returns:
+        Log-sum-exp [b] and weighted mean [b, D] over all ranks, for this rank's rows.
+    """
+    if not several_ranks():
+        return partial_N, mean_ND
+    top_N = partial_N.clone()
+    dist.all_reduce(top_N, dist.ReduceOp.MAX, group=_group)
+    top_N.masked_fill_(top_N == -torch.inf, 0.0)
+    weight_N1 = (partial_N - top_N).exp().unsqueeze(1)
+    total = _reduce_scatter_sum(torch.cat([mean_ND * weight_N1, weight_N1], dim=1))
+    weight_R1 = total[:, -1:]
+    rows = len(total)
+    own_top = top_N[dist.get_rank() * rows :][:rows]
+    mean_RD = total[:, :-1] / weight_R1.masked_fill(weight_R1 == 0.0, 1.0)
+    return own_top + weight_R1.squeeze(1).log(), mean_RD
 
 
 def all_reduce_sum(local: Tensor) -> Tensor:
     """Sum over ranks whose backward pass sums the gradients over ranks too."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
+    if not several_ranks():
         return local
     return _AllReduceSum.apply(local)  # pyright: ignore[reportReturnType]
 
 
 def pad_to_common_length(tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """Pads [b,T,...] and its mask [b,T] on the token axis to the longest T of all ranks."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
+    if not several_ranks():
         return tokens, mask
     longest = torch.tensor([tokens.shape[1]], device=tokens.device)
-    dist.all_reduce(longest, dist.ReduceOp.MAX)
+    dist.all_reduce(longest, dist.ReduceOp.MAX, group=_group)
     extra = int(longest) - tokens.shape[1]
     pad = torch.nn.functional.pad
     return pad(tokens, (0, 0) * (tokens.ndim - 2) + (0, extra)), pad(mask, (0, extra))
 
 
-class _GatherRows(torch.autograd.Function):
+class _WithGradient(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, local: Tensor) -> Tensor:
-        return _all_gather(local)
+    def forward(ctx: Any, local: Tensor, gathered: Tensor) -> Tensor:
+        ctx.dtype = local.dtype
+        return gathered.view_as(gathered)
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:
-        return _reduce_scatter_sum(grad_outputs[0])
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return _reduce_scatter_sum(grad_outputs[0]).to(ctx.dtype), None
 
 
 class _AllReduceSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, local: Tensor) -> Tensor:
         total = local.clone()
-        dist.all_reduce(total)
+        dist.all_reduce(total, group=_group)
         return total
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:
         total = grad_outputs[0].clone()
-        dist.all_reduce(total)
+        dist.all_reduce(total, group=_group)
         return total
 
 
@@ -83,7 +150,7 @@ def _all_gather(local: Tensor) -> Tensor:
     local = local.contiguous()
     shape = (dist.get_world_size() * local.shape[0], *local.shape[1:])
     gathered = torch.empty(shape, dtype=local.dtype, device=local.device)
-    dist.all_gather_into_tensor(gathered, local)
+    dist.all_gather_into_tensor(gathered, local, group=_group)
     return gathered
 
 
@@ -91,5 +158,5 @@ def _reduce_scatter_sum(total: Tensor) -> Tensor:
     total = total.contiguous()
     rows = total.shape[0] // dist.get_world_size()
     own = torch.empty((rows, *total.shape[1:]), dtype=total.dtype, device=total.device)
-    dist.reduce_scatter_tensor(own, total)
+    dist.reduce_scatter_tensor(own, total, group=_group)
     return own

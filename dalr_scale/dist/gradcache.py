@@ -11,19 +11,31 @@ Accumulating gradients over smaller batches would not be this: their contrast se
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from dalr_scale.dist.columns import ColumnGather
 from dalr_scale.dist.engine import Engine
-from dalr_scale.models.dalr import TeacherBatch
+from dalr_scale.dist.gather import column_group, several_ranks
+from dalr_scale.errors import UserError
+from dalr_scale.models.dalr import TeacherBatch, teacher_columns
+from dalr_scale.models.row_dropout import RowKeys
 
 
 @dataclass(frozen=True)
 class StepInputs:
-    """This rank's rows of a global batch: token ids and mask [b,L], and the frozen features."""
+    """This rank's rows of a global batch: token ids and mask [b,L], and the frozen features.
+
+    Attributes:
+        step, rank, seed: what dropout is keyed by.
+        micro_rows: rows of a chunk; 0: all rows in one.
+        row_keys: keys of the student's row-keyed dropout, or None for torch's own dropout.
+        sort: cut chunks from the rows sorted by length, so that less padding is encoded.
+    """
 
     input_ids: Tensor
     attention_mask: Tensor
@@ -32,6 +44,41 @@ class StepInputs:
     rank: int
     seed: int
     micro_rows: int
+    row_keys: RowKeys | None = None
+    sort: bool = True
+
+    @property
+    def rows(self) -> int:
+        return len(self.input_ids)
+
+    @property
+    def offset(self) -> int:
+        """This rank's first row in the global batch."""
+        return self.rank * self.rows
+
+
+@dataclass(frozen=True)
+class ChunkPlan:
+    """The order in which a rank encodes its rows, and where it is cut."""
+
+    order: Tensor
+    chunks: tuple[slice, ...]
+
+    @classmethod
+    def of(cls, inputs: StepInputs) -> ChunkPlan:
+        size = inputs.micro_rows or inputs.rows
+        starts = range(0, inputs.rows, size)
+        chunks = tuple(slice(s, min(s + size, inputs.rows)) for s in starts)
+        order = torch.arange(inputs.rows, device=inputs.input_ids.device)
+        if inputs.sort and len(chunks) > 1:
+            lengths = inputs.attention_mask.sum(1)
+            # longest first: a chunk that does not fit the memory shows at once
+            order = torch.sort(lengths, descending=True, stable=True).indices
+        return cls(order, chunks)
+
+    def rows_of(self, chunk: int) -> Tensor:
+        """Row numbers of a chunk within this rank's share."""
+        return self.order[self.chunks[chunk]]
 
 
 def backward_global_batch(engine: Engine, inputs: StepInputs) -> tuple[Tensor, dict[str, Tensor]]:
@@ -39,42 +86,78 @@ def backward_global_batch(engine: Engine, inputs: StepInputs) -> tuple[Tensor, d
 
     Returns:
         This rank's share of the loss (the mean over its rows) and its terms, detached.
+
+    Raises:
+        UserError: the ranks hold different kinds or sizes of batches; raised on all of them.
     """
-    chunks = list(_chunks(len(inputs.input_ids), inputs.micro_rows))
+    require_agreement(inputs)
+    plan = ChunkPlan.of(inputs)
+    gather = start_gather(engine, inputs, plan)
     with engine.gradients():
-        pieces = [
-            _encode(engine, inputs, i, c, grad=i == len(chunks) - 1) for i, c in enumerate(chunks)
-        ]
-        states = torch.cat([p.detach() for p in pieces], dim=1).requires_grad_()
-        offset = inputs.rank * len(inputs.input_ids)
+        states, last = encode_all(engine, inputs, plan, gather)
         loss, terms = engine.forward(
-            "loss", states=states, teachers=inputs.teachers, step=inputs.step, offset=offset
+            "loss",
+            states=states,
+            teachers=inputs.teachers,
+            step=inputs.step,
+            offset=inputs.offset,
+            gathered=gather.wait() if gather else None,
         )
         engine.backward(loss)
         assert states.grad is not None
-        for index, chunk in reversed(list(enumerate(chunks))):
-            last = index == len(chunks) - 1
-            piece = pieces[index] if last else _encode(engine, inputs, index, chunk, grad=True)
-            engine.backward((piece * states.grad[:, chunk]).sum())
+        for chunk in reversed(range(len(plan.chunks))):
+            piece = last if last is not None else _encode(engine, inputs, plan, chunk, grad=True)
+            last = None
+            engine.backward((piece * states.grad[:, plan.rows_of(chunk)]).sum())
     return loss.detach(), terms
 
 
-def _chunks(rows: int, micro_rows: int) -> Iterator[slice]:
-    size = micro_rows or rows
-    for start in range(0, rows, size):
-        yield slice(start, min(start + size, rows))
+def start_gather(engine: Engine, inputs: StepInputs, plan: ChunkPlan) -> ColumnGather | None:
+    """Sends the frozen columns on their way; nothing to do on one rank."""
+    if not several_ranks():
+        return None
+    gather = ColumnGather(plan.order)
+    needs = engine.module.spec.needs
+    for name, rows in teacher_columns(inputs.teachers, needs).items():  # type: ignore[arg-type]
+        gather.add(name, rows)
+    return gather
 
 
-def _encode(engine: Engine, inputs: StepInputs, index: int, chunk: slice, *, grad: bool) -> Tensor:
+def encode_all(
+    engine: Engine, inputs: StepInputs, plan: ChunkPlan, gather: ColumnGather | None
+) -> tuple[Tensor, Tensor]:
+    """First pass: all states as one leaf [2, b, H], and the last chunk's own, with its graph."""
+    states: Tensor | None = None
+    piece = torch.empty(0)
+    for chunk, where in enumerate(plan.chunks):
+        last = chunk == len(plan.chunks) - 1
+        piece = _encode(engine, inputs, plan, chunk, grad=last)
+        if states is None:
+            states = piece.new_empty(2, inputs.rows, piece.shape[-1])
+        rows = plan.rows_of(chunk)
+        states[:, rows] = piece.detach()
+        if gather is not None:
+            with torch.no_grad():
+                teachers = inputs.teachers.take(rows)
+                columns = engine.forward("columns", states=piece.detach(), teachers=teachers)
+            gather.add_chunk(columns, where)
+    assert states is not None
+    return states.requires_grad_(), piece
+
+
+def _encode(
+    engine: Engine, inputs: StepInputs, plan: ChunkPlan, chunk: int, *, grad: bool
+) -> Tensor:
     """Both views of a chunk in one forward, [2, rows, H]; the same dropout at every call.
 
     Two forwards before one backward would break activation checkpointing under ZeRO
     (https://github.com/deepspeedai/DeepSpeed/issues/988), so views share the batch axis.
     """
-    mask = inputs.attention_mask[chunk]
-    length = int(mask.sum(1).max())
-    ids, mask = inputs.input_ids[chunk, :length], mask[:, :length]
-    seed_dropout(inputs.seed, inputs.step, inputs.rank, index)
+    rows = plan.rows_of(chunk)
+    mask = inputs.attention_mask[rows]
+    length = max(1, int(mask.sum(1).max()))
+    ids, mask = inputs.input_ids[rows, :length], mask[:, :length]
+    _key_dropout(inputs, rows, chunk)
     with torch.set_grad_enabled(grad):
         states = engine.forward(
             "encode", input_ids=ids.repeat(2, 1), attention_mask=mask.repeat(2, 1)
@@ -82,7 +165,59 @@ def _encode(engine: Engine, inputs: StepInputs, index: int, chunk: slice, *, gra
     return states.unflatten(0, (2, -1))
 
 
+def _key_dropout(inputs: StepInputs, rows: Tensor, chunk: int) -> None:
+    """Replays, never saves: both passes over a chunk derive the same masks from the same key."""
+    if inputs.row_keys is not None:
+        inputs.row_keys.set(inputs.seed, inputs.step, rows + inputs.offset, views=2)
+    else:
+        seed_dropout(inputs.seed, inputs.step, inputs.rank, chunk)
+
+
 def seed_dropout(*key: int) -> None:
     """Seeds torch's generators from a key: no random state has to be saved or replayed."""
-    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
-    torch.manual_seed(int.from_bytes(digest, "little") >> 1)
+    torch.manual_seed(_digest(key) >> 1)
+
+
+def require_agreement(inputs: StepInputs) -> None:
+    """Refuses, on every rank, a step for which the ranks hold batches that do not fit together.
+
+    Collectives of unequal tensors would hang, or pair rows of different kinds without an error.
+    """
+    if not several_ranks():
+        return
+    facts = _facts(inputs)
+    mark = torch.tensor([_digest(sorted(facts.items())) >> 1], device=inputs.input_ids.device)
+    marks = mark.new_empty(dist.get_world_size())
+    dist.all_gather_into_tensor(marks, mark, group=column_group())
+    if bool((marks == marks[0]).all()):
+        return
+    everyone: list[dict[str, str]] = [{} for _ in range(dist.get_world_size())]
+    dist.all_gather_object(everyone, facts, group=column_group())
+    differing = sorted({n for f in everyone for n in f if f.get(n) != everyone[0].get(n)})
+    lines = "; ".join(
+        f"rank {rank}: " + ", ".join(f"{n} {f.get(n, 'none')}" for n in differing)
+        for rank, f in enumerate(everyone)
+    )
+    raise UserError(
+        f"the ranks hold different batches in step {inputs.step + 1} ({lines}); every rank needs "
+        "the same shards, features and settings"
+    )
+
+
+def _facts(inputs: StepInputs) -> Mapping[str, str]:
+    teachers = inputs.teachers
+    features = {f"text {k}": e for k, e in enumerate(teachers.text)}
+    features |= {"image": teachers.image, "caption": teachers.caption}
+    facts = {
+        "step": str(inputs.step),
+        "kind": "paired" if teachers.paired else "text",
+        "rows": str(inputs.rows),
+        "chunk rows": str(inputs.micro_rows or inputs.rows),
+        "token teachers": str(len(teachers.tokens)),
+    }
+    shapes = {n: f"{tuple(v.shape)} {v.dtype}" for n, v in features.items() if v is not None}
+    return facts | shapes
+
+
+def _digest(key: object) -> int:
+    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "little")

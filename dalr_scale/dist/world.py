@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 
+from dalr_scale.dist.gather import open_column_group
 from dalr_scale.errors import UserError
 
 
@@ -95,7 +96,9 @@ def start_world(timeout_minutes: float, threads: int = 0) -> World:
         _share_threads(threads)
     if not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
+        timeout = timedelta(minutes=timeout_minutes)
+        dist.init_process_group(backend, timeout=timeout)
+        open_column_group(timeout)
     return World(dist.get_rank(), dist.get_world_size(), device)
 
 

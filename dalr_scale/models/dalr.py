@@ -2,19 +2,20 @@
 
 Everything that has gradients lives here, so that a ZeRO-3 engine shards all of it, and every use
 goes through the engine's forward, so that parameters are gathered when they are needed. A step
-calls it in two ways: ``task="encode"`` turns tokens into sentence states chunk by chunk, and
+calls it in three ways: ``task="encode"`` turns tokens into sentence states chunk by chunk,
+``task="columns"`` turns a chunk's states into what other ranks compare their rows with, and
 ``task="loss"`` turns the states of a whole batch into the loss. Evaluation uses ``"ground"``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from torch import Tensor, nn
 
 from dalr_scale.config import ModelConfig, ObjectiveConfig
-from dalr_scale.dist.gather import gather_rows
+from dalr_scale.dist.gather import gather_rows, with_gradient
 from dalr_scale.errors import UserError
 from dalr_scale.models.consistency import Aligner
 from dalr_scale.models.encoder import SentenceEncoder
@@ -57,6 +58,12 @@ class TeacherBatch:
     text: Sequence[Tensor] = ()
     tokens: Sequence[Tensor] = ()
     token_masks: Sequence[Tensor] = ()
+
+    def take(self, rows: Tensor) -> TeacherBatch:
+        """The features that heads read (not text and tokens), for some rows of this rank."""
+        image = None if self.image is None else self.image[rows]
+        caption = None if self.caption is None else self.caption[rows]
+        return TeacherBatch(self.ids[rows], self.paired, image, caption)
 
 
 @dataclass(frozen=True)
@@ -112,8 +119,14 @@ class DalrModel(nn.Module):
         return projection(width, target)
 
     def forward(self, task: str, **inputs):
-        """``task`` names the method: ``encode``, ``loss`` or ``ground``."""
-        return {"encode": self.encode, "loss": self.loss, "ground": self.ground}[task](**inputs)
+        """``task`` names the method: ``encode``, ``columns``, ``loss`` or ``ground``."""
+        tasks = {
+            "encode": self.encode,
+            "columns": self.columns,
+            "loss": self.loss,
+            "ground": self.ground,
+        }
+        return tasks[task](**inputs)
 
     def encode(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """[B,L] token ids and mask to sentence states h [B,H]."""
@@ -124,9 +137,27 @@ class DalrModel(nn.Module):
         states = states.to(self.text_grounding.linear.weight.dtype)  # bf16 in a bf16 engine
         return self.text_grounding(states), self.image_grounding(_like(image, states))
 
+    def columns(self, states: Tensor, teachers: TeacherBatch) -> dict[str, Tensor]:
+        """What the rows of all ranks are compared with, for some rows of this rank.
+
+        The aligned pictures are missing: their normalisation needs the whole global batch.
+
+        Args:
+            states: [2, n, H], the sentence states of both views.
+            teachers: picture and caption features of the same rows.
+
+        Returns:
+            Columns by their name in `Views`, [n, ...] each.
+        """
+        rows = self._rows(states[0], states[1], teachers)
+        return {n: v for n in EARLY_COLUMNS if (v := getattr(rows, n)) is not None} | {
+            f"z1_tokens{k}": z1 for k, z1 in enumerate(rows.z1_tokens)
+        }
+
     def loss(
-        self, states: Tensor, teachers: TeacherBatch, step: int, offset: int
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+        self, states: Tensor, teachers: TeacherBatch, step: int, offset: int,
+        gathered: Mapping[str, Tensor] | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
         """The total of this rank's rows against the gathered columns, and its terms.
 
         Args:
@@ -134,13 +165,15 @@ class DalrModel(nn.Module):
             teachers: frozen features of the same b rows.
             step: optimizer step; keys the unmatched pictures' shift.
             offset: first row of this rank in the global batch.
+            gathered: columns that have been gathered already, by name.
 
         Returns:
             The scalar total (gradients into `states` and the heads) and the detached terms.
         """
         spec = self.spec
         rows = self._rows(states[0], states[1], teachers)
-        cols = gather_views(rows)
+        rows = self._with_teachers(self._with_aligned(rows, teachers, states), teachers)
+        cols = gather_views(rows, gathered or {})
         terms = text_terms(rows, cols, spec.objective, offset, paired=teachers.paired)
         if teachers.paired and spec.objective.cross_weight > 0:
             unmatched = unmatched_rows(spec.objective, len(cols.ids), spec.seed, step)
@@ -152,59 +185,98 @@ class DalrModel(nn.Module):
         return total, {name: value.detach() for name, value in terms.items()}
 
     def _rows(self, h1: Tensor, h2: Tensor, teachers: TeacherBatch) -> Views:
-        """Applies the heads that a batch of this kind needs."""
+        """Applies the heads that work row by row and that a batch of this kind needs."""
         z1, z2 = self.sentence_head(h1), self.sentence_head(h2)
         needs = self.spec.needs
-        rows = Views(z1, z2, teachers.ids, text=teachers.text if needs.text else ())
-        if teachers.paired and needs.tokens:
-            rows.tokens, rows.token_masks = teachers.tokens, teachers.token_masks
-            rows.z1_tokens = [head(z1) for head in self.token_projections]
+        rows = Views(z1, z2, teachers.ids)
         if not teachers.paired:
             return rows
-        rows.image, rows.caption = teachers.image, teachers.caption
+        if needs.tokens:
+            mixed = self.spec.objective.g2l_mix == "features"  # into one list of tokens
+            heads = self.token_projections[:1] if mixed else self.token_projections
+            rows.z1_tokens = [head(z1) for head in heads]
         if needs.grounding:
             rows.p1, rows.p2 = self.text_grounding(h1), self.text_grounding(h2)
             if hasattr(self, "image_grounding"):
                 rows.u = self.image_grounding(_like(teachers.image, h1))
             if hasattr(self, "caption_grounding"):
                 rows.u_caption = self.caption_grounding(_like(teachers.caption, h1))
-        if needs.consistency:
-            rows.aligned_text = self.text_aligner(z1)
-            rows.aligned_image = self.image_aligner(_like(teachers.image, h1))
         if needs.image_rows:
             rows.z1_image = self.image_projection(z1) if hasattr(self, "image_projection") else z1
         return rows
 
+    def _with_aligned(self, rows: Views, teachers: TeacherBatch, states: Tensor) -> Views:
+        """Adds what the consistency task reads; statistics over the global batch."""
+        if teachers.paired and self.spec.needs.consistency:
+            rows.aligned_text = self.text_aligner(rows.z1)
+            rows.aligned_image = self.image_aligner(_like(teachers.image, states))
+        return rows
 
-def gather_views(rows: Views) -> Views:
+    def _with_teachers(self, rows: Views, teachers: TeacherBatch) -> Views:
+        """Adds the frozen features that the losses compare directly."""
+        needs = self.spec.needs
+        rows.text = teachers.text if needs.text else ()
+        if teachers.paired:
+            rows.image, rows.caption = teachers.image, teachers.caption
+            if needs.tokens:
+                rows.tokens, rows.token_masks = teachers.tokens, teachers.token_masks
+        return rows
+
+
+# Student columns that are gathered chunk by chunk, with gradient.
+EARLY_COLUMNS = ("z2", "u", "u_caption", "z1_image")
+
+
+def teacher_columns(teachers: TeacherBatch, needs: Needs) -> dict[str, Tensor]:
+    """The frozen columns of this rank's rows; they can be gathered before a sentence is encoded.
+
+    Tokens are not among them: they stay where they are (``dalr_kernels.stationary``).
+    """
+    columns = {"ids": teachers.ids}
+    columns |= {f"text{k}": e for k, e in enumerate(teachers.text if needs.text else ())}
+    if teachers.paired:
+        features = {"image": teachers.image, "caption": teachers.caption}
+        columns |= {name: value for name, value in features.items() if value is not None}
+    return columns
+
+
+def gather_views(rows: Views, gathered: Mapping[str, Tensor]) -> Views:
     """The columns of the global batch: everything a row is compared with.
 
     Student columns carry gradient back to their owners; teachers', ids and masks do not. Only
-    what a term reads as a column is sent.
+    what a term reads as a column is sent, and only what has not been gathered before.
     """
+
+    def column(name: str, local: Tensor | None) -> Tensor | None:
+        if local is None:
+            return None
+        if name in gathered:
+            return with_gradient(gathered[name], local)
+        return gather_rows(local)
+
+    def constant(name: str, local: Tensor | None) -> Tensor | None:
+        if local is None or name in gathered:
+            return gathered.get(name)
+        return gather_rows(local, grad=False)
+
+    student = {name: column(name, getattr(rows, name)) for name in EARLY_COLUMNS}
+    ids = constant("ids", rows.ids)
+    assert ids is not None and student["z2"] is not None
     return replace(
         rows,
-        z1=rows.z1,
-        z2=gather_rows(rows.z2),
-        ids=gather_rows(rows.ids, grad=False),
+        **student,
+        ids=ids,
         p1=None,
         p2=None,
-        u=_gather(rows.u),
-        u_caption=_gather(rows.u_caption),
-        z1_image=_gather(rows.z1_image),
         aligned_text=None,
-        aligned_image=_gather(rows.aligned_image),
-        image=_gather(rows.image, grad=False),
-        caption=_gather(rows.caption, grad=False),
-        text=[gather_rows(e, grad=False) for e in rows.text],
-        tokens=[gather_rows(t, grad=False) for t in rows.tokens],
-        token_masks=[gather_rows(m, grad=False) for m in rows.token_masks],
-        z1_tokens=(),
+        aligned_image=column("aligned_image", rows.aligned_image),
+        image=constant("image", rows.image),
+        caption=constant("caption", rows.caption),
+        text=[constant(f"text{k}", e) for k, e in enumerate(rows.text)],
+        z1_tokens=[constant(f"z1_tokens{k}", z1) for k, z1 in enumerate(rows.z1_tokens)],
+        tokens=(),
+        token_masks=(),
     )
-
-
-def _gather(rows: Tensor | None, *, grad: bool = True) -> Tensor | None:
-    return None if rows is None else gather_rows(rows, grad=grad)
 
 
 def _like(features: Tensor | None, states: Tensor) -> Tensor:

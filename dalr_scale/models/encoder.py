@@ -6,6 +6,7 @@ caller. (Code that guesses it from the path silently scores another model.)
 
 import difflib
 import inspect
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -19,6 +20,7 @@ from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
 from dalr_scale.errors import UserError
 from dalr_scale.models import folders
+from dalr_scale.models.row_dropout import RowKeys
 from dalr_scale.models.tokenizer import (
     first_line,
     has_tokenizer,
@@ -77,6 +79,9 @@ class SentenceEncoder(nn.Module):
     `forward(input_ids, attention_mask)` maps [B, L] token ids to [B, H]. Token type ids are never
     passed, so they are zero, as in the published training code. The MLP pooler of BERT-like models
     is only built when it is used: parameters without a gradient trouble sharded optimizers.
+
+    Attributes:
+        row_keys: keys of row-keyed dropout, where it is installed.
     """
 
     def __init__(self, backbone: Any, tokenizer: Any, pooler: str, *, base: str = "scratch"):
@@ -86,6 +91,7 @@ class SentenceEncoder(nn.Module):
         self.tokenizer = tokenizer
         self.pooler = pooler
         self.base = base
+        self.row_keys: RowKeys | None = None
         _check_padding(backbone, tokenizer)
         if pooler == "cls" and getattr(backbone, "pooler", None) is None:
             raise UserError(
@@ -159,6 +165,9 @@ class SentenceEncoder(nn.Module):
         # Renamed during transformers 5; the old name warns in versions that have the new one.
         renamed = hasattr(self.backbone, "activation_checkpointing_enable")
         name = "activation_checkpointing" if renamed else "gradient_checkpointing"
+        if use_reentrant:
+            # true of the pass without a graph, and of no interest there
+            warnings.filterwarnings("ignore", message="None of the inputs have requires_grad")
         if enabled:
             options = {f"{name}_kwargs": {"use_reentrant": use_reentrant}}
             getattr(self.backbone, f"{name}_enable")(**options)

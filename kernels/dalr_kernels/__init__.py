@@ -2,6 +2,7 @@
 
 from .losses import alignment_kl, consistency, global_to_local, info_nce, list_mle, list_net
 from .similarity import Similarity, unit
+from .stationary import own_token_loss, token_negatives
 
 __all__ = [
     "Similarity",
@@ -11,5 +12,7 @@ __all__ = [
     "info_nce",
     "list_mle",
     "list_net",
+    "own_token_loss",
+    "token_negatives",
     "unit",
 ]

@@ -103,6 +103,12 @@ def ids(row_ids: Tensor | None, col_ids: Tensor | None, rows: Tensor, num_cols: 
         same_device(name, tensor, rows)
 
 
+def token_norm(norm: str) -> None:
+    """Refuse an unknown normalisation of token features."""
+    if norm not in ("token", "axis"):
+        raise ValueError(f"norm must be 'token' or 'axis', got {norm!r}")
+
+
 def tokens(name: str, values: Tensor, mask: Tensor, rows: Tensor) -> None:
     """Check token features ``[n, T, D]`` and their 0/1 mask ``[n, T]``."""
     if values.ndim != 3 or 0 in values.shape or values.shape[2] != rows.shape[1]:

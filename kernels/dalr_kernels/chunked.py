@@ -137,9 +137,9 @@ class _GlobalToLocal(torch.autograd.Function):
         workspace_bytes: int,
         wanted: bool,
     ) -> Tensor:
-        block, chunk = _token_blocks(rows_RD, arguments, chunk_rows, workspace_bytes)
-        negatives_R, centre_RD = _stream_negatives(rows_RD, arguments, block, chunk, wanted)
-        loss, grad_rows = _own_tokens(rows_RD, arguments, negatives_R, centre_RD, block)
+        block, chunk = token_blocks(rows_RD, arguments, chunk_rows, workspace_bytes)
+        negatives_R, centre_RD = stream_negatives(rows_RD, arguments, block, chunk, wanted)
+        loss, grad_rows = own_tokens(rows_RD, arguments, negatives_R, centre_RD, block)
         ctx.save_for_backward(grad_rows)
         return loss
 
@@ -151,7 +151,7 @@ class _GlobalToLocal(torch.autograd.Function):
         return grad, None, None, None, None
 
 
-def _token_blocks(
+def token_blocks(
     rows_RD: Tensor, arguments: TokenArguments, chunk_rows: int | None, workspace_bytes: int
 ) -> tuple[int, int]:
     """Sentences per block and rows per chunk: half the workspace for tokens, half for logits."""
@@ -163,7 +163,7 @@ def _token_blocks(
     return block, min(rows_RD.shape[0], chunk_rows or fit)
 
 
-def _stream_negatives(
+def stream_negatives(
     rows_RD: Tensor, arguments: TokenArguments, block: int, chunk: int, wanted: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Log-sum-exp of every row's negatives and the softmax-weighted mean of their tokens.
@@ -234,7 +234,7 @@ def excluded_cells(
     return excluded
 
 
-def _own_tokens(
+def own_tokens(
     rows_RD: Tensor,
     arguments: TokenArguments,
     negatives_R: Tensor,

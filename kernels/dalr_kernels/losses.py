@@ -334,8 +334,7 @@ def global_to_local(
     checks.offset(col_offset, rows.shape[0], tokens.shape[0])
     checks.positive("temperature", temperature)
     checks.ids(row_ids, col_ids, rows, tokens.shape[0])
-    if norm not in ("token", "axis"):
-        raise ValueError(f"norm must be 'token' or 'axis', got {norm!r}")
+    checks.token_norm(norm)
     resolved = checks.implementation(impl)
     workspace = _workspace(rows.device, chunk_rows, workspace_bytes)
     arguments = chunked.TokenArguments(

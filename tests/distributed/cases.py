@@ -1,16 +1,18 @@
 """Step cases that worker processes and the one-process reference both run.
 
-A case is a batch kind, a preset, an engine and a chunk size. Dropout is off and the second view is
-a fixed perturbation of the first, so that results depend on nothing but the mathematics.
+A case is one point of ranks x engine x chunks x batch kind x preset x dropout. Without dropout the
+second view is a fixed perturbation of the first, so that results depend on the mathematics only.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -21,53 +23,91 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertModel
 
 from dalr_scale.config import BatchConfig, Config, EngineConfig, OptimConfig, build_config
-from dalr_scale.dist import gather
+from dalr_scale.dist import gather, gradcache
 from dalr_scale.dist.engine import DeepSpeedEngine, Engine, build_engine
 from dalr_scale.dist.gradcache import StepInputs, backward_global_batch
 from dalr_scale.dist.world import World
 from dalr_scale.models import consistency, dalr
 from dalr_scale.models.dalr import DalrModel, FeatureWidths, LossSpec, TeacherBatch
 from dalr_scale.models.encoder import pool
+from dalr_scale.models.row_dropout import install_row_dropout
 from dalr_scale.optim import build_optimizer
 
-ROWS, LENGTH, WIDTH, STEPS = 12, 7, 16, 3
+ROWS, LENGTH, WIDTH, STEPS = 32, 7, 16, 5
+WORLDS = (1, 2, 4)
+KINDS = ("ddp", "zero1", "zero2", "zero3")
+CHUNKS = ("one", "four", "ragged")
+BATCHES = ("pair", "text")
 PRESETS = ("simcse", "mcse", "kdmcse", "dalr-reference", "dalr")
+DROPOUT = ("off", "row")
 
 
 @dataclass(frozen=True)
 class Case:
+    """`option` is one of offload, checkpoint, bf16, adamw; `fault` switches a guarantee off."""
+
+    world: int
     preset: str
     kind: str = "ddp"
     batch: str = "pair"
-    micro: int = 0
+    chunks: str = "one"
+    dropout: str = "off"
+    option: str = ""
     fault: str = ""
-    dropout: float = 0.0
 
     @property
     def name(self) -> str:
-        return "-".join(str(v) for v in dataclasses.astuple(self))
+        return "-".join(str(v) for v in dataclasses.astuple(self) if v != "")
+
+    @property
+    def reference(self) -> Case:
+        """One process with the whole batch in one chunk: float64 without an engine.
+
+        Rounding to bf16 moves the gradient far more than ranks and chunks do, so bf16 is compared
+        with bf16.
+        """
+        plain = dataclasses.replace(self, world=1, chunks="one", fault="")
+        if self.option == "bf16":
+            return plain
+        option = self.option if self.option == "adamw" else ""
+        return dataclasses.replace(plain, kind="ddp", option=option)
 
     @property
     def dtype(self) -> torch.dtype:
         return torch.float64 if self.kind == "ddp" else torch.float32
 
+    @property
+    def micro_rows(self) -> int:
+        """Ragged: 5 rows, which leaves a chunk of one row where a rank has 16."""
+        rows = ROWS // self.world
+        return {"one": 0, "four": rows // 4, "ragged": 5}[self.chunks]
+
     def config(self) -> Config:
         config = build_config([{"objective": {"preset": self.preset, "tail": "drop"}}])
-        precision = "fp64" if self.kind == "ddp" else "fp32"
-        optim = OptimConfig(lr=0.05, name="sgd", clip=1.0, steps=STEPS)
+        exact = "bf16" if self.option == "bf16" else "fp32"
+        name = "adamw" if self.option == "adamw" else "sgd"
         return dataclasses.replace(
             config,
-            batch=BatchConfig(ROWS, self.micro),
-            engine=EngineConfig(kind=self.kind, precision=precision),
-            optim=optim,
+            batch=BatchConfig(ROWS, self.micro_rows),
+            engine=EngineConfig(
+                kind=self.kind,  # type: ignore[arg-type]
+                precision="fp64" if self.kind == "ddp" else exact,  # type: ignore[arg-type]
+                offload_optimizer=self.option == "offload",
+            ),
+            optim=OptimConfig(lr=learning_rate(name), name=name, clip=1.0, steps=STEPS),  # type: ignore[arg-type]
         )
 
 
-class TwoViewEncoder(nn.Module):
-    """A small BERT; the second half of a batch is perturbed as if by dropout."""
+def learning_rate(optimizer: str) -> float:
+    return 0.05 if optimizer == "sgd" else 1e-3
 
-    def __init__(self, dropout: float) -> None:
+
+class TwoViewEncoder(nn.Module):
+    """A small BERT; without dropout the second view is perturbed as if by it."""
+
+    def __init__(self, case: Case) -> None:
         super().__init__()
+        probability = 0.1 if case.dropout != "off" else 0.0
         config = BertConfig(
             vocab_size=40,
             hidden_size=WIDTH,
@@ -75,15 +115,25 @@ class TwoViewEncoder(nn.Module):
             num_attention_heads=2,
             intermediate_size=24,
             max_position_embeddings=16,
-            hidden_dropout_prob=dropout,
-            attention_probs_dropout_prob=0.0,
+            hidden_dropout_prob=probability,
+            attention_probs_dropout_prob=probability,
         )
         self.backbone = BertModel(config, add_pooling_layer=False)
+        self.row_keys = install_row_dropout(self.backbone) if case.dropout == "row" else None
+        if case.option == "checkpoint":
+            renamed = hasattr(self.backbone, "activation_checkpointing_enable")
+            name = "activation_checkpointing" if renamed else "gradient_checkpointing"
+            reentrant = {f"{name}_kwargs": {"use_reentrant": case.kind == "zero3"}}
+            getattr(self.backbone, f"{name}_enable")(**reentrant)
+        self.perturbed = case.dropout == "off"
         self.width = WIDTH
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         hidden = self.backbone(input_ids=input_ids, attention_mask=attention_mask)
-        first, second = pool(hidden.last_hidden_state, attention_mask, "mean").chunk(2)
+        states = pool(hidden.last_hidden_state, attention_mask, "mean")
+        if not self.perturbed or not self.training:
+            return states
+        first, second = states.chunk(2)
         wave = torch.sin(torch.arange(WIDTH, dtype=first.dtype, device=first.device))
         return torch.cat([first, second * (1 + 0.3 * wave) + 0.1 * wave.flip(0)])
 
@@ -92,8 +142,8 @@ def build(case: Case, world: World) -> tuple[Engine, Config]:
     config = case.config()
     torch.manual_seed(3)
     spec = LossSpec(config.objective, text_weights=(0.33, 0.67), seed=config.run.seed)
-    widths = FeatureWidths(image=WIDTH, caption=WIDTH, tokens=(WIDTH,))
-    model = DalrModel(TwoViewEncoder(case.dropout), config.model, spec, widths)  # type: ignore[arg-type]
+    widths = FeatureWidths(WIDTH, WIDTH, (WIDTH, WIDTH), (WIDTH,))
+    model = DalrModel(TwoViewEncoder(case), config.model, spec, widths)  # type: ignore[arg-type]
     for parameter in model.parameters():  # away from zero biases and unit norms
         parameter.data.add_(0.05 * torch.randn_like(parameter))
     return build_engine(model, build_optimizer(model, config.optim), config, world)[0], config
@@ -117,50 +167,92 @@ def global_batch(case: Case, step: int) -> dict[str, Tensor]:
         "text1": floats(ROWS, WIDTH),
         "tokens": floats(ROWS, LENGTH - 1, WIDTH),
         "token_mask": (positions[1:] < lengths[:, None]).to(case.dtype),
-        "ids": torch.tensor(rng.integers(0, 6, ROWS)),
+        "ids": torch.tensor(rng.integers(0, 16, ROWS)),
     }
     if case.batch == "text":
         batch["ids"] = torch.full((ROWS,), -1)
     return batch
 
 
-def step_inputs(case: Case, config: Config, world: World, step: int) -> StepInputs:
+def step_inputs(case: Case, config: Config, world: World, step: int, module: Any) -> StepInputs:
     rows = ROWS // world.size
     own = slice(world.rank * rows, (world.rank + 1) * rows)
     batch = {name: value[own] for name, value in global_batch(case, step).items()}
     teachers = TeacherBatch(ids=batch["ids"])
     if case.batch == "pair":
         teachers = TeacherBatch(
-            ids=batch["ids"],
-            paired=True,
-            image=batch["image"],
-            caption=batch["caption"],
-            text=[batch["text0"], batch["text1"]],
-            tokens=[batch["tokens"]],
-            token_masks=[batch["token_mask"]],
+            batch["ids"],
+            True,
+            batch["image"],
+            batch["caption"],
+            [batch["text0"], batch["text1"]],
+            [batch["tokens"]],
+            [batch["token_mask"]],
         )
     return StepInputs(
-        batch["input_ids"], batch["attention_mask"], teachers, step, world.rank, 1, case.micro
-    )
+        batch["input_ids"], batch["attention_mask"], teachers, step, world.rank, 1,
+        case.micro_rows, module.encoder.row_keys,
+    )  # fmt: skip
 
 
 def run(case: Case, world: World) -> dict[str, np.ndarray]:
-    """Trains a few steps; returns losses, first gradient norm and final weights (rank 0)."""
+    """Trains a few steps; losses, embedding and parameter gradients of each, weights (rank 0)."""
     with sabotage(case.fault):
-        return _train(case, world)
+        AcceleratorState._reset_state(reset_partial_state=True)  # many engines in one process
+        engine, config = build(case, world)
+        results: dict[str, np.ndarray] = {}
+        losses = []
+        for step in range(STEPS):
+            inputs = step_inputs(case, config, world, step, engine.module)
+            loss, states_grad = watched_backward(engine, inputs)
+            losses.append(world.all_mean([float(loss)])[0])
+            results[f"embedding.{step}"] = whole_gradient(states_grad, world)
+            results |= {f"gradient.{step}.{n}": g for n, g in parameter_gradients(engine).items()}
+            engine.step(learning_rate(config.optim.name))
+        results |= {f"weight.{n}": w for n, w in weights(engine).items()}
+    return results | {"loss": np.array(losses)}
 
 
-def _train(case: Case, world: World) -> dict[str, np.ndarray]:
-    AcceleratorState._reset_state(reset_partial_state=True)  # many engines in one process
-    engine, config = build(case, world)
-    losses, norms = [], []
-    for step in range(STEPS):
-        loss, _ = backward_global_batch(engine, step_inputs(case, config, world, step))
-        losses.append(world.all_mean([float(loss)])[0])
-        norms.append(engine.step(0.05).grad_norm_preclip)
-    state = engine.full_state("")
-    results = {f"weight.{name}": value.double().numpy() for name, value in state.items()}
-    return results | {"losses": np.array(losses), "norms": np.array(norms)}
+def weights(engine: Engine) -> dict[str, np.ndarray]:
+    """Whole weights in the precision in which they are kept."""
+    if isinstance(engine, DeepSpeedEngine):
+        return {n: w.double().numpy() for n, w in engine.full_state("").items()}
+    return {n: p.detach().double().numpy().copy() for n, p in engine.module.named_parameters()}
+
+
+def watched_backward(engine: Engine, inputs: StepInputs) -> tuple[Tensor, Tensor]:
+    """The step's loss on this rank and the gradient in the cached states [2, b, H]."""
+    seen: list[Tensor] = []
+    plain = type(engine).forward
+
+    def forward(self: Any, task: str, **values: Any) -> Any:
+        if task == "loss":
+            seen.append(values["states"])
+        return plain(self, task, **values)
+
+    with mock.patch.object(type(engine), "forward", forward):
+        loss, _ = backward_global_batch(engine, inputs)
+    assert seen[0].grad is not None
+    return loss, seen[0].grad
+
+
+def whole_gradient(states_grad: Tensor, world: World) -> np.ndarray:
+    """d(mean over all rows) / d states of the global batch; ranks hold W times their share."""
+    rows = gather.gather_rows(states_grad.transpose(0, 1).contiguous(), grad=False)
+    return rows.double().numpy() / world.size
+
+
+def parameter_gradients(engine: Engine) -> dict[str, np.ndarray]:
+    """Reduced gradients, whole, whatever the engine keeps of them."""
+    from deepspeed.utils import safe_get_full_grad
+
+    gradients = {}
+    for name, parameter in engine.module.named_parameters():
+        sharded = isinstance(engine, DeepSpeedEngine)
+        grad = safe_get_full_grad(parameter) if sharded else parameter.grad
+        assert grad is not None, name
+        gradients[name] = grad.detach().double().cpu().numpy().copy()
+    return gradients
 
 
 @contextlib.contextmanager
@@ -169,7 +261,7 @@ def sabotage(fault: str) -> Iterator[None]:
     patches = {
         "": lambda: contextlib.nullcontext(),
         "columns without gradient": lambda: mock.patch.object(
-            dalr, "gather_rows", lambda x, *, grad=True: gather.gather_rows(x, grad=False)
+            dalr, "with_gradient", lambda gathered, local: gathered
         ),
         "statistics per rank": lambda: mock.patch.object(
             consistency, "all_reduce_sum", lambda x: x * dist.get_world_size()
@@ -177,30 +269,88 @@ def sabotage(fault: str) -> Iterator[None]:
         "one reduction per chunk": lambda: mock.patch.object(
             DeepSpeedEngine, "gradients", lambda self: contextlib.nullcontext()
         ),
+        "tokens of this rank only": lambda: mock.patch.object(
+            gather, "several_ranks", lambda: False
+        ),
+        "keys by place in the rank": lambda: mock.patch.object(
+            gradcache.StepInputs, "offset", property(lambda self: 0)
+        ),
     }
     with patches[fault]():
         yield
+
+
+def cover() -> list[Case]:
+    """Cases in which every two values of any two axes meet: the part of ``make test``."""
+    axes = (WORLDS, PRESETS, KINDS, BATCHES, CHUNKS, DROPOUT)
+    picked = pairwise(axes)
+    extra = [Case(2, "dalr", kind, "pair", "four", "row", "offload") for kind in ZERO]
+    extra += [Case(2, "dalr", kind, "pair", "four", "row", "checkpoint") for kind in KINDS]
+    extra += [Case(2, "dalr", kind, "pair", "four", "off", "adamw") for kind in KINDS]
+    extra += [Case(w, "dalr", kind, "pair", "four", "row", "bf16") for w in (1, 2) for kind in ZERO]
+    return [Case(*values) for values in picked] + extra
+
+
+def product() -> list[Case]:
+    """Every combination: ``make soak``."""
+    axes = (WORLDS, PRESETS, KINDS, BATCHES, CHUNKS, DROPOUT)
+    plain = [Case(*values) for values in itertools.product(*axes)]
+    options = [
+        Case(world, preset, kind, "pair", "ragged", "row", option)
+        for world in WORLDS
+        for preset in PRESETS
+        for kind in KINDS
+        for option in ("offload", "checkpoint", "bf16", "adamw")
+        if kind != "ddp" or option in ("checkpoint", "adamw")
+    ]
+    return plain + options
+
+
+def agreement(results: dict[str, np.ndarray], truth: dict[str, np.ndarray]) -> dict[str, float]:
+    """Largest max|difference| / max|value| of any tensor of each group.
+
+    Groups are losses, gradients in the embeddings, gradients and weights of parameters. A tensor
+    whose values are below a thousandth counts absolutely, times a thousand: attention key biases
+    have no gradient but rounding.
+    """
+    worst: dict[str, float] = {}
+    assert results.keys() >= truth.keys()
+    for name, value in truth.items():
+        difference = np.abs(results[name] - value).max() / max(np.abs(value).max(), 1e-3)
+        group = name.split(".")[0]
+        worst[group] = max(worst.get(group, 0.0), float(difference))
+    return worst
+
+
+def pairwise(axes: Sequence[Sequence[Any]]) -> list[tuple[Any, ...]]:
+    """A greedy pairwise cover of the product of `axes`, the same every time."""
+    rows = list(itertools.product(*axes))
+    pairs_of = {row: set(itertools.combinations(enumerate(row), 2)) for row in rows}
+    missing = set().union(*pairs_of.values())
+    picked = []
+    while missing:
+        best = max(rows, key=lambda row: len(pairs_of[row] & missing))
+        picked.append(best)
+        missing -= pairs_of[best]
+    return picked
+
+
+ZERO = ("zero1", "zero2", "zero3")
+FAULTS = [
+    Case(2, "dalr", fault="columns without gradient"),
+    Case(2, "dalr", fault="statistics per rank"),
+    Case(2, "dalr", fault="tokens of this rank only"),
+    Case(2, "dalr", "zero1", chunks="four", fault="one reduction per chunk"),
+    Case(2, "dalr", "zero2", chunks="four", fault="one reduction per chunk"),
+    Case(2, "dalr", dropout="row", fault="keys by place in the rank"),
+]
+SETS = {"cover": lambda: cover() + FAULTS, "product": product}
 
 
 def save(folder: Path, case: Case, results: dict[str, np.ndarray]) -> None:
     np.savez(folder / f"{case.name}.npz", **results)  # type: ignore[arg-type]
 
 
-def wanted_cases(world_size: int) -> list[Case]:
-    """The cases of ``make test`` at a world size; the fault cases are the negative controls."""
-    if world_size == 4:
-        return [Case("dalr"), Case("dalr", "zero2", micro=2), Case("dalr", "zero3")]
-    exact = [Case(p, "ddp", micro=m) for p in PRESETS for m in (0, 4)]
-    exact += [Case("dalr", "ddp", "text", 4), Case("mcse", "ddp", "text")]
-    sharded = [Case("dalr", kind, b, 4) for kind in ZERO for b in ("pair", "text")]
-    sharded += [Case("dalr", kind) for kind in ZERO] + [Case("dalr-reference", "zero2", micro=4)]
-    return exact + sharded + (FAULTS if world_size == 2 else [])
-
-
-ZERO = ("zero1", "zero2", "zero3")
-FAULTS = [
-    Case("dalr", "ddp", fault="columns without gradient"),
-    Case("dalr", "ddp", fault="statistics per rank"),
-    Case("dalr", "zero1", micro=4, fault="one reduction per chunk"),
-    Case("dalr", "zero2", micro=4, fault="one reduction per chunk"),
-]
+def load(folder: Path, case: Case) -> dict[str, np.ndarray]:
+    with np.load(folder / f"{case.name}.npz") as stored:
+        return dict(stored)

@@ -7,20 +7,21 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from cases import run, save, wanted_cases
+from cases import SETS, run, save
 
 from dalr_scale.dist.world import end_process, leave_world, start_world
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, which: str) -> None:
     world = start_world(timeout_minutes=2, threads=1)
-    for case in wanted_cases(world.size):
-        results = run(case, world)
-        if world.rank == 0:
-            save(folder, case, results)
+    for case in SETS[which]():
+        if case.world == world.size:
+            results = run(case, world)
+            if world.rank == 0:
+                save(folder, case, results)
     leave_world()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2])
     end_process(0)
