@@ -18,7 +18,7 @@ from dalr_kernels import Similarity
 from torch import Tensor
 
 from dalr_scale.config import ObjectiveConfig
-from dalr_scale.dist.gather import merge_log_sum_exp
+from dalr_scale.dist.gather import merge_log_sum_exp, merge_max, merge_sum
 from dalr_scale.errors import UserError
 
 
@@ -27,7 +27,8 @@ class Views:
     """What the losses see of a batch; as rows (this rank's) and as columns (all ranks').
 
     Shapes with B rows: z1, z2 [B,H]; p1, p2, u, u_caption [B,P]; z1_image [B,d_v], z1 in the
-    width of the picture features; aligned_text, aligned_image [B,C]; image, caption [B,d_v];
+    width of the picture features; aligned_text, aligned_image [B,C], and aligned_unmatched, the
+    aligned picture of the row that L_cons pairs a row with; image, caption [B,d_v];
     text one [B,H_k] per sentence teacher; tokens/token_mask one [B,T,H_t] and [B,T] per token
     teacher, of this rank's rows only; z1_tokens one [B,H_t] per token teacher; ids [B], -1 for
     text-only rows.
@@ -43,6 +44,7 @@ class Views:
     z1_image: Tensor | None = None
     aligned_text: Tensor | None = None
     aligned_image: Tensor | None = None
+    aligned_unmatched: Tensor | None = None
     image: Tensor | None = None
     caption: Tensor | None = None
     text: Sequence[Tensor] = ()
@@ -63,6 +65,7 @@ class Needs:
     caption_grounding: bool
     image_rows: bool
     consistency: bool
+    consistency_labels: bool
 
 
 def needs_of(objective: ObjectiveConfig) -> Needs:
@@ -83,6 +86,7 @@ def needs_of(objective: ObjectiveConfig) -> Needs:
         caption_grounding=caption_branch,
         image_rows=cross_kl,
         consistency=consistency,
+        consistency_labels="consistency" in labels,
     )
 
 
@@ -261,7 +265,7 @@ def _consistency(
 ) -> Tensor:
     """L_cons with the mean over the kept pairs of the global batch (dropped: same picture)."""
     assert rows.aligned_text is not None and rows.aligned_image is not None
-    assert cols.aligned_image is not None
+    assert rows.aligned_unmatched is not None
     own_rows, all_rows = len(rows.ids), len(cols.ids)
     partner = torch.as_tensor(unmatched, device=rows.ids.device)
     keep = torch.ones(all_rows, dtype=torch.bool, device=rows.ids.device)
@@ -269,7 +273,7 @@ def _consistency(
         keep = (cols.ids != cols.ids[partner]) | (cols.ids < 0)
     own = slice(offset, offset + own_rows)
     total, _ = kernels.consistency(
-        rows.aligned_text, rows.aligned_image, cols.aligned_image[partner[own]], keep[own]
+        rows.aligned_text, rows.aligned_image, rows.aligned_unmatched, keep[own]
     )
     # every rank's mean is averaged over ranks afterwards, hence rows of a rank over all pairs
     ranks = all_rows // own_rows
@@ -280,12 +284,14 @@ def _cross_kl(
     rows: Views, cols: Views, objective: ObjectiveConfig, weights: Sequence[float], offset: int
 ) -> Tensor:
     """L_CMA: pictures against texts under S_VV, and texts against pictures under S_TT."""
-    assert rows.image is not None and cols.image is not None
-    assert rows.z1_image is not None and cols.z1_image is not None
+    assert rows.image is not None and cols.image is not None and rows.z1_image is not None
     options = _student(objective.cross_kl_student, objective) | _kl_temperatures(objective)
     images = Similarity(((1.0, rows.image, cols.image),))
     texts = text_similarity(rows, cols, objective, weights)
-    by_image = kernels.alignment_kl(rows.image, cols.z1_image, images, col_offset=offset, **options)
+    by_image = kernels.column_alignment_kl(
+        rows.z1_image, cols.image, images, col_offset=offset, merge_max=merge_max,
+        merge_sum=merge_sum, **options,
+    )  # fmt: skip
     by_text = kernels.alignment_kl(rows.z1_image, cols.image, texts, col_offset=offset, **options)
     return (by_image + by_text) / 2
 

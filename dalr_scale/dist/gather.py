@@ -91,8 +91,7 @@ def merge_log_sum_exp(partial_N: Tensor, mean_ND: Tensor) -> tuple[Tensor, Tenso
     """
     if not several_ranks():
         return partial_N, mean_ND
-    top_N = partial_N.clone()
-    dist.all_reduce(top_N, dist.ReduceOp.MAX, group=_group)
+    top_N = merge_max(partial_N.clone())
     top_N.masked_fill_(top_N == -torch.inf, 0.0)
     weight_N1 = (partial_N - top_N).exp().unsqueeze(1)
     total = _reduce_scatter_sum(torch.cat([mean_ND * weight_N1, weight_N1], dim=1))
@@ -101,6 +100,20 @@ def merge_log_sum_exp(partial_N: Tensor, mean_ND: Tensor) -> tuple[Tensor, Tenso
     own_top = top_N[dist.get_rank() * rows :][:rows]
     mean_RD = total[:, :-1] / weight_R1.masked_fill(weight_R1 == 0.0, 1.0)
     return own_top + weight_R1.squeeze(1).log(), mean_RD
+
+
+def merge_sum(values: Tensor) -> Tensor:
+    """Sum over ranks of a constant, in place."""
+    if several_ranks():
+        dist.all_reduce(values, group=_group)
+    return values
+
+
+def merge_max(values: Tensor) -> Tensor:
+    """Maximum over ranks of a constant, in place."""
+    if several_ranks():
+        dist.all_reduce(values, dist.ReduceOp.MAX, group=_group)
+    return values
 
 
 def all_reduce_sum(local: Tensor) -> Tensor:

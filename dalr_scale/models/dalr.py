@@ -12,6 +12,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+import numpy as np
+import torch
 from torch import Tensor, nn
 
 from dalr_scale.config import ModelConfig, ObjectiveConfig
@@ -171,12 +173,13 @@ class DalrModel(nn.Module):
             The scalar total (gradients into `states` and the heads) and the detached terms.
         """
         spec = self.spec
-        rows = self._rows(states[0], states[1], teachers)
-        rows = self._with_teachers(self._with_aligned(rows, teachers, states), teachers)
+        rows = self._with_teachers(self._rows(states[0], states[1], teachers), teachers)
         cols = gather_views(rows, gathered or {})
+        unmatched = unmatched_rows(spec.objective, len(cols.ids), spec.seed, step)
+        if teachers.paired and spec.needs.consistency:
+            self._align(rows, cols, unmatched[offset : offset + len(rows.ids)])
         terms = text_terms(rows, cols, spec.objective, offset, paired=teachers.paired)
         if teachers.paired and spec.objective.cross_weight > 0:
-            unmatched = unmatched_rows(spec.objective, len(cols.ids), spec.seed, step)
             terms |= cross_terms(rows, cols, spec.objective, spec.text_weights, offset, unmatched)
         distil = teachers.paired or spec.objective.distil_text_batches
         if distil and spec.objective.intra_weight > 0:
@@ -205,12 +208,20 @@ class DalrModel(nn.Module):
             rows.z1_image = self.image_projection(z1) if hasattr(self, "image_projection") else z1
         return rows
 
-    def _with_aligned(self, rows: Views, teachers: TeacherBatch, states: Tensor) -> Views:
-        """Adds what the consistency task reads; statistics over the global batch."""
-        if teachers.paired and self.spec.needs.consistency:
-            rows.aligned_text = self.text_aligner(rows.z1)
-            rows.aligned_image = self.image_aligner(_like(teachers.image, states))
-        return rows
+    def _align(self, rows: Views, cols: Views, unmatched: np.ndarray) -> None:
+        """Adds what the consistency task reads; its normalisation is over the global batch.
+
+        The unmatched pictures are aligned here rather than fetched: as a rearrangement of the
+        global batch they have the same statistics, and nothing has to go back to their owners.
+        """
+        assert rows.image is not None and cols.image is not None
+        partners = cols.image[torch.as_tensor(unmatched, device=cols.image.device)]
+        rows.aligned_text = self.text_aligner(rows.z1)
+        rows.aligned_image = self.image_aligner(_like(rows.image, rows.z1))
+        if self.spec.objective.consistency_weight > 0:
+            rows.aligned_unmatched = self.image_aligner(_like(partners, rows.z1))
+        if self.spec.needs.consistency_labels:
+            cols.aligned_image = gather_rows(rows.aligned_image, grad=False)
 
     def _with_teachers(self, rows: Views, teachers: TeacherBatch) -> Views:
         """Adds the frozen features that the losses compare directly."""
@@ -224,7 +235,7 @@ class DalrModel(nn.Module):
 
 
 # Student columns that are gathered chunk by chunk, with gradient.
-EARLY_COLUMNS = ("z2", "u", "u_caption", "z1_image")
+EARLY_COLUMNS = ("z2", "u", "u_caption")
 
 
 def teacher_columns(teachers: TeacherBatch, needs: Needs) -> dict[str, Tensor]:
@@ -268,8 +279,7 @@ def gather_views(rows: Views, gathered: Mapping[str, Tensor]) -> Views:
         ids=ids,
         p1=None,
         p2=None,
-        aligned_text=None,
-        aligned_image=column("aligned_image", rows.aligned_image),
+        z1_image=None,
         image=constant("image", rows.image),
         caption=constant("caption", rows.caption),
         text=[constant(f"text{k}", e) for k, e in enumerate(rows.text)],

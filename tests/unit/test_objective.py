@@ -39,6 +39,10 @@ def objective(preset: str = "dalr", **changes: Any) -> ObjectiveConfig:
 
 # What an objective needs
 
+DALR_NEEDS = {
+    "image", "text", "tokens", "grounding", "image_rows", "consistency", "consistency_labels"
+}  # fmt: skip
+
 
 @pytest.mark.parametrize(
     ("preset", "needs"),
@@ -47,7 +51,7 @@ def objective(preset: str = "dalr", **changes: Any) -> ObjectiveConfig:
         ("mcse", {"image", "grounding"}),
         ("kdmcse", {"image", "caption", "grounding", "caption_grounding"}),
         ("dalr-reference", {"image", "text", "tokens", "grounding", "image_rows", "consistency"}),
-        ("dalr", {"image", "text", "tokens", "grounding", "image_rows", "consistency"}),
+        ("dalr", DALR_NEEDS),
     ],
 )
 def test_needs_of_each_preset(preset: str, needs: set[str]) -> None:
@@ -62,9 +66,12 @@ def test_needs_of_each_preset(preset: str, needs: set[str]) -> None:
         ({"intra_weight": 0.0, "cross_kl_weight": 0.0}, {"tokens", "text", "image_rows"}),
         ({"g2l_weight": 0.0}, {"tokens"}),
         ({"consistency_weight": 0.0}, set()),  # it still gives the soft labels
-        ({"consistency_weight": 0.0, "soft_labels": "none"}, {"consistency"}),
-        ({"image_weight": 0.0}, {"grounding"}),
-        ({"cross_weight": 0.0}, {"image", "grounding", "image_rows", "consistency"}),
+        (
+            {"consistency_weight": 0.0, "soft_labels": "none"},
+            {"consistency", "consistency_labels"},
+        ),
+        ({"image_weight": 0.0}, {"grounding", "consistency_labels"}),
+        ({"cross_weight": 0.0}, DALR_NEEDS - {"text", "tokens"}),
     ],
 )
 def test_a_weight_of_zero_drops_what_only_its_term_needs(
@@ -210,10 +217,17 @@ def views(rows: int = ROWS) -> Views:
     )
 
 
+def with_unmatched(v: Views, unmatched: np.ndarray) -> Views:
+    """The aligned pictures of the rows that L_cons pairs rows with, as the model computes them."""
+    assert v.aligned_image is not None
+    return dataclasses.replace(v, aligned_unmatched=v.aligned_image[torch.as_tensor(unmatched)])
+
+
 def all_terms(spec: ObjectiveConfig, v: Views | None = None) -> dict[str, Tensor]:
     v = v or views()
     weights = (0.33, 0.67)
     unmatched = unmatched_rows(spec, len(v.ids), seed=1, step=4)
+    v = with_unmatched(v, unmatched)
     return (
         text_terms(v, v, spec, 0, paired=True)
         | cross_terms(v, v, spec, weights, 0, unmatched)
@@ -361,10 +375,12 @@ def test_the_published_total(name: str) -> None:
 
 @pytest.mark.parametrize("name", TOTALS)
 def test_the_published_total_from_rows_of_several_ranks(name: str) -> None:
+    """The terms of rows alone; the two that ranks compute together are in tests/distributed."""
     g = Golden(name)
+    alone = {"g2l_weight": 0.0, "cross_kl_weight": 0.0}
     shares = [slice(i, i + 1) for i in range(g.size)]  # 37 is prime: one row each
-    totals = [golden_total(g, rows) for rows in shares]
-    assert np.mean(totals) == pytest.approx(TOTALS[name], rel=1e-12)
+    totals = [golden_total(g, rows, **alone) for rows in shares]
+    assert np.mean(totals) == pytest.approx(golden_total(g, **alone), rel=1e-12)
 
 
 # Terms of the preset `dalr` on the same inputs, two rows per picture, labels from the pictures.
@@ -470,16 +486,18 @@ def test_consistency_is_the_mean_over_the_kept_pairs(preset: str) -> None:
         same = (v.ids[unmatched] == v.ids).numpy()
         kept = ~same if preset == "dalr" else np.ones(ROWS, bool)
         dropped += int((~kept).sum())
-        found = float(cross_terms(v, v, spec, (0.33, 0.67), 0, unmatched)["cons"])
+        rows = with_unmatched(v, unmatched)
+        found = float(cross_terms(rows, v, spec, (0.33, 0.67), 0, unmatched)["cons"])
         assert found == pytest.approx(consistency_by_hand(v, unmatched, kept), rel=1e-9)
     assert (dropped > 0) == (preset == "dalr")
 
 
 def test_consistency_of_two_ranks_is_that_of_one() -> None:
     """Ranks may keep different numbers of pairs; the mean of their values is the global mean."""
-    spec, v = objective(), views()
-    v.ids = torch.tensor([0, 0, 0, 0, 1, 2, 3, 4, 5, 6])
+    spec = objective(cross_kl_weight=0.0)  # a term that ranks compute together
     unmatched = (np.arange(ROWS) - 1) % ROWS
+    v = with_unmatched(views(), unmatched)
+    v.ids = torch.tensor([0, 0, 0, 0, 1, 2, 3, 4, 5, 6])
     whole = float(cross_terms(v, v, spec, (0.33, 0.67), 0, unmatched)["cons"])
     shares = []
     for start in (0, 5):
@@ -496,9 +514,9 @@ def test_consistency_of_two_ranks_is_that_of_one() -> None:
 
 
 def test_rows_without_a_picture_number_are_never_dropped() -> None:
-    spec, v = objective(), views()
-    v.ids = torch.full((ROWS,), -1)
     unmatched = (np.arange(ROWS) - 3) % ROWS
+    spec, v = objective(), with_unmatched(views(), unmatched)
+    v.ids = torch.full((ROWS,), -1)
     found = float(cross_terms(v, v, spec, (0.33, 0.67), 0, unmatched)["cons"])
     everything = consistency_by_hand(v, unmatched, np.ones(ROWS, bool))
     assert found == pytest.approx(everything, rel=1e-9)
