@@ -120,9 +120,7 @@ def weighted_mean(
         return _in_chunks(rows, cols, terms, col_offset, how, workspace)
 
 
-def workspace_of(
-    device: torch.device, chunk_rows: int | None, workspace_bytes: int | None
-) -> int:
+def workspace_of(device: torch.device, chunk_rows: int | None, workspace_bytes: int | None) -> int:
     """Check the two memory options; the workspace in bytes."""
     for name, value in (("chunk_rows", chunk_rows), ("workspace_bytes", workspace_bytes)):
         if value is not None and value < 1:

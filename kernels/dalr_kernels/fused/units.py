@@ -34,7 +34,9 @@ def unit_kernel(
         address = vectors + row * row_stride + cols.to(tl.int64) * col_stride
         x = tl.load(address, mask=cols < width, other=0.0).to(tl.float32)
         value = x / divisor * weight
-        tl.store(out + row * out_stride + cols, value.to(out.dtype.element_ty), mask=cols < padded_width)
+        tl.store(
+            out + row * out_stride + cols, value.to(out.dtype.element_ty), mask=cols < padded_width
+        )
 
 
 @triton.jit
