@@ -54,6 +54,8 @@ def run(
     inputs: Inputs, limits: Limits, want_rows: bool, want_cols: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Total, mean of each term ``[3]``, and the gradients by rows and columns (empty if not)."""
+    from . import stream  # which needs `Pass`
+
     rows, cols = inputs.rows, inputs.cols
     dtype = operand_dtype(rows, cols)
     with full_sums(rows.device):
@@ -61,7 +63,7 @@ def run(
         if task.sizes.mode == "workspace":
             whole_rows(task)
         else:
-            raise NotImplementedError
+            stream.blocks(task)
     components = task.losses.double().mean(dim=1)
     weights = [inputs.scalars.nce_weight, inputs.scalars.kl_weight, inputs.scalars.net_weight]
     total = sum(weight * components[k] for k, weight in enumerate(weights))
