@@ -156,6 +156,8 @@ def kernel_switches(inputs: Inputs) -> dict[str, Any]:
         "POLYNOMIAL": plan.polynomial(inputs.scalars, has, inputs.matrices),
         "IDS": inputs.row_ids is not None,
         "MASK": has.mask_matrix >= 0,
+        "ONE_TEACHER": bool(has.kl and has.net) and has.kl_matrix == has.net_matrix,
+        "TAUGHT_LABELS": bool(has.kl) and has.label_matrix == has.kl_matrix,
         "ONLINE": plan.exponents(inputs.scalars, has, inputs.matrices).online,
     }
 

@@ -34,6 +34,7 @@ def row_kernel(
     NCE: tl.constexpr, KL: tl.constexpr, NET: tl.constexpr,
     NCE_SHIFT: tl.constexpr, KL_SHIFT: tl.constexpr, NET_SHIFT: tl.constexpr,
     CLAMP: tl.constexpr, POLYNOMIAL: tl.constexpr, IDS: tl.constexpr, MASK: tl.constexpr,
+    ONE_TEACHER: tl.constexpr, TAUGHT_LABELS: tl.constexpr,
     ONLINE: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Losses of one row, and in GRADIENT the slopes of their weighted sum.
@@ -77,8 +78,13 @@ def row_kernel(
         own = cols == own_col
         c = clamp(tl.load(student + base + cols, mask=inside, other=0.0).to(tl.float32), -1.0, 1.0)
         label = zero
+        kl_t = zero
+        if KL:
+            kl_t = tl.load(kl_teacher + base + cols, mask=inside, other=0.0).to(tl.float32)
         if NCE_SHIFT == SOFT:
-            label = tl.load(labels + base + cols, mask=inside, other=0.0).to(tl.float32)
+            label = kl_t
+            if not TAUGHT_LABELS:
+                label = tl.load(labels + base + cols, mask=inside, other=0.0).to(tl.float32)
         soft, _, hard, _ = students(
             c, own, label, margin, cos_margin, sin_margin, NCE_SHIFT, ANY_HARD, CLAMP, POLYNOMIAL
         )
@@ -96,17 +102,18 @@ def row_kernel(
             g = hard if KL_SHIFT == HARD else c
             e, kl_peak, decay = weigh(g * kl_factor, valid, kl_peak, ONLINE)
             kl_sum = add(kl_sum, e, decay, ONLINE)
-            t = tl.load(kl_teacher + base + cols, mask=inside, other=0.0).to(tl.float32)
-            e, klt_peak, decay = weigh(t * klt_factor, valid, klt_peak, ONLINE)
+            e, klt_peak, decay = weigh(kl_t * klt_factor, valid, klt_peak, ONLINE)
             klt_sum = add(klt_sum, e, decay, ONLINE)
             klt_student = add(klt_student, e * g, decay, ONLINE)
-            klt_teacher = add(klt_teacher, e * t, decay, ONLINE)
+            klt_teacher = add(klt_teacher, e * kl_t, decay, ONLINE)
         if NET:
             others = valid & (own == 0)
             g = hard if NET_SHIFT == HARD else c
             e, net_peak, decay = weigh(g * net_factor, others, net_peak, ONLINE)
             net_sum = add(net_sum, e, decay, ONLINE)
-            t = tl.load(net_teacher + base + cols, mask=inside, other=0.0).to(tl.float32)
+            t = kl_t
+            if not ONE_TEACHER:
+                t = tl.load(net_teacher + base + cols, mask=inside, other=0.0).to(tl.float32)
             e, nett_peak, decay = weigh(t * nett_factor, others, nett_peak, ONLINE)
             nett_sum = add(nett_sum, e, decay, ONLINE)
             nett_student = add(nett_student, e * g, decay, ONLINE)
@@ -151,9 +158,6 @@ def row_kernel(
             own = cols == own_col
             c = tl.load(student + base + cols, mask=inside, other=0.0).to(tl.float32)
             c = clamp(c, -1.0, 1.0)
-            label = zero
-            if NCE_SHIFT == SOFT:
-                label = tl.load(labels + base + cols, mask=inside, other=0.0).to(tl.float32)
             keep = valid
             if NCE:
                 ids = cols
@@ -168,7 +172,15 @@ def row_kernel(
             if KL:
                 kl_t = tl.load(kl_teacher + base + cols, mask=inside, other=0.0).to(tl.float32)
             if NET:
-                net_t = tl.load(net_teacher + base + cols, mask=inside, other=0.0).to(tl.float32)
+                net_t = kl_t
+                if not ONE_TEACHER:
+                    net_t = tl.load(net_teacher + base + cols, mask=inside, other=0.0)
+                    net_t = net_t.to(tl.float32)
+            label = zero
+            if NCE_SHIFT == SOFT:
+                label = kl_t
+                if not TAUGHT_LABELS:
+                    label = tl.load(labels + base + cols, mask=inside, other=0.0).to(tl.float32)
             slope = slope_of(
                 c, own, valid, keep, label, kl_t, net_t,
                 nce_lse, kl_lse, klt_lse, net_lse, nett_lse, margin, cos_margin, sin_margin,

@@ -74,6 +74,7 @@ def gather(
     NCE: tl.constexpr, KL: tl.constexpr, NET: tl.constexpr,
     NCE_SHIFT: tl.constexpr, KL_SHIFT: tl.constexpr, NET_SHIFT: tl.constexpr,
     CLAMP: tl.constexpr, POLYNOMIAL: tl.constexpr, IDS: tl.constexpr, MASK: tl.constexpr,
+    ONE_TEACHER: tl.constexpr, TAUGHT_LABELS: tl.constexpr,
     ONLINE: tl.constexpr,
 ):  # fmt: skip
     """Add a slice of a tile to the sums of its rows."""
@@ -85,10 +86,18 @@ def gather(
     c = clamp(tile, -1.0, 1.0)
     valid = exists[:, None] & (cols < num_cols)[None, :]
     own = own_cols[:, None] == cols[None, :]
-    cell = rows.to(tl.int64)[:, None] * stride + (cols - first_col)[None, :]
+    # The tile begins at a 64-bit address; offsets inside it fit 32 bits.
+    base = (tl.program_id(0) * rows.shape[0]).to(tl.int64) * stride
+    cell = (rows - tl.program_id(0) * rows.shape[0])[:, None] * stride + (cols - first_col)[None, :]
     label = 0.0
+    kl_t = 0.0
+    if KL:
+        kl_t = tl.load(kl_teacher + base + cell, mask=valid, other=0.0).to(tl.float32)
     if NCE_SHIFT == SOFT:
-        label = tl.load(labels + cell, mask=valid, other=0.0).to(tl.float32)
+        if TAUGHT_LABELS:
+            label = kl_t
+        else:
+            label = tl.load(labels + base + cell, mask=valid, other=0.0).to(tl.float32)
     soft, _, hard, _ = students(
         c, own, label, margin, cos_margin, sin_margin, NCE_SHIFT, ANY_HARD, CLAMP, POLYNOMIAL
     )
@@ -98,7 +107,7 @@ def gather(
         if IDS:
             ids = tl.load(col_ids + cols, mask=cols < num_cols, other=-1)
         if MASK:
-            score = tl.load(scores + cell, mask=valid, other=0.0).to(tl.float32)
+            score = tl.load(scores + base + cell, mask=valid, other=0.0).to(tl.float32)
         keep = kept(valid, own, row_id[:, None], ids[None, :], score, threshold, IDS, MASK)
         positive += tl.sum(tl.where(own & valid, c, 0.0), axis=1)
         e, nce_peak, decay = weigh_tile(soft * nce_factor, keep, nce_peak, ONLINE)
@@ -107,17 +116,18 @@ def gather(
         g = hard if KL_SHIFT == HARD else c
         e, kl_peak, decay = weigh_tile(g * kl_factor, valid, kl_peak, ONLINE)
         kl_sum = add(kl_sum, tl.sum(e, axis=1), decay, ONLINE)
-        t = tl.load(kl_teacher + cell, mask=valid, other=0.0).to(tl.float32)
-        e, klt_peak, decay = weigh_tile(t * klt_factor, valid, klt_peak, ONLINE)
+        e, klt_peak, decay = weigh_tile(kl_t * klt_factor, valid, klt_peak, ONLINE)
         klt_sum = add(klt_sum, tl.sum(e, axis=1), decay, ONLINE)
         klt_student = add(klt_student, tl.sum(e * g, axis=1), decay, ONLINE)
-        klt_teacher = add(klt_teacher, tl.sum(e * t, axis=1), decay, ONLINE)
+        klt_teacher = add(klt_teacher, tl.sum(e * kl_t, axis=1), decay, ONLINE)
     if NET:
         others = valid & (own == 0)
         g = hard if NET_SHIFT == HARD else c
         e, net_peak, decay = weigh_tile(g * net_factor, others, net_peak, ONLINE)
         net_sum = add(net_sum, tl.sum(e, axis=1), decay, ONLINE)
-        t = tl.load(net_teacher + cell, mask=valid, other=0.0).to(tl.float32)
+        t = kl_t
+        if not ONE_TEACHER:
+            t = tl.load(net_teacher + base + cell, mask=valid, other=0.0).to(tl.float32)
         e, nett_peak, decay = weigh_tile(t * nett_factor, others, nett_peak, ONLINE)
         nett_sum = add(nett_sum, tl.sum(e, axis=1), decay, ONLINE)
         nett_student = add(nett_student, tl.sum(e * g, axis=1), decay, ONLINE)
@@ -128,15 +138,32 @@ def gather(
 
 
 @triton.jit
+def resume(place, offset, exists, constant, STORED: tl.constexpr):
+    """A sum as the last launch left it; what no term needs or changes is a constant."""
+    value = tl.where(exists, constant, constant)
+    if STORED:
+        value = tl.load(place + offset, mask=exists, other=0.0)
+    return value
+
+
+@triton.jit
+def suspend(place, offset, exists, value, STORED: tl.constexpr):
+    if STORED:
+        tl.store(place + offset, value, mask=exists)
+
+
+@triton.jit
 def statistics_kernel(
     student_rows, student_cols, kl_teacher, net_teacher, labels, scores, states, row_ids, col_ids,
     num_rows, num_cols, width, row_stride, col_stride, stride, first_col, last_col, first_own,
     tiles_per_split,
     margin, cos_margin, sin_margin, threshold,
-    nce_factor, kl_factor, klt_factor, net_factor, nett_factor,
+    nce_factor, nce_offset, kl_factor, kl_offset, klt_factor, klt_offset,
+    net_factor, net_offset, nett_factor, nett_offset,
     NCE: tl.constexpr, KL: tl.constexpr, NET: tl.constexpr,
     NCE_SHIFT: tl.constexpr, KL_SHIFT: tl.constexpr, NET_SHIFT: tl.constexpr,
     CLAMP: tl.constexpr, POLYNOMIAL: tl.constexpr, IDS: tl.constexpr, MASK: tl.constexpr,
+    ONE_TEACHER: tl.constexpr, TAUGHT_LABELS: tl.constexpr,
     ONLINE: tl.constexpr, EVEN: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SLICES: tl.constexpr,
 ):  # fmt: skip
@@ -159,20 +186,20 @@ def statistics_kernel(
     place = states + split.to(tl.int64) * num_rows + rows
     step = tl.num_programs(1).to(tl.int64) * num_rows
     state = (
-        tl.load(place, mask=exists, other=0.0),
-        tl.load(place + step, mask=exists, other=0.0),
-        tl.load(place + 2 * step, mask=exists, other=0.0),
-        tl.load(place + 3 * step, mask=exists, other=0.0),
-        tl.load(place + 4 * step, mask=exists, other=0.0),
-        tl.load(place + 5 * step, mask=exists, other=0.0),
-        tl.load(place + 6 * step, mask=exists, other=0.0),
-        tl.load(place + 7 * step, mask=exists, other=0.0),
-        tl.load(place + 8 * step, mask=exists, other=0.0),
-        tl.load(place + 9 * step, mask=exists, other=0.0),
-        tl.load(place + 10 * step, mask=exists, other=0.0),
-        tl.load(place + 11 * step, mask=exists, other=0.0),
-        tl.load(place + 12 * step, mask=exists, other=0.0),
-        tl.load(place + 13 * step, mask=exists, other=0.0),
+        resume(place, 0 * step, exists, 0.0, NCE),
+        resume(place, 1 * step, exists, 0.0, NCE),
+        resume(place, 2 * step, exists, nce_offset, NCE and ONLINE),
+        resume(place, 3 * step, exists, 0.0, KL),
+        resume(place, 4 * step, exists, kl_offset, KL and ONLINE),
+        resume(place, 5 * step, exists, 0.0, KL),
+        resume(place, 6 * step, exists, klt_offset, KL and ONLINE),
+        resume(place, 7 * step, exists, 0.0, KL),
+        resume(place, 8 * step, exists, 0.0, KL),
+        resume(place, 9 * step, exists, 0.0, NET),
+        resume(place, 10 * step, exists, net_offset, NET and ONLINE),
+        resume(place, 11 * step, exists, 0.0, NET),
+        resume(place, 12 * step, exists, nett_offset, NET and ONLINE),
+        resume(place, 13 * step, exists, 0.0, NET),
     )
     begin = first_col + split * tiles_per_split * BN
     end = tl.minimum(begin + tiles_per_split * BN, last_col)
@@ -190,7 +217,8 @@ def statistics_kernel(
                 kl_teacher, net_teacher, labels, scores, col_ids, limit, stride,
                 margin, cos_margin, sin_margin, threshold,
                 nce_factor, kl_factor, klt_factor, net_factor, nett_factor,
-                NCE, KL, NET, NCE_SHIFT, KL_SHIFT, NET_SHIFT, CLAMP, POLYNOMIAL, IDS, MASK, ONLINE,
+                NCE, KL, NET, NCE_SHIFT, KL_SHIFT, NET_SHIFT, CLAMP, POLYNOMIAL, IDS, MASK,
+                ONE_TEACHER, TAUGHT_LABELS, ONLINE,
             )  # fmt: skip
         else:
             left, right = halves(tile, BM, BN)
@@ -204,7 +232,7 @@ def statistics_kernel(
                         margin, cos_margin, sin_margin, threshold,
                         nce_factor, kl_factor, klt_factor, net_factor, nett_factor,
                         NCE, KL, NET, NCE_SHIFT, KL_SHIFT, NET_SHIFT, CLAMP, POLYNOMIAL, IDS, MASK,
-                        ONLINE,
+                        ONE_TEACHER, TAUGHT_LABELS, ONLINE,
                     )  # fmt: skip
                 else:
                     low, high = halves(part, BM, BN // 2)
@@ -218,10 +246,22 @@ def statistics_kernel(
                             margin, cos_margin, sin_margin, threshold,
                             nce_factor, kl_factor, klt_factor, net_factor, nett_factor,
                             NCE, KL, NET, NCE_SHIFT, KL_SHIFT, NET_SHIFT, CLAMP, POLYNOMIAL, IDS,
-                            MASK, ONLINE,
+                            MASK, ONE_TEACHER, TAUGHT_LABELS, ONLINE,
                         )  # fmt: skip
-    for index in tl.static_range(14):
-        tl.store(place + index * step, state[index], mask=exists)
+    suspend(place, 0 * step, exists, state[0], NCE)
+    suspend(place, 1 * step, exists, state[1], NCE)
+    suspend(place, 2 * step, exists, state[2], NCE and ONLINE)
+    suspend(place, 3 * step, exists, state[3], KL)
+    suspend(place, 4 * step, exists, state[4], KL and ONLINE)
+    suspend(place, 5 * step, exists, state[5], KL)
+    suspend(place, 6 * step, exists, state[6], KL and ONLINE)
+    suspend(place, 7 * step, exists, state[7], KL)
+    suspend(place, 8 * step, exists, state[8], KL)
+    suspend(place, 9 * step, exists, state[9], NET)
+    suspend(place, 10 * step, exists, state[10], NET and ONLINE)
+    suspend(place, 11 * step, exists, state[11], NET)
+    suspend(place, 12 * step, exists, state[12], NET and ONLINE)
+    suspend(place, 13 * step, exists, state[13], NET)
 
 
 @triton.jit
@@ -235,6 +275,7 @@ def slopes_kernel(
     NCE: tl.constexpr, KL: tl.constexpr, NET: tl.constexpr,
     NCE_SHIFT: tl.constexpr, KL_SHIFT: tl.constexpr, NET_SHIFT: tl.constexpr,
     CLAMP: tl.constexpr, POLYNOMIAL: tl.constexpr, IDS: tl.constexpr, MASK: tl.constexpr,
+    ONE_TEACHER: tl.constexpr, TAUGHT_LABELS: tl.constexpr,
     EVEN: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SLICES: tl.constexpr,
 ):  # fmt: skip
@@ -262,6 +303,7 @@ def slopes_kernel(
             nce_factor, kl_factor, klt_factor, net_factor, nett_factor,
             nce_weight, kl_weight, net_weight,
             NCE, KL, NET, NCE_SHIFT, KL_SHIFT, NET_SHIFT, CLAMP, POLYNOMIAL, IDS, MASK,
+            ONE_TEACHER, TAUGHT_LABELS,
         )  # fmt: skip
     else:
         left, right = halves(tile, BM, BN)
@@ -276,6 +318,7 @@ def slopes_kernel(
                     nce_factor, kl_factor, klt_factor, net_factor, nett_factor,
                     nce_weight, kl_weight, net_weight,
                     NCE, KL, NET, NCE_SHIFT, KL_SHIFT, NET_SHIFT, CLAMP, POLYNOMIAL, IDS, MASK,
+                    ONE_TEACHER, TAUGHT_LABELS,
                 )  # fmt: skip
             else:
                 low, high = halves(part, BM, BN // 2)
@@ -290,6 +333,7 @@ def slopes_kernel(
                         nce_factor, kl_factor, klt_factor, net_factor, nett_factor,
                         nce_weight, kl_weight, net_weight,
                         NCE, KL, NET, NCE_SHIFT, KL_SHIFT, NET_SHIFT, CLAMP, POLYNOMIAL, IDS, MASK,
+                        ONE_TEACHER, TAUGHT_LABELS,
                     )  # fmt: skip
 
 
@@ -304,13 +348,16 @@ def store_slopes(
     NCE: tl.constexpr, KL: tl.constexpr, NET: tl.constexpr,
     NCE_SHIFT: tl.constexpr, KL_SHIFT: tl.constexpr, NET_SHIFT: tl.constexpr,
     CLAMP: tl.constexpr, POLYNOMIAL: tl.constexpr, IDS: tl.constexpr, MASK: tl.constexpr,
+    ONE_TEACHER: tl.constexpr, TAUGHT_LABELS: tl.constexpr,
 ):  # fmt: skip
     """Slopes of a slice of a tile."""
     c = clamp(tile, -1.0, 1.0)
     inside = exists[:, None] & (cols < last_col)[None, :]
     valid = inside & (cols < num_cols)[None, :]
     own = (first_own + safe_rows)[:, None] == cols[None, :]
-    cell = safe_rows.to(tl.int64)[:, None] * stride + (cols - first_col)[None, :]
+    first_row = tl.program_id(0) * exists.shape[0]
+    base = first_row.to(tl.int64) * stride
+    cell = (safe_rows - first_row)[:, None] * stride + (cols - first_col)[None, :]
     label = 0.0
     kl_t = 0.0
     net_t = 0.0
@@ -330,18 +377,22 @@ def store_slopes(
             row_id = tl.load(row_ids + safe_rows)
             ids = tl.load(col_ids + cols, mask=cols < num_cols, other=-1)
         if MASK:
-            score = tl.load(scores + cell, mask=valid, other=0.0).to(tl.float32)
+            score = tl.load(scores + base + cell, mask=valid, other=0.0).to(tl.float32)
         keep = kept(valid, own, row_id[:, None], ids[None, :], score, threshold, IDS, MASK)
-    if NCE_SHIFT == SOFT:
-        label = tl.load(labels + cell, mask=valid, other=0.0).to(tl.float32)
     if KL:
         kl_lse = tl.load(lse + num_rows)[:, None]
         klt_lse = tl.load(lse + 2 * num_rows)[:, None]
-        kl_t = tl.load(kl_teacher + cell, mask=valid, other=0.0).to(tl.float32)
+        kl_t = tl.load(kl_teacher + base + cell, mask=valid, other=0.0).to(tl.float32)
     if NET:
         net_lse = tl.load(lse + 3 * num_rows)[:, None]
         nett_lse = tl.load(lse + 4 * num_rows)[:, None]
-        net_t = tl.load(net_teacher + cell, mask=valid, other=0.0).to(tl.float32)
+        net_t = kl_t
+        if not ONE_TEACHER:
+            net_t = tl.load(net_teacher + base + cell, mask=valid, other=0.0).to(tl.float32)
+    if NCE_SHIFT == SOFT:
+        label = kl_t
+        if not TAUGHT_LABELS:
+            label = tl.load(labels + base + cell, mask=valid, other=0.0).to(tl.float32)
     slope = slope_of(
         c, own, valid, keep, label, kl_t, net_t, nce_lse, kl_lse, klt_lse, net_lse, nett_lse,
         margin, cos_margin, sin_margin, nce_factor, kl_factor, klt_factor, net_factor, nett_factor,
@@ -349,4 +400,4 @@ def store_slopes(
         NCE, KL, NET, NCE_SHIFT, KL_SHIFT, NET_SHIFT, CLAMP, POLYNOMIAL,
         slopes.dtype.element_ty == tl.float16,
     )  # fmt: skip
-    tl.store(slopes + cell, slope.to(slopes.dtype.element_ty), mask=inside)
+    tl.store(slopes + base + cell, slope.to(slopes.dtype.element_ty), mask=inside)
