@@ -2,10 +2,17 @@
 
 from .column_kl import column_alignment_kl
 from .losses import alignment_kl, consistency, global_to_local, info_nce, list_mle, list_net
+from .shared import row_losses
 from .similarity import Similarity, unit
 from .stationary import own_token_loss, token_negatives
+from .terms import AlignmentKL, InfoNCE, ListMLE, ListNet, RowLosses
 
 __all__ = [
+    "AlignmentKL",
+    "InfoNCE",
+    "ListMLE",
+    "ListNet",
+    "RowLosses",
     "Similarity",
     "alignment_kl",
     "column_alignment_kl",
@@ -15,6 +22,7 @@ __all__ = [
     "list_mle",
     "list_net",
     "own_token_loss",
+    "row_losses",
     "token_negatives",
     "unit",
 ]
