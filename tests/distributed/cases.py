@@ -314,20 +314,31 @@ def product() -> list[Case]:
     return plain + options
 
 
-def agreement(results: dict[str, np.ndarray], truth: dict[str, np.ndarray]) -> dict[str, float]:
-    """Largest max|difference| / max|value| of any tensor of each group.
+GROUPS = ("loss", "embedding", "gradient", "weight")
 
-    Groups are losses, gradients in the embeddings, gradients and weights of parameters. A tensor
-    whose values are below a thousandth counts absolutely, times a thousand: attention key biases
-    have no gradient but rounding.
+
+def agreement(
+    results: dict[str, np.ndarray], truth: dict[str, np.ndarray], *, norms: bool = False
+) -> dict[str, float]:
+    """How far results are from the truth, by group: losses, gradients in the embeddings, gradients
+    and weights of parameters.
+
+    The largest max|difference| / max|value| of any tensor. A tensor whose values are below a
+    thousandth counts absolutely, times a thousand: attention key biases have no gradient but
+    rounding. With `norms`, the norm of a group's differences over the norm of its values: bf16
+    leaves little of small tensors.
     """
-    worst: dict[str, float] = {}
     assert results.keys() >= truth.keys()
+    worst = dict.fromkeys(GROUPS, 0.0)
+    squares = {group: [0.0, 0.0] for group in GROUPS}
     for name, value in truth.items():
-        difference = np.abs(results[name] - value).max() / max(np.abs(value).max(), 1e-3)
         group = name.split(".")[0]
-        worst[group] = max(worst.get(group, 0.0), float(difference))
-    return worst
+        difference = np.abs(results[name] - value)
+        largest = float(difference.max() / max(np.abs(value).max(), 1e-3))
+        worst[group] = max(worst[group], largest)
+        squares[group][0] += float((difference**2).sum())
+        squares[group][1] += float((value**2).sum())
+    return {g: (a / b) ** 0.5 for g, (a, b) in squares.items()} if norms else worst
 
 
 def pairwise(axes: Sequence[Sequence[Any]]) -> list[tuple[Any, ...]]:
