@@ -12,7 +12,10 @@ from dalr_scale.config import Config
 from dalr_scale.dist.engine import resolve_precision
 from dalr_scale.metrics import format_table, print_table
 from dalr_scale.models.dalr import DalrModel
+from dalr_scale.predict import column_traffic, parameter_traffic, plan_memory
 from dalr_scale.runstate import write_durably
+
+MIB = 2**20
 
 
 def arithmetic(config: Config, streams: Streams, model: DalrModel, world_size: int) -> str:
@@ -42,6 +45,27 @@ def arithmetic(config: Config, streams: Streams, model: DalrModel, world_size: i
         {"what": "objective", "value": config.objective.preset},
     ]
     return format_table(f"run {config.run.name}, {config.run_dir}", table)
+
+
+def needs(config: Config, model: DalrModel, world_size: int) -> str:
+    """Predicted memory of a rank, and what it sends in a step."""
+    memory = plan_memory(config, model, world_size)
+    rows = [
+        {"memory of a rank": n.replace("_", " "), "MiB": v / MIB} for n, v in vars(memory).items()
+    ]
+    rows.append(
+        {"memory of a rank": "total, activations of a chunk excluded", "MiB": memory.total / MIB}
+    )
+    tables = ["", format_table("predicted memory", rows)]
+    if world_size > 1:
+        paired = bool(config.data.pairs)
+        sent = column_traffic(config, model, world_size, paired=paired)
+        sent["gradients and weights"] = parameter_traffic(config, model, world_size)
+        sent["total"] = sum(sent.values())
+        kind = "paired" if paired else "text"
+        lines = [{f"sent in a {kind} step": n, "MiB": v / MIB} for n, v in sent.items()]
+        tables.append(format_table("predicted traffic of a rank", lines))
+    return "\n".join(tables)
 
 
 def write_result(

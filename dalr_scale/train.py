@@ -128,7 +128,8 @@ def _run(config: Config, world: Any, started: float) -> int:
     parts = build_model(config, streams, world)
     suite = build_suite(config, parts.model.encoder, open_held_out(config), world)
     if world.rank == 0:
-        print(report.arithmetic(config, streams, parts.model, world.size), flush=True)
+        print(report.arithmetic(config, streams, parts.model, world.size))
+        print(report.needs(config, parts.model, world.size), flush=True)
     optimizer = build_optimizer(parts.model, config.optim)
     engine, ds_config = build_engine(parts.model, optimizer, config, world)
     trainer = Trainer(config, world, streams, parts, engine, suite)

@@ -25,11 +25,14 @@ def stage_template(kind: str, *, offload_optimizer: bool = False) -> dict[str, A
         "overlap_comm": False,
         "contiguous_gradients": True,
         "reduce_scatter": True,
+        # an all-reduce of every bucket would send gradients twice
+        "use_multi_rank_bucket_allreduce": False,
         "reduce_bucket_size": 50_000_000,
         "allgather_bucket_size": 50_000_000,
     }
     if kind == "zero3":
         del zero["allgather_bucket_size"], zero["reduce_scatter"]
+        del zero["use_multi_rank_bucket_allreduce"]
         zero |= {
             "stage3_prefetch_bucket_size": 50_000_000,
             "stage3_param_persistence_threshold": 10_000,

@@ -13,6 +13,8 @@ Gathering without gradient loses the columns' part, and no factor repairs its di
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -22,6 +24,7 @@ from torch import Tensor
 
 
 _group: dist.ProcessGroup | None = None
+_alone = False
 
 
 def open_column_group(timeout: timedelta) -> None:
@@ -41,7 +44,18 @@ def column_group() -> dist.ProcessGroup | None:
 
 def several_ranks() -> bool:
     """Whether there is anybody to gather from."""
-    return dist.is_initialized() and dist.get_world_size() > 1
+    return not _alone and dist.is_initialized() and dist.get_world_size() > 1
+
+
+@contextmanager
+def one_rank_alone() -> Iterator[None]:
+    """Inside, this rank is a world of one: for trials that the others do not take part in."""
+    global _alone
+    _alone = True
+    try:
+        yield
+    finally:
+        _alone = False
 
 
 def gather_rows(local: Tensor, *, grad: bool = True) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dalr_scale.dist.gather import all_reduce_sum
+from dalr_scale.dist.gather import all_reduce_sum, several_ranks
 
 
 class GlobalBatchNorm(nn.Module):
@@ -30,7 +30,7 @@ class GlobalBatchNorm(nn.Module):
     def forward(self, x_BD: Tensor) -> Tensor:
         """Normalises [b, D] by the mean and biased variance over all ranks' rows."""
         x = x_BD if x_BD.dtype == torch.float64 else x_BD.float()
-        ranks = dist.get_world_size() if dist.is_initialized() else 1
+        ranks = dist.get_world_size() if several_ranks() else 1
         rows = x.shape[0] * ranks
         centred = x - all_reduce_sum(x.sum(0)) / rows
         variance = all_reduce_sum(centred.square().sum(0)) / rows

@@ -232,7 +232,8 @@ class DalrModel(nn.Module):
         needs = self.spec.needs
         rows.text = teachers.text if needs.text else ()
         if teachers.paired:
-            rows.image, rows.caption = teachers.image, teachers.caption
+            rows.image = teachers.image if needs.image else None
+            rows.caption = teachers.caption if needs.caption else None
             if needs.tokens:
                 rows.tokens, rows.token_masks = teachers.tokens, teachers.token_masks
         return rows
@@ -249,9 +250,10 @@ def teacher_columns(teachers: TeacherBatch, needs: Needs) -> dict[str, Tensor]:
     """
     columns = {"ids": teachers.ids}
     columns |= {f"text{k}": e for k, e in enumerate(teachers.text if needs.text else ())}
-    if teachers.paired:
-        features = {"image": teachers.image, "caption": teachers.caption}
-        columns |= {name: value for name, value in features.items() if value is not None}
+    if teachers.paired and needs.image and teachers.image is not None:
+        columns["image"] = teachers.image
+    if teachers.paired and needs.caption and teachers.caption is not None:
+        columns["caption"] = teachers.caption
     return columns
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -44,6 +45,17 @@ WORKSPACE_BYTES = {"cpu": 64 * 2**20, "cuda": 1024 * 2**20}
 def default_workspace(device: torch.device) -> int:
     """Workspace in bytes: 64 MiB, on CUDA 1 GiB to keep the matrix products large."""
     return WORKSPACE_BYTES.get(device.type, WORKSPACE_BYTES["cpu"])
+
+
+@contextmanager
+def limited_workspace(limit_bytes: int) -> Iterator[None]:
+    """Inside, the default workspace is `limit_bytes`: for measuring what is not workspace."""
+    before = dict(WORKSPACE_BYTES)
+    WORKSPACE_BYTES.update(dict.fromkeys(before, limit_bytes))
+    try:
+        yield
+    finally:
+        WORKSPACE_BYTES.update(before)
 
 
 def rows_per_chunk(num_rows: int, num_cols: int, itemsize: int, workspace_bytes: int) -> int:

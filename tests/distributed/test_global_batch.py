@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 import os
 import socket
 import subprocess
@@ -31,6 +32,7 @@ from cases import (
     run,
     step_inputs,
 )
+from facts import TRAFFIC
 
 from dalr_scale.dist import gradcache
 from dalr_scale.dist.gradcache import ChunkPlan, backward_global_batch
@@ -121,6 +123,55 @@ def test_control_each_guarantee_is_needed(
 ) -> None:
     """With one guarantee off the same comparison fails, by far."""
     assert max(agreement(load(folders[2], case), reference(case, world)).values()) > 1e-3
+
+
+@pytest.fixture(scope="module")
+def facts(folders: dict[int, Path]) -> dict:
+    return json.loads((folders[2] / "facts.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("case", TRAFFIC, ids=lambda c: c.name)
+def test_bytes_sent_are_those_predicted(case: Case, facts: dict) -> None:
+    """Counted at the collectives, within 5 % of what the columns must cost."""
+    found = facts["traffic"][case.name]
+    assert found["columns"] == pytest.approx(found["columns predicted"], rel=0.05)
+    # ZeRO-3 keeps small parameters whole; a text batch leaves heads without gradient
+    if case.kind != "zero3" and case.batch == "pair":
+        assert found["engine"] == pytest.approx(found["engine predicted"], rel=0.05)
+
+
+@pytest.mark.parametrize("case", [c for c in TRAFFIC if c.chunks == "four"], ids=lambda c: c.name)
+def test_gradients_are_reduced_once_whatever_the_chunks(case: Case, facts: dict) -> None:
+    once = dataclasses.replace(case, chunks="one")
+    four, one = facts["traffic"][case.name], facts["traffic"][once.name]
+    if case.kind != "zero3":  # which gathers its weights for every chunk
+        assert (four["engine"], four["engine calls"]) == (one["engine"], one["engine calls"])
+    assert four["columns"] == one["columns"]
+
+
+@pytest.mark.parametrize(
+    ("name", "facts_named"),
+    [
+        ("another_kind", ("rank 0: ", "kind paired", "kind text")),
+        ("fewer_rows", ("rows 16", "rows 3")),
+        ("no_rows", ("rows 16", "rows 0")),
+        ("another_width", ("image (16, 16)", "image (16, 15)")),
+        ("another_step", ("step 0", "step 7")),
+    ],
+)
+def test_ranks_that_disagree_say_so_on_every_rank(
+    name: str, facts_named: tuple[str, ...], facts: dict
+) -> None:
+    said = facts["disagreement"][name]
+    assert len(said) == 2
+    for words in said:
+        assert "the ranks hold different batches in step" in words
+        assert all(fact in words for fact in facts_named), words
+
+
+def test_identical_rows_give_a_finite_step(facts: dict) -> None:
+    found = facts["identical rows"]
+    assert np.isfinite(found["loss"]) and found["finite"] == 1.0
 
 
 def gradients(case: Case, world: World, *, one_graph: bool) -> dict[str, torch.Tensor]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 from cases import SETS, run, save
+from facts import collect
 
 from dalr_scale.dist.world import end_process, leave_world, start_world
 
@@ -20,6 +22,10 @@ def main(folder: Path, which: str) -> None:
             results = run(case, world)
             if world.rank == 0:
                 save(folder, case, results)
+    if which == "cover" and world.size == 2:
+        found = collect(world)
+        if world.rank == 0:
+            (folder / "facts.json").write_text(json.dumps(found), encoding="utf-8")
     leave_world()
 
 

@@ -7,13 +7,22 @@ from pathlib import Path
 import pytest
 import torch
 from common import tiny_config, tree, write_config
+from dalr_kernels import chunked
 
 from dalr_scale.assembly import build_model, build_streams
+from dalr_scale.config import Config
 from dalr_scale.dist.world import World
 from dalr_scale.errors import UserError
-from dalr_scale.models import dalr as dalr_module
-from dalr_scale.models.dalr import DalrModel, TeacherBatch
-from dalr_scale.plan import TOKENS, column_widths, main, plan_memory, time_step
+from dalr_scale.models.dalr import DalrModel
+from dalr_scale.plan import main, time_step
+from dalr_scale.predict import (
+    TRIAL_WORKSPACE,
+    LiveBytes,
+    column_wires,
+    loss_bytes_per_row,
+    plan_memory,
+    random_teachers,
+)
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +48,7 @@ def test_plan_prints_the_numbers_and_writes_nothing(
         "170, 7",
         "144, 6",
         "12 (7 + 5)",
-        "z2 (with gradient)",
+        "predicted memory",
         "text 2, pairs 0",
         "text 1.00, pairs 0.83",
         "zero2, fp32",
@@ -62,54 +71,58 @@ def test_sharding_divides_what_it_says(tiny_data: Path, model: DalrModel) -> Non
     assert plan("zero3", 4).weights == parameters
     one, four = plan("zero2", 1), plan("zero2", 4)
     assert four.cached_states == one.cached_states // 4
-    assert four.columns == one.columns  # every rank sees the global batch
-    assert four.token_features == one.token_features == 24 * 31 * 12 * 4
+    assert (one.columns, four.columns > 0) == (0, True)  # the rows themselves are the columns
+    assert four.token_features == one.token_features // 4 == 24 // 4 * 31 * 12 * 4
     assert one.total == sum(vars(one).values())
 
 
-def test_columns_are_those_of_the_objective(model: DalrModel) -> None:
-    widths = column_widths(model, max_length=8)
-    assert widths["z2 (with gradient)"] == 16
-    assert widths["picture features"] == 20 == widths["z1 for pictures (with gradient)"]
-    assert widths["text teachers"] == 12
-    assert widths["u (with gradient)"] == 8
-    assert widths[TOKENS] == 7 * 12
-    assert not any("caption" in name for name in widths)
+def wires(config: Config, *, paired: bool = True) -> dict[str, tuple[int, int]]:
+    world = World(0, 1, torch.device("cpu"))
+    model = build_model(config, build_streams(config), world).model
+    return {w.name: (w.out, w.back) for w in column_wires(config, model, paired=paired)}
+
+
+def test_columns_are_those_of_the_objective(tiny_data: Path) -> None:
+    found = wires(tiny_config(tiny_data))
+    assert found["z2"] == (4 * 16, 4 * 16)
+    assert found["pictures"] == (2 * 20, 0)  # float16, as stored; nothing comes back
+    assert found["text teachers"] == (2 * 12, 0)
+    assert found["u"] == (4 * 8, 4 * 8)
+    assert found["z1 for token teachers"] == (4 * 12 + 4, 4 * 14)  # no token travels
+    assert not any("caption" in name for name in found)
+    assert set(wires(tiny_config(tiny_data), paired=False)) == {"z2", "row numbers"}
 
 
 def test_columns_of_the_caption_branch(tiny_data: Path) -> None:
     changes = {"objective.preset": "kdmcse", "teachers.caption": "features:cap"}
-    config = tiny_config(tiny_data, changes)
+    found = wires(tiny_config(tiny_data, changes))
+    assert found["u of captions"] == found["u"] == (4 * 8, 4 * 8)
+    assert found["captions"] == (2 * 20, 0)
+    assert not any("token" in name for name in found)
+
+
+def test_half_precision_halves_what_goes_out_not_what_comes_back(tiny_data: Path) -> None:
+    found = wires(tiny_config(tiny_data, {"engine.precision": "bf16"}))
+    assert found["z2"] == (2 * 16, 4 * 16)
+
+
+@pytest.mark.parametrize("preset", ["simcse", "mcse", "dalr"])
+def test_the_memory_of_a_loss_pass_is_linear_in_its_rows(preset: str, tiny_data: Path) -> None:
+    """The cost of a row, measured on two small batches, is that of a larger one."""
+    config = tiny_config(tiny_data, {"objective.preset": preset})
     world = World(0, 1, torch.device("cpu"))
-    widths = column_widths(build_model(config, build_streams(config), world).model, max_length=8)
-    assert widths["u of captions (with gradient)"] == widths["u (with gradient)"] == 8
-    assert widths["caption features"] == 20
-    assert TOKENS not in widths
-
-
-def test_gathers_are_counted_as_they_are_sent(tiny_data: Path, model: DalrModel) -> None:
-    """The planned floats are those of the views that a paired batch really gathers."""
-    rows = 4
-    teachers = TeacherBatch(
-        ids=torch.arange(rows),
-        paired=True,
-        image=torch.randn(rows, 20),
-        text=[torch.randn(rows, 12)],
-        tokens=[torch.randn(rows, 7, 12)],
-        token_masks=[torch.ones(rows, 7)],
-    )
-    sent: list[int] = []
-
-    def note(local: torch.Tensor, *, grad: bool = True) -> torch.Tensor:
-        if local.is_floating_point():
-            sent.append(local[0].numel())
-        return local
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dalr_module, "gather_rows", note)
-        model.loss(torch.randn(2, rows, 16), teachers, 0, 0)
-    sent.remove(7)  # the mask
-    assert sorted(sent) == sorted(column_widths(model, max_length=8).values())
+    model = build_model(config, build_streams(config), world).model
+    per_row = loss_bytes_per_row(model)
+    peaks = []
+    with chunked.limited_workspace(TRIAL_WORKSPACE):
+        for rows in (96, 288):
+            states = torch.randn(2, rows, 16).requires_grad_()
+            teachers = random_teachers(model, rows, paired=True)
+            with LiveBytes() as live:
+                model.loss(states, teachers, step=0, offset=0)[0].backward()
+            peaks.append(live.peak)
+    slope = (peaks[1] - peaks[0]) / 192 + 2 * 16 * 4
+    assert per_row == pytest.approx(slope, rel=0.1)
 
 
 def test_no_ranks_are_refused() -> None:
