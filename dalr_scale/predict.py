@@ -24,8 +24,8 @@ from dalr_scale.models.dalr import DalrModel, TeacherBatch
 from dalr_scale.online_teachers import STORED
 
 FLOAT = 4
-TRIAL_ROWS = (32, 96)
-TRIAL_WORKSPACE = 32 * 2**10
+TRIAL_ROWS = (96, 192)
+TRIAL_WORKSPACE = 64 * 2**10
 
 
 @dataclass(frozen=True)
