@@ -51,13 +51,9 @@ class Terms(NamedTuple):
             "NCE": self.nce, "KL": self.kl, "NET": self.net, "NCE_SHIFT": self.nce_shift,
             "KL_SHIFT": self.kl_shift, "NET_SHIFT": self.net_shift, "CLAMP": False,
             "POLYNOMIAL": True, "ONE_TEACHER": self.kl and self.net,
-            "TAUGHT_LABELS": self.kl and self.nce_shift == SOFT, "IDS": self.ids, "MASK": self.mask, "ONLINE": self.online,
+            "TAUGHT_LABELS": self.kl and self.nce_shift == SOFT,
+            "IDS": self.ids, "MASK": self.mask, "ONLINE": self.online,
         }  # fmt: skip
-
-    @property
-    def taught(self) -> bool:
-        """Whether any constant matrix is read."""
-        return self.kl or self.net or self.mask or self.nce_shift == SOFT
 
 
 # What the presets and the benchmark run, and the online forms.
@@ -121,35 +117,38 @@ class Row(NamedTuple):
         return self.kernel in ("statistics_kernel", "slopes_kernel")
 
 
-def cases(names: Sequence[str] | None = None) -> Iterator[Case]:
-    """Every shipped kernel, or those of the named objectives."""
+def cases(
+    architecture: int, names: Sequence[str] = tuple(terms.name for terms in OBJECTIVES)
+) -> Iterator[Case]:
+    """Every shipped kernel for the named objectives.
+
+    In float16 all objectives; in float32, where tiles are the same for all, and without gradient
+    those of QUICK.
+    """
     from .fused import stream
     from .fused.engine import row_launch
     from .fused.rows import row_kernel
     from .fused.tiles import slopes_kernel, statistics_kernel
     from .fused.units import tile_of, unit_gradient_kernel, unit_kernel
 
+    statistics, slopes = stream.tables(architecture)
     for dtype in DTYPES:
         for objective in OBJECTIVES:
-            if names is not None and objective.name not in names:
+            quick = objective.name in QUICK
+            if objective.name not in names or (dtype == torch.float32 and not quick):
                 continue
             switches = objective.switches()
-            for gradient in (False, True):
+            for gradient in (False, True) if quick else (True,):
                 launch = row_launch(32768)
                 constants = switches | {"GRADIENT": gradient, "BLOCK": launch.pop("BLOCK")}
                 name = objective.name + ("" if gradient else " (no gradient)")
                 yield Case(row_kernel, name, dtype, constants, launch)
-            for kernel, table in (
-                (statistics_kernel, stream.STATISTICS),
-                (slopes_kernel, stream.SLOPES),
-            ):
-                tile = table[dtype, objective.taught]._asdict()
+            for kernel, table in ((statistics_kernel, statistics), (slopes_kernel, slopes)):
+                tile = table[dtype, stream.kind_of(switches)]._asdict()
                 launch = {key: tile.pop(key) for key in ("num_warps", "num_stages")}
                 yield Case(kernel, objective.name, dtype, switches | tile | {"EVEN": True}, launch)
-        if names is None:
-            for width in (256, 1024):
-                for kernel in (unit_kernel, unit_gradient_kernel):
-                    yield Case(kernel, f"width {width}", dtype, tile_of(width), {})
+        for kernel in (unit_kernel, unit_gradient_kernel):
+            yield Case(kernel, "width 768", dtype, tile_of(768), {})
 
 
 def types_of(case: Case) -> dict[str, str]:
@@ -246,7 +245,7 @@ def loop_spills(sass: str) -> int:
     return sum(any(low <= address <= high for low, high in loops) for address in local)
 
 
-def table(rows: Sequence[Row]) -> str:
+def markdown(rows: Sequence[Row]) -> str:
     """Markdown table, faults in the last column."""
     head = ("kernel", "terms", "type", "sm", "tile", "regs", "stack", "shared", "spills", "faults")
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
@@ -266,13 +265,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--match", default="", help="only kernels or terms with this text")
     options = parser.parse_args(arguments)
     rows = []
-    for case in cases(QUICK if options.quick else None):
-        if options.match in f"{case.kernel.__name__} {case.objective} {DTYPES[case.dtype]}":
-            for architecture in options.arch:
+    for architecture in options.arch:
+        for case in cases(architecture, QUICK) if options.quick else cases(architecture):
+            if options.match in f"{case.kernel.__name__} {case.objective} {DTYPES[case.dtype]}":
                 rows.append(build(case, architecture))
                 print(*rows[-1], *rows[-1].faults(), sep=" | ", file=sys.stderr, flush=True)
     whole = not (options.quick or options.match or options.arch != list(ARCHITECTURES))
-    text = table(rows)
+    text = markdown(rows)
     if whole:
         REPORT.parent.mkdir(exist_ok=True)
         title = f"# Kernels compiled ahead of time, Triton {triton.__version__}\n\n"

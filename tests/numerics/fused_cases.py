@@ -90,7 +90,8 @@ class Case:
             ids = {"row_ids": self.ids[self.own], "col_ids": self.ids} if o.get("ids") else {}
             labels = {True: other, "teacher": teacher}.get(o.get("soft", False))
             found["info_nce"] = K.InfoNCE(
-                temperature, margins[0], soft_labels=labels, clamp_soft_labels=o.get("clamp", False),
+                temperature, margins[0], soft_labels=labels,
+                clamp_soft_labels=o.get("clamp", False),
                 mask_above=(teacher, 0.05) if o.get("mask") else None, **ids,
             )  # fmt: skip
         if o.get("kl"):

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..chunked import spans
 from .engine import Pass, add_gradients, ids_of, read_by_terms
+from .plan import HARD, SOFT
 from .tiles import STATES, slopes_kernel, statistics_kernel
 
 # Programs of the statistics kernel: some waves on the 132 processors of an H200.
@@ -29,19 +30,52 @@ class Tile(NamedTuple):
     num_stages: int
 
 
-# Chosen by the ahead-of-time report: no spills, shared memory of every supported card.
+TileTable = dict[tuple[torch.dtype, str], Tile]
+# Products in full float32 do not use tensor cores: small tiles.
+EXACT = Tile(64, 64, 32, 1, 4, 2)
+
+
+# Chosen by the ahead-of-time report: no spills, shared memory of every supported card. "lean" is
+# the plain InfoNCE, "alone" one with margin, ids or online maximum, "taught" whatever reads a
+# constant matrix.
+LEAN, ALONE, TAUGHT = "lean", "alone", "taught"
+EXACT_TILES = dict.fromkeys([(torch.float32, kind) for kind in (LEAN, ALONE, TAUGHT)], EXACT)
 STATISTICS = {
-    (torch.float16, False): Tile(128, 256, 64, 4, 8, 3),
-    (torch.float16, True): Tile(128, 64, 64, 2, 8, 4),
-    (torch.float32, False): Tile(64, 64, 32, 1, 4, 2),
-    (torch.float32, True): Tile(64, 64, 32, 1, 4, 2),
+    (torch.float16, LEAN): Tile(128, 256, 64, 4, 8, 3),
+    (torch.float16, ALONE): Tile(128, 128, 64, 2, 8, 4),
+    (torch.float16, TAUGHT): Tile(128, 64, 64, 2, 8, 4),
+    **EXACT_TILES,
 }
 SLOPES = {
-    (torch.float16, False): Tile(128, 256, 64, 4, 8, 3),
-    (torch.float16, True): Tile(128, 128, 64, 2, 16, 3),
-    (torch.float32, False): Tile(64, 64, 32, 1, 4, 2),
-    (torch.float32, True): Tile(64, 64, 32, 1, 4, 2),
+    (torch.float16, LEAN): Tile(128, 256, 64, 4, 8, 3),
+    (torch.float16, ALONE): Tile(128, 128, 64, 2, 8, 4),
+    (torch.float16, TAUGHT): Tile(128, 64, 64, 2, 8, 4),
+    **EXACT_TILES,
 }
+# Only on Hopper do 16 warps keep the wide epilogue in registers and the products on wgmma.
+HOPPER_SLOPES = SLOPES | {(torch.float16, TAUGHT): Tile(128, 128, 64, 2, 16, 3)}
+
+
+def tables(architecture: int) -> tuple[TileTable, TileTable]:
+    """Tiles of the statistics and the slopes kernel for sm_80, sm_90 or sm_100."""
+    return STATISTICS, HOPPER_SLOPES if architecture == 90 else SLOPES
+
+
+def architecture_of(device: torch.device) -> int:
+    """Compute capability times ten; the interpreter runs Hopper's tiles."""
+    if device.type != "cuda":
+        return 90
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def kind_of(switches: dict[str, Any]) -> str:
+    """How much the epilogue of a pass has to hold."""
+    taught = switches["KL"] or switches["NET"] or switches["MASK"]
+    if taught or switches["NCE_SHIFT"] == SOFT:
+        return TAUGHT
+    busy = switches["NCE_SHIFT"] == HARD or switches["IDS"] or switches["ONLINE"]
+    return ALONE if busy else LEAN
 
 
 def blocks(task: Pass) -> None:
@@ -81,16 +115,17 @@ def fill_teachers(task: Pass, buffers: Tensor, rows: slice, cols: slice) -> None
         teacher.block(rows, cols, part)
 
 
-def tile_of(task: Pass, table: dict[tuple[torch.dtype, bool], Tile]) -> dict[str, Any]:
-    """Tile and launch options for the operands of a pass."""
-    tile = table[task.student.rows.dtype, bool(task.teachers)]
-    even = task.student.rows.shape[1] % tile.BK == 0
-    return {**tile._asdict(), "EVEN": even}
+def tile_of(task: Pass, kernel: int) -> dict[str, Any]:
+    """Tile and launch options of the statistics (0) or the slopes kernel (1)."""
+    operand = task.student.rows
+    table = tables(architecture_of(operand.device))[kernel]
+    tile = table[operand.dtype, kind_of(task.switches)]
+    return {**tile._asdict(), "EVEN": operand.shape[1] % tile.BK == 0}
 
 
 def first_states(task: Pass, num_rows: int, sweep: int) -> Tensor:
     """Empty sums ``[states, splits, rows]``: fixed offsets or an unreachable peak."""
-    tile = tile_of(task, STATISTICS)
+    tile = tile_of(task, 0)
     row_tiles = triton.cdiv(num_rows, tile["BM"])
     splits = min(triton.cdiv(sweep, tile["BN"]), triton.cdiv(PROGRAMS, row_tiles))
     states = torch.zeros(
@@ -106,7 +141,7 @@ def first_states(task: Pass, num_rows: int, sweep: int) -> Tensor:
 def gather(task: Pass, buffers: Tensor, states: Tensor, rows: slice, cols: slice) -> None:
     """Continue the sums of a block of rows over a block of columns."""
     inputs = task.inputs
-    tile = tile_of(task, STATISTICS)
+    tile = tile_of(task, 0)
     num_rows, splits = rows.stop - rows.start, states.shape[1]
     tiles = triton.cdiv(cols.stop - cols.start, tile["BN"])
     row_ids, col_ids = ids_of(inputs)
@@ -124,7 +159,7 @@ def gather(task: Pass, buffers: Tensor, states: Tensor, rows: slice, cols: slice
 def write_slopes(task: Pass, buffers: Tensor, row_sums: Tensor, rows: slice, cols: slice) -> None:
     """Make the tiles of a block again and write their slopes into the first buffer."""
     inputs = task.inputs
-    tile = tile_of(task, SLOPES)
+    tile = tile_of(task, 1)
     num_rows = rows.stop - rows.start
     row_ids, col_ids = ids_of(inputs)
     grid = triton.cdiv(num_rows, tile["BM"]), triton.cdiv(cols.stop - cols.start, tile["BN"])
