@@ -47,9 +47,20 @@ def check(case: cases.Case, **how: object) -> float:
 @MODES
 @TYPES
 @pytest.mark.parametrize("name", cases.TERMS)
-@pytest.mark.parametrize("shape", [LARGE, ALIGNED, *cases.SHAPES], ids=str)
-def test_against_float64(shape, name, dtype, mode):
+def test_against_float64(name, dtype, mode):
+    assert check(cases.make(LARGE, dtype, name, "cuda"), mode=mode) < 1.0
+
+
+@pytest.mark.parametrize(("name", "mode", "dtype", "shape"), cases.pairwise(), ids=str)
+def test_small_shapes(shape, name, dtype, mode):
     assert check(cases.make(shape, dtype, name, "cuda"), mode=mode) < 1.0
+
+
+@MODES
+@TYPES
+def test_aligned_shape(dtype, mode):
+    case = cases.make(ALIGNED, dtype, "triple, soft by the teacher", "cuda")
+    assert check(case, mode=mode) < 1.0
 
 
 @MODES
@@ -81,7 +92,8 @@ def test_mistakes_are_noticed(mode, monkeypatch):
 def test_same_bits_twice(dtype, mode):
     case = cases.make((700, 3001, 1500, 256), dtype, "triple, soft by the teacher", "cuda")
     how = {"mode": mode, "workspace_bytes": 2**20}
-    for first, second in zip(case.run("triton", dtype, **how), case.run("triton", dtype, **how)):
+    runs = [case.run("triton", dtype, **how) for _ in range(2)]
+    for first, second in zip(*runs, strict=True):
         assert torch.equal(first, second)
 
 
@@ -113,9 +125,10 @@ def test_torch_compile(mode):
     want = loss(rows, cols)
     got = torch.compile(loss, fullgraph=True)(rows, cols)
     torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3)
-    for grad, expected in zip(
-        torch.autograd.grad(got, (rows, cols)), torch.autograd.grad(want, (rows, cols))
-    ):
+    pairs = zip(
+        torch.autograd.grad(got, (rows, cols)), torch.autograd.grad(want, (rows, cols)), strict=True
+    )
+    for grad, expected in pairs:
         torch.testing.assert_close(grad, expected, rtol=2e-2, atol=float(expected.abs().max()) / 50)
 
 
@@ -131,7 +144,8 @@ def test_memory_is_bounded(num, mode):
     before = torch.cuda.memory_allocated()
     found = K.row_losses(
         rows, cols, teacher, mode=mode, workspace_bytes=workspace,
-        info_nce=K.InfoNCE(0.05, 0.18), alignment_kl=K.AlignmentKL(), list_net=K.ListNet(0.05, 0.05),
+        info_nce=K.InfoNCE(0.05, 0.18), alignment_kl=K.AlignmentKL(),
+        list_net=K.ListNet(0.05, 0.05),
     )  # fmt: skip
     found.total.backward()
     torch.cuda.synchronize()

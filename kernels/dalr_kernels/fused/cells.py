@@ -1,5 +1,9 @@
 """Element-wise mathematics shared by all kernels: margin, exponentials, slopes of one cell."""
 
+# pyright: reportCallIssue=false, reportOperatorIssue=false, reportIndexIssue=false
+# pyright: reportPossiblyUnboundVariable=false, reportGeneralTypeIssues=false
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false
+
 from __future__ import annotations
 
 import triton

@@ -4,7 +4,9 @@ The first loop over the row gathers the sums of all terms, the second writes the
 weighted sum by the cosine over the cosine itself. The row stays in the L2 cache in between.
 """
 
-# pyright: reportCallIssue=false, reportOperatorIssue=false, reportPossiblyUnbound=false
+# pyright: reportCallIssue=false, reportOperatorIssue=false, reportIndexIssue=false
+# pyright: reportPossiblyUnboundVariable=false, reportGeneralTypeIssues=false
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false
 
 from __future__ import annotations
 
@@ -23,7 +25,7 @@ def lanes_sum(total, peak, top, ONLINE: tl.constexpr):
     return tl.sum(total, axis=0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "num_cols", "first_row", "first_own"])
 def row_kernel(
     student, kl_teacher, net_teacher, labels, scores, slopes, losses, row_ids, col_ids,
     num_rows, num_cols, padded_cols, stride, first_row, first_own,

@@ -5,8 +5,9 @@ writes its slopes into a block that the gradient products then read. Teacher blo
 library products. The epilogue works on column slices of a tile, which keeps it in registers.
 """
 
-# pyright: reportCallIssue=false, reportOperatorIssue=false, reportPossiblyUnbound=false
-# pyright: reportIndexIssue=false
+# pyright: reportCallIssue=false, reportOperatorIssue=false, reportIndexIssue=false
+# pyright: reportPossiblyUnboundVariable=false, reportGeneralTypeIssues=false
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ import triton.language as tl
 from .cells import HARD, NEVER, SOFT, add, clamp, kept, slope_of, students
 
 # Sums kept per row and column split, in the order of `states`.
-STATES = (
+STATES: tuple[str, ...] = (
     "positive", "nce_sum", "nce_peak", "kl_sum", "kl_peak", "klt_sum", "klt_peak", "klt_student",
     "klt_teacher", "net_sum", "net_peak", "nett_sum", "nett_peak", "nett_student",
 )  # fmt: skip
@@ -152,7 +153,7 @@ def suspend(place, offset, exists, value, STORED: tl.constexpr):
         tl.store(place + offset, value, mask=exists)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "num_cols", "first_own", "tiles_per_split"])
 def statistics_kernel(
     student_rows, student_cols, kl_teacher, net_teacher, labels, scores, states, row_ids, col_ids,
     num_rows, num_cols, width, row_stride, col_stride, stride, first_col, last_col, first_own,
@@ -264,7 +265,7 @@ def statistics_kernel(
     suspend(place, 13 * step, exists, state[13], NET)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "num_cols", "first_own"])
 def slopes_kernel(
     student_rows, student_cols, kl_teacher, net_teacher, labels, scores, slopes, row_sums,
     row_ids, col_ids,
