@@ -28,6 +28,10 @@ ARCHITECTURES = (80, 90, 100)
 SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448}
 STACK_LIMIT = 16
 REPORT = Path(__file__).parents[1] / "bench" / "compile_report.md"
+NOTE = """Written by `python -m dalr_kernels.compile_report`; no GPU is involved. Shared memory and
+stack in bytes; spills are local loads and stores inside loops.
+
+"""
 DTYPES = {torch.float16: "fp16", torch.float32: "fp32"}
 
 
@@ -263,6 +267,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="few kernels, to the screen")
     parser.add_argument("--arch", type=int, nargs="+", default=list(ARCHITECTURES))
     parser.add_argument("--match", default="", help="only kernels or terms with this text")
+    parser.add_argument("--output", type=Path, help="file for the table of a selection")
     options = parser.parse_args(arguments)
     rows = []
     for architecture in options.arch:
@@ -271,17 +276,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 rows.append(build(case, architecture))
                 print(*rows[-1], *rows[-1].faults(), sep=" | ", file=sys.stderr, flush=True)
     whole = not (options.quick or options.match or options.arch != list(ARCHITECTURES))
-    text = markdown(rows)
-    if whole:
-        REPORT.parent.mkdir(exist_ok=True)
-        title = f"# Kernels compiled ahead of time, Triton {triton.__version__}\n\n"
-        note = (
-            "Written by `python -m dalr_kernels.compile_report`; no GPU is involved. Shared memory "
-            "and stack in bytes; spills are local loads and stores inside loops.\n\n"
-        )
-        REPORT.write_text(title + note + text)
+    output = options.output or (REPORT if whole else None)
+    if output is None:
+        print(markdown(rows))
     else:
-        print(text)
+        output.parent.mkdir(exist_ok=True)
+        title = f"# Kernels compiled ahead of time, Triton {triton.__version__}\n\n"
+        output.write_text(title + NOTE + markdown(rows))
     return int(any(row.faults() for row in rows))
 
 

@@ -53,7 +53,7 @@ SLOPES = {
     **EXACT_TILES,
 }
 # Only on Hopper do 16 warps keep the wide epilogue in registers and the products on wgmma.
-HOPPER_SLOPES = SLOPES | {(torch.float16, TAUGHT): Tile(128, 128, 64, 2, 16, 3)}
+HOPPER_SLOPES = SLOPES | {(torch.float16, TAUGHT): Tile(128, 128, 64, 4, 16, 3)}
 
 
 def tables(architecture: int) -> tuple[TileTable, TileTable]:
