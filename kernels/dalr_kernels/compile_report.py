@@ -28,6 +28,10 @@ ARCHITECTURES = (80, 90, 100)
 SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448}
 STACK_LIMIT = 16
 REPORT = Path(__file__).parents[1] / "bench" / "compile_report.md"
+NOTE = """Written by `python -m dalr_kernels.compile_report`; no GPU is involved. Shared memory and
+stack in bytes; spills are local loads and stores inside loops.
+
+"""
 DTYPES = {torch.float16: "fp16", torch.float32: "fp32"}
 
 
@@ -51,13 +55,9 @@ class Terms(NamedTuple):
             "NCE": self.nce, "KL": self.kl, "NET": self.net, "NCE_SHIFT": self.nce_shift,
             "KL_SHIFT": self.kl_shift, "NET_SHIFT": self.net_shift, "CLAMP": False,
             "POLYNOMIAL": True, "ONE_TEACHER": self.kl and self.net,
-            "TAUGHT_LABELS": self.kl and self.nce_shift == SOFT, "IDS": self.ids, "MASK": self.mask, "ONLINE": self.online,
+            "TAUGHT_LABELS": self.kl and self.nce_shift == SOFT,
+            "IDS": self.ids, "MASK": self.mask, "ONLINE": self.online,
         }  # fmt: skip
-
-    @property
-    def taught(self) -> bool:
-        """Whether any constant matrix is read."""
-        return self.kl or self.net or self.mask or self.nce_shift == SOFT
 
 
 # What the presets and the benchmark run, and the online forms.
@@ -121,44 +121,44 @@ class Row(NamedTuple):
         return self.kernel in ("statistics_kernel", "slopes_kernel")
 
 
-def cases(names: Sequence[str] | None = None) -> Iterator[Case]:
-    """Every shipped kernel, or those of the named objectives."""
+def cases(
+    architecture: int, names: Sequence[str] = tuple(terms.name for terms in OBJECTIVES)
+) -> Iterator[Case]:
+    """Every shipped kernel for the named objectives.
+
+    In float16 all objectives; in float32, where tiles are the same for all, and without gradient
+    those of QUICK.
+    """
     from .fused import stream
     from .fused.engine import row_launch
     from .fused.rows import row_kernel
     from .fused.tiles import slopes_kernel, statistics_kernel
     from .fused.units import tile_of, unit_gradient_kernel, unit_kernel
 
+    statistics, slopes = stream.tables(architecture)
     for dtype in DTYPES:
         for objective in OBJECTIVES:
-            if names is not None and objective.name not in names:
+            quick = objective.name in QUICK
+            if objective.name not in names or (dtype == torch.float32 and not quick):
                 continue
             switches = objective.switches()
-            for gradient in (False, True):
+            for gradient in (False, True) if quick else (True,):
                 launch = row_launch(32768)
                 constants = switches | {"GRADIENT": gradient, "BLOCK": launch.pop("BLOCK")}
                 name = objective.name + ("" if gradient else " (no gradient)")
                 yield Case(row_kernel, name, dtype, constants, launch)
-            for kernel, table in (
-                (statistics_kernel, stream.STATISTICS),
-                (slopes_kernel, stream.SLOPES),
-            ):
-                tile = table[dtype, objective.taught]._asdict()
+            for kernel, table in ((statistics_kernel, statistics), (slopes_kernel, slopes)):
+                tile = table[dtype, stream.kind_of(switches)]._asdict()
                 launch = {key: tile.pop(key) for key in ("num_warps", "num_stages")}
-                kept = dict(switches)
-                if kernel is slopes_kernel:
-                    del kept["ONLINE"]
-                yield Case(kernel, objective.name, dtype, kept | tile | {"EVEN": True}, launch)
-        if names is None:
-            for width in (256, 1024):
-                for kernel in (unit_kernel, unit_gradient_kernel):
-                    yield Case(kernel, f"width {width}", dtype, tile_of(width), {})
+                yield Case(kernel, objective.name, dtype, switches | tile | {"EVEN": True}, launch)
+        for kernel in (unit_kernel, unit_gradient_kernel):
+            yield Case(kernel, "width 768", dtype, tile_of(768), {})
 
 
 def types_of(case: Case) -> dict[str, str]:
     """Types of all parameters, by name."""
     pointers = {
-        "losses": "*fp32", "states": "*fp32", "row_lse": "*fp32", "norms": "*fp32",
+        "losses": "*fp32", "states": "*fp32", "row_sums": "*fp32", "norms": "*fp32",
         "grads": "*fp32", "row_ids": "*i64", "col_ids": "*i64", "vectors": "*bf16",
     }  # fmt: skip
     matrices = {
@@ -249,7 +249,7 @@ def loop_spills(sass: str) -> int:
     return sum(any(low <= address <= high for low, high in loops) for address in local)
 
 
-def table(rows: Sequence[Row]) -> str:
+def markdown(rows: Sequence[Row]) -> str:
     """Markdown table, faults in the last column."""
     head = ("kernel", "terms", "type", "sm", "tile", "regs", "stack", "shared", "spills", "faults")
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
@@ -267,25 +267,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="few kernels, to the screen")
     parser.add_argument("--arch", type=int, nargs="+", default=list(ARCHITECTURES))
     parser.add_argument("--match", default="", help="only kernels or terms with this text")
+    parser.add_argument("--output", type=Path, help="file for the table of a selection")
     options = parser.parse_args(arguments)
     rows = []
-    for case in cases(QUICK if options.quick else None):
-        if options.match in f"{case.kernel.__name__} {case.objective} {DTYPES[case.dtype]}":
-            for architecture in options.arch:
+    for architecture in options.arch:
+        for case in cases(architecture, QUICK) if options.quick else cases(architecture):
+            if options.match in f"{case.kernel.__name__} {case.objective} {DTYPES[case.dtype]}":
                 rows.append(build(case, architecture))
                 print(*rows[-1], *rows[-1].faults(), sep=" | ", file=sys.stderr, flush=True)
     whole = not (options.quick or options.match or options.arch != list(ARCHITECTURES))
-    text = table(rows)
-    if whole:
-        REPORT.parent.mkdir(exist_ok=True)
-        title = f"# Kernels compiled ahead of time, Triton {triton.__version__}\n\n"
-        note = (
-            "Written by `python -m dalr_kernels.compile_report`; no GPU is involved. Shared memory "
-            "and stack in bytes; spills are local loads and stores inside loops.\n\n"
-        )
-        REPORT.write_text(title + note + text)
+    output = options.output or (REPORT if whole else None)
+    if output is None:
+        print(markdown(rows))
     else:
-        print(text)
+        output.parent.mkdir(exist_ok=True)
+        title = f"# Kernels compiled ahead of time, Triton {triton.__version__}\n\n"
+        output.write_text(title + NOTE + markdown(rows))
     return int(any(row.faults() for row in rows))
 
 

@@ -26,6 +26,12 @@ TEMPERATURE = {"temperature": 0.05}
         ({"temperature": -1.0}, "got -1.0"),
         ({"temperature": float("nan")}, "got nan"),
         ({"temperature": torch.tensor(0.05)}, "temperature must be a plain number"),
+        ({"temperature": 1e-31}, "temperature = 1e-31 overflows float32: .* at least 1e-30"),
+        ({"mode": "tile"}, "mode='tile' does not exist; choose one of auto, workspace, stream"),
+        ({"rows": torch.full((3, 4), float("nan")), "check_finite": True}, "3 of 3 rows hold NaN"),
+        ({"cols": COLS / 0.0, "check_finite": True}, "cols must be finite.* first is row 0"),
+        ({"impl": "triton"}, "impl='triton' needs CUDA tensors, rows are on cpu"),
+        ({"impl": "triton", "rows": ROWS.double()}, "computes in float32, rows are torch.float64"),
         ({"margin": -0.1}, "margin must be an angle .* got -0.1"),
         ({"margin": 10.0}, "got 10.0"),
         ({"col_offset": 3}, "col_offset=3 .* 0 .. 2"),
@@ -57,6 +63,8 @@ def test_info_nce(change: dict[str, Any], message: str) -> None:
         (K.alignment_kl, {"student_temperature": 0}, "student_temperature must be positive"),
         (K.alignment_kl, {"teacher_temperature": -0.5}, "teacher_temperature .* got -0.5"),
         (K.list_net, {**TEMPERATURE, "teacher_temperature": 0.0}, "teacher_temperature"),
+        (K.alignment_kl, {"temperature": 1e-16, "student_temperature": 1e-16}, "overflows float32"),
+        (K.list_mle, {**TEMPERATURE, "impl": "triton"}, "choose one of auto, torch, reference"),
         (K.list_mle, {**TEMPERATURE, "reduction": "max"}, "'mean' or 'sum', got 'max'"),
         (K.list_mle, {**TEMPERATURE, "eps": -1e-7}, "eps must not be negative, got -1e-07"),
         (K.list_mle, {**TEMPERATURE, "impl": "cuda"}, "impl='cuda' does not exist"),
@@ -124,3 +132,19 @@ def test_consistency() -> None:
         K.consistency(ROWS, COLS, ROWS)
     with pytest.raises(ValueError, match=r"keep_B must be \(3,\), got \(5,\)"):
         K.consistency(ROWS, ROWS, ROWS, torch.ones(5))
+
+
+@pytest.mark.parametrize(
+    ("terms", "message"),
+    [
+        ({}, "at least one term"),
+        ({"alignment_kl": K.AlignmentKL()}, "needs a teacher"),
+        ({"list_net": K.ListNet(0.05, 0.05, teacher=K.Similarity(((1.0, COLS, COLS),)))}, "5 x 5"),
+        ({"info_nce": K.InfoNCE(0.05, weight=float("nan"))}, "weight must be a finite number"),
+        ({"info_nce": K.InfoNCE(0.0)}, "temperature must be positive"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else None,
+)
+def test_row_losses(terms: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        K.row_losses(ROWS, COLS, **terms)

@@ -171,20 +171,22 @@ def whole_rows(task: Pass) -> None:
     buffers = torch.empty(shape, dtype=task.student.rows.dtype, device=inputs.rows.device)
     cosines, constants = buffers[0], buffers[1:]
     want = task.gradients.rows is not None or task.gradients.cols is not None
+    kernel: Any = row_kernel
     for start, stop in spans(num_rows, sizes.rows):
         rows = slice(start, stop)
         part = cosines[: stop - start]
         scores(task.student.rows[rows], task.student.cols, part)
         for teacher, out in zip(task.teachers, constants, strict=True):
             teacher.block(rows, everything, out[: stop - start])
-        row_kernel[(stop - start,)](
+        kernel[(stop - start,)](
             part, *read_by_terms(inputs.layout, cosines, constants), part, task.losses,
             *ids_of(inputs), num_rows, num_cols, sizes.cols, sizes.cols,
             start, inputs.col_offset + start,
             **task.values, **task.switches, GRADIENT=want,
             **row_launch(sizes.cols),
         )  # fmt: skip
-        add_gradients(task, part, rows, everything)
+        if want:
+            add_gradients(task, part, rows, everything)
 
 
 def row_launch(num_cols: int) -> dict[str, int]:

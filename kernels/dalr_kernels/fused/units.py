@@ -1,5 +1,9 @@
 """Unit vectors and the way back through the normalisation, one program per row."""
 
+# pyright: reportCallIssue=false, reportOperatorIssue=false, reportIndexIssue=false
+# pyright: reportPossiblyUnboundVariable=false, reportGeneralTypeIssues=false
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false
+
 from __future__ import annotations
 
 from typing import Any
@@ -17,7 +21,7 @@ TILE = 4096
 LONGEST = 1024
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def unit_kernel(
     vectors, out, norms, num_rows, width, padded_width, row_stride, col_stride, out_stride, weight,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
@@ -45,7 +49,7 @@ def unit_kernel(
         tl.store(target, value, mask=exists[:, None] & (cols < padded_width)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def unit_gradient_kernel(
     vectors, norms, grads, out, num_rows, width, row_stride, col_stride, grad_stride, out_stride,
     factor, ROWS: tl.constexpr, BLOCK: tl.constexpr,
