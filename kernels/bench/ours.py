@@ -11,7 +11,6 @@ from typing import Any
 from unittest import mock
 
 import dalr_kernels as kernels
-from dalr_scale import objective
 from torch import Tensor
 
 from bench.problems import (
@@ -26,6 +25,7 @@ from bench.problems import (
     objective_loss,
     separate_losses,
 )
+from dalr_scale import objective
 
 LOSSES = ("info_nce", "alignment_kl", "list_net", "list_mle", "global_to_local", "row_losses")
 

@@ -8,7 +8,6 @@ cut-cross-entropy 25.1.1.
 from __future__ import annotations
 
 import importlib.util
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +21,6 @@ from bench.problems import OBJECTIVES, PROBLEMS, ROW_LOSSES, TEMPERATURE, Proble
 
 Loss = Callable[[], Tensor]
 CHUNK_ROWS = (512, 1024, 2048, 4096)
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 class Unavailable(Exception):
@@ -55,7 +53,7 @@ def needs_module(module: str, package: str) -> None:
 
 
 def needs_gpu(problem: Problem) -> None:
-    if problem.device.type != "cuda" and not INTERPRETED:
+    if problem.device.type != "cuda":
         raise Unavailable("needs a GPU")
 
 
@@ -111,18 +109,18 @@ def memeff(problem: Problem) -> Loss:
     module = MemoryEfficientQwen3Loss(
         temperature=TEMPERATURE, margin=2.0, stable=False, normalized_inputs=True
     )
-    dtype = torch.float32 if problem.device.type == "cpu" else torch.bfloat16
 
     def loss() -> Tensor:
-        return module(unit(problem.leaves["rows"], dtype), unit(problem.leaves["cols"], dtype))
+        q, k = (unit(problem.leaves[key], torch.bfloat16) for key in ("rows", "cols"))
+        return module(q, k)
 
     return loss
 
 
 def memeff_backend(problem: Problem) -> str:
     """Which backward kernel its width selects."""
-    if problem.device.type != "cuda":
-        return "triton interpreter"
+    needs_module("memeff", "memeff")
+    needs_gpu(problem)
     from memeff._common import fa_ok  # pyright: ignore[reportMissingImports]
 
     registers = fa_ok(problem.shape.width, problem.device)
@@ -133,8 +131,6 @@ def cut_cross_entropy(problem: Problem) -> Loss:
     """Rows as embeddings, columns as classifier; no gradient filter, rows scaled by 1/tau."""
     needs_module("cut_cross_entropy", "cut-cross-entropy")
     needs_gpu(problem)
-    if INTERPRETED:
-        raise Unavailable("needs a GPU (its launch heuristics ask the device)")
     from cut_cross_entropy import linear_cross_entropy  # pyright: ignore[reportMissingImports]
 
     targets = positives(problem)
@@ -150,8 +146,6 @@ def liger(problem: Problem) -> Loss:
     """Triton fused linear cross-entropy, gradient sums in float32."""
     needs_module("liger_kernel", "liger-kernel")
     needs_gpu(problem)
-    if INTERPRETED:
-        raise Unavailable("needs a GPU (its launch options ask the device)")
     from liger_kernel.ops.fused_linear_cross_entropy import (  # pyright: ignore[reportMissingImports]
         LigerFusedLinearCrossEntropyFunction,
     )

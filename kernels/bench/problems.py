@@ -14,13 +14,13 @@ from typing import Any
 import dalr_kernels as kernels
 import torch
 from dalr_kernels import Similarity
-from dalr_scale import objective as dalr_objective
-from dalr_scale.config import ObjectiveConfig, build_config
-from dalr_scale.objective import Views, cross_terms, intra_terms, text_terms, total_loss
 from torch import Tensor
 
 from bench import counts
 from bench.counts import Group
+from dalr_scale import objective as dalr_objective
+from dalr_scale.config import ObjectiveConfig, build_config
+from dalr_scale.objective import Views, cross_terms, intra_terms, text_terms, total_loss
 
 TEMPERATURE = 0.05
 MARGIN = 0.18
@@ -134,10 +134,11 @@ def group_of(name: str, width: int) -> list[Group]:
     if name == "global_to_local":
         return [counts.row_losses(width, sides=1)]
     projected = min(256, width)
-    widths = {"width": width, "picture": width, "projected": projected}
     if name.startswith("dalr-reference"):
-        return counts.dalr_groups(**widths)
-    return counts.default_dalr_groups(**widths, consistency=projected)
+        return counts.dalr_groups(width=width, picture=width, projected=projected)
+    return counts.default_dalr_groups(
+        width=width, picture=width, projected=projected, consistency=projected
+    )
 
 
 def operations(name: str, shape: Shape, mode: str = "workspace") -> tuple[int, str]:

@@ -21,11 +21,12 @@ from typing import Any
 sys.path[:0] = [str(folder) for folder in Path(__file__).resolve().parents[1:3]]
 
 import torch
+from torch import Tensor
+
 from bench import checking, host, plan, problems, results, table
 from bench.peers import EAGER, NO_RIVAL, Contestant, Unavailable, contestants
 from bench.problems import Problem, square
 from bench.timing import Budget, Clock, CudaClock, HostClock, interleave
-from torch import Tensor
 
 HERE = Path(__file__).resolve().parent
 CHECK_ROWS = 2048

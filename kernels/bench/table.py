@@ -9,7 +9,7 @@ from bench.peers import OURS
 from bench.problems import OBJECTIVES, TITLES, Shape, group_of
 
 MODE_OF = {OURS[0]: "workspace", OURS[1]: "stream"}
-HEADER = (
+HEADER: tuple[str, ...] = (
     "contestant", "loss only, ms", "forward, ms", "backward, ms", "both, ms [p10 - p90]", "runs",
     "TFLOP/s", "% of GEMM rate", "peak, GiB", "error of loss / gradient", "predicted floor, ms",
     "what ran",
@@ -61,7 +61,7 @@ def _cell(cell: dict[str, Any], gemm: float | None) -> str:
     if cell["problem"] == "global_to_local" or cell["problem"].endswith("-full"):
         size += f", {cell['tokens']} tokens"
     rows = [HEADER]
-    unmeasured = []
+    unmeasured: list[str] = []
     for name, row in cell["contestants"].items():
         if row["status"] == "measured":
             rows.append((name, *_measured(cell, name, row, gemm)))
