@@ -49,7 +49,7 @@ def _targets(results: dict[str, Any]) -> str:
         value = "" if goal.value is None else f"{goal.value:.3g} {goal.unit}"
         bounds = f"{goal.must:g} {goal.unit}", f"{goal.stretch:g} {goal.unit}"
         rows.append((goal.name, *bounds, value, goal.verdict, goal.note))
-    return "\n".join(["## Goals", "", *_lines(rows), ""])
+    return "\n".join(["## Goals", "", *markdown(rows), ""])
 
 
 def _cells(results: dict[str, Any]) -> list[str]:
@@ -72,7 +72,7 @@ def _cell(cell: dict[str, Any], gemm: float | None) -> str:
         "",
         f"FLOP counted: {cell['flop_formula']} = {cell['flop'] / 1e12:.3g} TFLOP.{_state(cell)}",
         "",
-        *(_lines(rows) if len(rows) > 1 else []),
+        *(markdown(rows) if len(rows) > 1 else []),
         *([""] if len(rows) > 1 and unmeasured else []),
         *unmeasured,
         "",
@@ -138,6 +138,6 @@ def _number(value: float | None, unit: float, digits: int) -> str:
     return "" if value is None else f"{value / unit:.{digits}f}"
 
 
-def _lines(rows: list[tuple[str, ...]]) -> list[str]:
+def markdown(rows: list[tuple[str, ...]]) -> list[str]:
     head, *body = [f"| {' | '.join(row)} |" for row in rows]
     return [head, "|" + "---|" * len(rows[0]), *body]
