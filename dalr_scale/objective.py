@@ -97,18 +97,40 @@ def unmatched_rows(objective: ObjectiveConfig, rows: int, seed: int, step: int) 
     return (np.arange(rows) - shift) % rows
 
 
+@dataclass
+class TextTerms:
+    """Weighted sum of the text-text terms (differentiable) and each of them (for logging)."""
+
+    total: Tensor
+    values: dict[str, Tensor]
+
+
 def text_terms(
-    rows: Views, cols: Views, objective: ObjectiveConfig, offset: int, *, paired: bool
-) -> dict[str, Tensor]:
-    """L_con, the one term of every batch."""
+    rows: Views, cols: Views, objective: ObjectiveConfig, weights: Sequence[float], offset: int,
+    *, paired: bool, distil: bool,
+) -> TextTerms:  # fmt: skip
+    """L_con, the one term of every batch, and with `distil` L_IMA and L_rank.
+
+    All of them are losses on the similarities of z1 and z2 and mostly read the same teacher, so
+    one pass makes these matrices once and the gradients of the weighted sum in one go.
+    """
+    factors = term_factors(objective)
     margin = objective.margin if paired or objective.margin_in_text_batches else 0.0
-    ids = _mask_ids(rows, cols, objective)
-    return {
-        "con": kernels.info_nce(
-            rows.z1, cols.z2, temperature=objective.temperature, margin=margin,
-            col_offset=offset, **ids,
-        )
-    }  # fmt: skip
+    contrast = kernels.InfoNCE(
+        objective.temperature, margin, factors["con"], **_mask_ids(rows, cols, objective)
+    )
+    distil = distil and objective.intra_weight > 0
+    align = distil and objective.intra_kl_weight > 0
+    rank = distil and objective.rank_weight > 0
+    teacher = text_similarity(rows, cols, objective, weights) if align or rank else None
+    found = kernels.row_losses(
+        rows.z1, cols.z2, teacher, info_nce=contrast, col_offset=offset,
+        alignment_kl=_alignment(objective, factors["ima"]) if align else None,
+        **(_ranking(rows, cols, objective, weights, factors["rank"]) if rank else {}),
+    )  # fmt: skip
+    ranking = found.list_mle if found.list_net is None else found.list_net
+    named = {"con": found.info_nce, "ima": found.alignment_kl, "rank": ranking}
+    return TextTerms(found.total, {k: value for k, value in named.items() if value is not None})
 
 
 def cross_terms(
@@ -132,28 +154,19 @@ def cross_terms(
     return terms
 
 
-def intra_terms(
+def token_terms(
     rows: Views, cols: Views, objective: ObjectiveConfig, weights: Sequence[float], offset: int
 ) -> dict[str, Tensor]:
-    """The intra-modal group: L_IMA, L_rank, L_g2l."""
-    terms: dict[str, Tensor] = {}
-    if objective.intra_kl_weight > 0:
-        teacher = text_similarity(rows, cols, objective, weights)
-        terms["ima"] = kernels.alignment_kl(
-            rows.z1, cols.z2, teacher, col_offset=offset,
-            **_student(objective.intra_kl_student, objective), **_kl_temperatures(objective),
-        )  # fmt: skip
-    if objective.rank_weight > 0:
-        terms["rank"] = _rank(rows, cols, objective, weights, offset)
+    """L_g2l, the intra-modal term that reads the teachers' tokens."""
     if objective.g2l_weight > 0 and rows.tokens:
-        terms["g2l"] = _global_to_local(rows, cols, objective, weights, offset)
-    return terms
+        return {"g2l": _global_to_local(rows, cols, objective, weights, offset)}
+    return {}
 
 
-def total_loss(terms: dict[str, Tensor], objective: ObjectiveConfig) -> Tensor:
-    """L_con + lambda * (cross-modal group) + mu * (intra-modal group)."""
+def term_factors(objective: ObjectiveConfig) -> dict[str, float]:
+    """Factor of each term: L_con + lambda * (cross-modal group) + mu * (intra-modal group)."""
     group, own = objective.cross_weight, objective.intra_weight
-    factors = {
+    return {
         "con": 1.0,
         "cons": group * objective.consistency_weight,
         "cma": group * objective.cross_kl_weight,
@@ -163,7 +176,13 @@ def total_loss(terms: dict[str, Tensor], objective: ObjectiveConfig) -> Tensor:
         "rank": own * objective.rank_weight,
         "g2l": own * objective.g2l_weight,
     }
-    return torch.stack([factors[name] * value for name, value in terms.items()]).sum()
+
+
+def total_loss(text: TextTerms, others: dict[str, Tensor], objective: ObjectiveConfig) -> Tensor:
+    """The text-text terms, summed already, and the weighted sum of all other terms."""
+    factors = term_factors(objective)
+    parts = [factors[name] * value for name, value in others.items()]
+    return torch.stack([text.total, *parts]).sum()
 
 
 def text_similarity(
@@ -282,21 +301,30 @@ def _cross_kl(
     return (by_image + by_text) / 2
 
 
-def _rank(
-    rows: Views, cols: Views, objective: ObjectiveConfig, weights: Sequence[float], offset: int
-) -> Tensor:
-    teacher = rank_similarity(rows, cols, objective, weights)
+def _alignment(objective: ObjectiveConfig, weight: float) -> kernels.AlignmentKL:
+    options = _student(objective.intra_kl_student, objective) | _kl_temperatures(objective)
+    return kernels.AlignmentKL(weight=weight, **options)
+
+
+def _ranking(
+    rows: Views, cols: Views, objective: ObjectiveConfig, weights: Sequence[float], weight: float
+) -> dict[str, Any]:
+    # without features to mix, both teachers are the same matrix: none is named, it is shared
+    mixed = objective.teacher_mix == "features" and len(rows.text) > 1
+    teacher = rank_similarity(rows, cols, objective, weights) if mixed else None
     # both student matrices carry 1/tau here: the plain cosine too (only its margin goes)
     margin = objective.margin if objective.rank_student == "margin" else 0.0
     if objective.rank_loss == "listnet":
-        return kernels.list_net(
-            rows.z1, cols.z2, teacher, teacher_temperature=objective.rank_teacher_temperature,
-            temperature=objective.temperature, margin=margin, col_offset=offset,
-        )  # fmt: skip
-    return kernels.list_mle(
-        rows.z1, cols.z2, teacher, temperature=objective.temperature, margin=margin,
-        reduction=objective.listmle_reduction, eps=objective.listmle_eps, col_offset=offset,
-    )  # fmt: skip
+        term = kernels.ListNet(
+            objective.temperature, objective.rank_teacher_temperature, margin, weight, teacher
+        )
+        return {"list_net": term}
+    return {
+        "list_mle": kernels.ListMLE(
+            objective.temperature, margin, objective.listmle_reduction, objective.listmle_eps,
+            weight, teacher,
+        )
+    }  # fmt: skip
 
 
 def _global_to_local(

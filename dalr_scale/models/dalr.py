@@ -23,9 +23,9 @@ from dalr_scale.objective import (
     Needs,
     Views,
     cross_terms,
-    intra_terms,
     needs_of,
     text_terms,
+    token_terms,
     total_loss,
     unmatched_rows,
 )
@@ -141,15 +141,19 @@ class DalrModel(nn.Module):
         spec = self.spec
         rows = self._rows(states[0], states[1], teachers)
         cols = gather_views(rows)
-        terms = text_terms(rows, cols, spec.objective, offset, paired=teachers.paired)
-        if teachers.paired and spec.objective.cross_weight > 0:
-            unmatched = unmatched_rows(spec.objective, len(cols.ids), spec.seed, step)
-            terms |= cross_terms(rows, cols, spec.objective, spec.text_weights, offset, unmatched)
-        distil = teachers.paired or spec.objective.distil_text_batches
-        if distil and spec.objective.intra_weight > 0:
-            terms |= intra_terms(rows, cols, spec.objective, spec.text_weights, offset)
-        total = total_loss(terms, spec.objective)
-        return total, {name: value.detach() for name, value in terms.items()}
+        objective, weights = spec.objective, spec.text_weights
+        distil = teachers.paired or objective.distil_text_batches
+        text = text_terms(
+            rows, cols, objective, weights, offset, paired=teachers.paired, distil=distil
+        )
+        others: dict[str, Tensor] = {}
+        if teachers.paired and objective.cross_weight > 0:
+            unmatched = unmatched_rows(objective, len(cols.ids), spec.seed, step)
+            others |= cross_terms(rows, cols, objective, weights, offset, unmatched)
+        if distil and objective.intra_weight > 0:
+            others |= token_terms(rows, cols, objective, weights, offset)
+        detached = {name: value.detach() for name, value in others.items()}
+        return total_loss(text, others, objective), text.values | detached
 
     def _rows(self, h1: Tensor, h2: Tensor, teachers: TeacherBatch) -> Views:
         """Applies the heads that a batch of this kind needs."""

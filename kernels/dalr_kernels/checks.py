@@ -9,16 +9,23 @@ from torch import Tensor
 
 from .similarity import Similarity
 
-IMPLEMENTATIONS = ("auto", "torch", "reference")
+IMPLEMENTATIONS = ("auto", "triton", "torch", "reference")
+MODES = ("auto", "workspace", "stream")
+# 1 / temperature must leave room for weights and sums in the type that the loss is computed in.
+LARGEST_INVERSE = {torch.float32: 1e30, torch.float64: 1e300}
 
 
-def implementation(impl: str) -> str:
-    """Resolve `impl` to "torch" or "reference"."""
-    if impl not in IMPLEMENTATIONS:
-        raise ValueError(
-            f"impl={impl!r} does not exist; choose one of {', '.join(IMPLEMENTATIONS)}"
-        )
-    return "torch" if impl == "auto" else impl
+def implementation(impl: str, allowed: tuple[str, ...] = IMPLEMENTATIONS) -> str:
+    """Refuse an unknown `impl`; without a fused form "auto" is resolved to "torch"."""
+    if impl not in allowed:
+        raise ValueError(f"impl={impl!r} does not exist; choose one of {', '.join(allowed)}")
+    return "torch" if impl == "auto" and "triton" not in allowed else impl
+
+
+def mode(value: str) -> None:
+    """Refuse an unknown way to bound the workspace."""
+    if value not in MODES:
+        raise ValueError(f"mode={value!r} does not exist; choose one of {', '.join(MODES)}")
 
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
@@ -32,6 +39,34 @@ def positive(name: str, value: float) -> None:
         raise ValueError(f"{name} must be a plain number, got a tensor; it takes no gradient here")
     if not (value > 0.0 and math.isfinite(value)):
         raise ValueError(f"{name} must be positive and finite, got {value}")
+
+
+def temperatures(dtype: torch.dtype, **values: float) -> None:
+    """Refuse temperatures that are not positive or whose logits leave the range of `dtype`."""
+    for name, value in values.items():
+        positive(name, value)
+        if value * LARGEST_INVERSE[dtype] < 1.0:
+            raise ValueError(
+                f"{name} = {value} overflows {str(dtype).removeprefix('torch.')}: "
+                f"it must be at least {1.0 / LARGEST_INVERSE[dtype]:.0e}"
+            )
+
+
+def weight(value: float) -> None:
+    """Refuse a weight that is not a finite number."""
+    if isinstance(value, Tensor) or not math.isfinite(value):
+        raise ValueError(f"weight must be a finite number, got {value}")
+
+
+def finite(name: str, tensor: Tensor) -> None:
+    """Refuse NaN and infinity, naming the first row that holds one (waits for the device)."""
+    bad_R = ~torch.isfinite(tensor.detach()).all(dim=1)
+    if bool(bad_R.any()):
+        first = int(bad_R.nonzero()[0])
+        raise ValueError(
+            f"{name} must be finite: {int(bad_R.sum())} of {tensor.shape[0]} rows hold NaN or "
+            f"infinity, the first is row {first}"
+        )
 
 
 def margin_angle(value: float) -> None:
@@ -86,6 +121,13 @@ def similarity(name: str, value: Similarity | None, rows: Tensor, num_cols: int)
         )
     if value.device != rows.device:
         raise ValueError(f"{name} is on {value.device}, rows on {rows.device}")
+
+
+def teacher(value: Similarity | None, rows: Tensor, num_cols: int) -> None:
+    """Check the teacher of a term; `row_losses` fills in the shared one before."""
+    if value is None:
+        raise ValueError("this term needs a teacher: give one to the term or to row_losses")
+    similarity("teacher", value, rows, num_cols)
 
 
 def ids(row_ids: Tensor | None, col_ids: Tensor | None, rows: Tensor, num_cols: int) -> None:

@@ -9,7 +9,7 @@ recomputing it). When no gradient is wanted none of that happens.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +19,21 @@ from .reference import normalise_tokens
 
 # Maps a block of cosines [r, N] and the index of its first row to r losses.
 BlockLoss = Callable[[Tensor, int], Tensor]
+
+
+class WeightedLosses(NamedTuple):
+    """Losses on one matrix of cosines and their weights in the total.
+
+    Attributes:
+        losses: Maps of a block of cosines to one loss per row.
+        weights: Factor of each loss.
+        end_of_block: Called when all of them have seen a block.
+    """
+
+    losses: Sequence[BlockLoss]
+    weights: Sequence[float]
+    end_of_block: Callable[[], None]
+
 
 # Matrices of the block's size alive at its worst moment, measured: plain InfoNCE 7, soft margin
 # with masks 15, KL with margin 14, ListNet 14, ListMLE (64-bit order) with margin 22.
@@ -43,10 +58,16 @@ def spans(length: int, step: int) -> Iterator[tuple[int, int]]:
         yield start, min(start + step, length)
 
 
-def mean_over_rows(rows_RD: Tensor, cols_ND: Tensor, loss: BlockLoss, chunk_rows: int) -> Tensor:
-    """Mean of ``loss(rows @ cols.T)`` over the rows, `chunk_rows` of them at a time."""
+def mean_over_rows(
+    rows_RD: Tensor, cols_ND: Tensor, terms: WeightedLosses, chunk_rows: int
+) -> tuple[Tensor, Tensor]:
+    """Weighted mean of the losses of ``rows @ cols.T``, `chunk_rows` rows at a time.
+
+    Returns:
+        The total, differentiable, and the mean of each loss without its weight, ``[K]``.
+    """
     wanted = _wanted(rows_RD), _wanted(cols_ND)
-    return _RowChunks.apply(rows_RD, cols_ND, loss, chunk_rows, wanted)
+    return _RowChunks.apply(rows_RD, cols_ND, terms, chunk_rows, wanted)
 
 
 def _wanted(tensor: Tensor) -> bool:
@@ -59,32 +80,36 @@ class _RowChunks(torch.autograd.Function):
         ctx: Any,
         rows_RD: Tensor,
         cols_ND: Tensor,
-        loss: BlockLoss,
+        terms: WeightedLosses,
         chunk_rows: int,
         wanted: tuple[bool, bool],
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         num_rows = rows_RD.shape[0]
-        losses_R = rows_RD.new_empty(num_rows)
+        losses_KR = rows_RD.new_empty(len(terms.losses), num_rows)
         grad_rows = torch.empty_like(rows_RD) if wanted[0] else None
         grad_cols = torch.zeros_like(cols_ND) if wanted[1] else None
         for start, stop in spans(num_rows, chunk_rows):
             cosines = rows_RD[start:stop] @ cols_ND.T
-            if not any(wanted):
-                losses_R[start:stop] = loss(cosines, start)
-                continue
-            block_losses, slope = _loss_and_slope(cosines, loss, start, 1.0 / num_rows)
-            losses_R[start:stop] = block_losses
-            if grad_rows is not None:
-                torch.mm(slope, cols_ND, out=grad_rows[start:stop])
-            if grad_cols is not None:
-                grad_cols.addmm_(slope.T, rows_RD[start:stop])
+            if any(wanted):
+                part = losses_KR[:, start:stop]
+                slope = _losses_and_slope(cosines, terms, start, part, num_rows)
+                if grad_rows is not None:
+                    torch.mm(slope, cols_ND, out=grad_rows[start:stop])
+                if grad_cols is not None:
+                    grad_cols.addmm_(slope.T, rows_RD[start:stop])
+            else:
+                for index, loss in enumerate(terms.losses):
+                    losses_KR[index, start:stop] = loss(cosines, start)
+            terms.end_of_block()
+        components_K = losses_KR.mean(dim=1)
         ctx.save_for_backward(grad_rows, grad_cols)
-        return losses_R.mean()
+        ctx.mark_non_differentiable(components_K)
+        return components_K @ components_K.new_tensor(terms.weights), components_K
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         _refuse_second_derivative()
-        (upstream,) = grad_outputs
+        upstream = grad_outputs[0]
         grads = [None if saved is None else saved * upstream for saved in ctx.saved_tensors]
         return grads[0], grads[1], None, None, None
 
@@ -95,15 +120,24 @@ def _refuse_second_derivative() -> None:
         raise RuntimeError("impl='torch' has no second derivatives; use impl='reference'")
 
 
-def _loss_and_slope(
-    cosines: Tensor, loss: BlockLoss, start: int, scale: float
-) -> tuple[Tensor, Tensor]:
-    """Losses of a block and the derivative of ``scale * their sum`` by the cosines."""
-    with torch.enable_grad():
-        cosines.requires_grad_()
-        losses = loss(cosines, start)
-        (slope,) = torch.autograd.grad(losses, cosines, torch.full_like(losses, scale))
-    return losses.detach(), slope
+def _losses_and_slope(
+    cosines: Tensor, terms: WeightedLosses, start: int, losses_Kr: Tensor, num_rows: int
+) -> Tensor:
+    """Fills in the losses of a block; the derivative of their mean over *all* rows by the cosines.
+
+    One loss after the other, so that the graph of only one of them is alive.
+    """
+    total: Tensor | None = None
+    cosines.requires_grad_()
+    for index, (loss, weight) in enumerate(zip(terms.losses, terms.weights, strict=True)):
+        with torch.enable_grad():
+            losses = loss(cosines, start)
+            factor = torch.full_like(losses, weight / num_rows)
+            (slope,) = torch.autograd.grad(losses, cosines, factor)
+        losses_Kr[index] = losses.detach()
+        total = slope if total is None else total.add_(slope)
+    assert total is not None
+    return total
 
 
 class TokenArguments(NamedTuple):

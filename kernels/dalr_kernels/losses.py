@@ -14,7 +14,12 @@ import torch
 from torch import Tensor
 
 from . import checks, chunked, reference
+from .shared import How, weighted_mean, workspace_of
 from .similarity import Similarity, unit
+from .terms import AlignmentKL, InfoNCE, ListMLE, ListNet, Term
+
+# ListMLE sorts whole rows and global-to-local streams over tokens: plain torch serves both.
+WITHOUT_KERNEL = ("auto", "torch", "reference")
 
 
 def info_nce(
@@ -30,6 +35,9 @@ def info_nce(
     mask_above: tuple[Similarity, float] | None = None,
     col_offset: int = 0,
     impl: str = "auto",
+    mode: str = "auto",
+    deterministic: bool = True,
+    check_finite: bool = False,
     chunk_rows: int | None = None,
     workspace_bytes: int | None = None,
 ) -> Tensor:
@@ -49,9 +57,13 @@ def info_nce(
         col_ids: Image ids ``[N]``, given together with `row_ids`.
         mask_above: ``(similarity, threshold)``; negatives above the threshold are left out.
         col_offset: Column of the positive of row 0.
-        impl: "torch" (row chunks, linear memory), "reference" (dense) or "auto".
-        chunk_rows: Rows per chunk of "torch"; by default what fits `workspace_bytes`.
-        workspace_bytes: Temporary memory of "torch"; default 64 MiB, on CUDA 1 GiB.
+        impl: "triton" (fused kernels), "torch" (row chunks, linear memory), "reference" (dense)
+            or "auto"; this and all further options as in `row_losses`.
+        mode: "workspace", "stream" or "auto", of "triton".
+        deterministic: Same bits for the same inputs, shapes and device.
+        check_finite: Refuse NaN and infinity in rows and columns.
+        chunk_rows: Rows per chunk; by default what fits `workspace_bytes`.
+        workspace_bytes: Temporary memory; default 64 MiB, on CUDA 1 GiB.
 
     Returns:
         The mean over the local rows, a scalar in float32 or float64.
@@ -59,46 +71,17 @@ def info_nce(
     Raises:
         ValueError: Shapes, types, devices or values that do not fit, named in the message.
     """
-    checks.rows_and_columns(rows, cols, col_offset)
-    checks.positive("temperature", temperature)
-    checks.margin_angle(margin)
-    checks.similarity("soft_labels", soft_labels, rows, cols.shape[0])
-    checks.similarity("mask_above", mask_above and mask_above[0], rows, cols.shape[0])
-    checks.ids(row_ids, col_ids, rows, cols.shape[0])
-    dtype = checks.compute_dtype(rows, cols)
-    soft = soft_labels.normalised(dtype) if soft_labels is not None and margin > 0.0 else None
-    above = None if mask_above is None else (mask_above[0].normalised(dtype), mask_above[1])
-
-    def soft_block(start: int, stop: int) -> Tensor | None:
-        if soft is None:
-            return None
-        labels = soft.block(start, stop)
-        return labels.clamp_(0.0, 1.0) if clamp_soft_labels else labels
-
-    def excluded_block(start: int, stop: int) -> Tensor | None:
-        if row_ids is None and above is None:
-            return None
-        shape = stop - start, cols.shape[0]
-        part = None if row_ids is None else row_ids[start:stop]
-        own = col_offset + start
-        excluded = chunked.excluded_cells(*shape, own, part, col_ids, rows.device, own=False)
-        if above is not None:
-            excluded |= above[0].block(start, stop) > above[1]
-            excluded.diagonal(own).fill_(False)
-        return excluded
-
-    def loss(cosines: Tensor, start: int) -> Tensor:
-        stop = start + cosines.shape[0]
-        return reference.info_nce_rows(
-            cosines,
-            col_offset + start,
-            temperature=temperature,
-            margin=margin,
-            soft_RN=soft_block(start, stop),
-            excluded_RN=excluded_block(start, stop),
-        )
-
-    return _mean_over_rows(rows, cols, loss, impl, chunk_rows, workspace_bytes)
+    term = InfoNCE(
+        temperature=temperature,
+        margin=margin,
+        soft_labels=soft_labels,
+        clamp_soft_labels=clamp_soft_labels,
+        row_ids=row_ids,
+        col_ids=col_ids,
+        mask_above=mask_above,
+    )
+    how = How(impl, mode, deterministic, check_finite, chunk_rows, workspace_bytes)
+    return _mean(rows, cols, term, col_offset, how)
 
 
 def alignment_kl(
@@ -112,6 +95,9 @@ def alignment_kl(
     temperature: float = 1.0,
     col_offset: int = 0,
     impl: str = "auto",
+    mode: str = "auto",
+    deterministic: bool = True,
+    check_finite: bool = False,
     chunk_rows: int | None = None,
     workspace_bytes: int | None = None,
 ) -> Tensor:
@@ -130,9 +116,12 @@ def alignment_kl(
         margin: Angular margin of A in radians.
         temperature: Temperature inside A, positive.
         col_offset: Column of the positive of row 0.
-        impl: See `info_nce`, also for `chunk_rows` and `workspace_bytes`.
-        chunk_rows: Rows per chunk of "torch".
-        workspace_bytes: Temporary memory of "torch".
+        impl: See `info_nce`, also for the options below.
+        mode: See `info_nce`.
+        deterministic: See `info_nce`.
+        check_finite: See `info_nce`.
+        chunk_rows: See `info_nce`.
+        workspace_bytes: See `info_nce`.
 
     Returns:
         The mean over the local rows, a scalar in float32 or float64.
@@ -140,26 +129,15 @@ def alignment_kl(
     Raises:
         ValueError: Shapes, types, devices or values that do not fit, named in the message.
     """
-    checks.rows_and_columns(rows, cols, col_offset)
-    checks.positive("student_temperature", student_temperature)
-    checks.positive("teacher_temperature", teacher_temperature)
-    checks.positive("temperature", temperature)
-    checks.margin_angle(margin)
-    checks.similarity("teacher", teacher, rows, cols.shape[0])
-    units = teacher.normalised(checks.compute_dtype(rows, cols))
-
-    def loss(cosines: Tensor, start: int) -> Tensor:
-        return reference.alignment_kl_rows(
-            cosines,
-            col_offset + start,
-            units.block(start, start + cosines.shape[0]),
-            student_temperature=student_temperature,
-            teacher_temperature=teacher_temperature,
-            margin=margin,
-            temperature=temperature,
-        )
-
-    return _mean_over_rows(rows, cols, loss, impl, chunk_rows, workspace_bytes)
+    term = AlignmentKL(
+        student_temperature=student_temperature,
+        teacher_temperature=teacher_temperature,
+        margin=margin,
+        temperature=temperature,
+        teacher=teacher,
+    )
+    how = How(impl, mode, deterministic, check_finite, chunk_rows, workspace_bytes)
+    return _mean(rows, cols, term, col_offset, how)
 
 
 def list_net(
@@ -172,6 +150,9 @@ def list_net(
     margin: float = 0.0,
     col_offset: int = 0,
     impl: str = "auto",
+    mode: str = "auto",
+    deterministic: bool = True,
+    check_finite: bool = False,
     chunk_rows: int | None = None,
     workspace_bytes: int | None = None,
 ) -> Tensor:
@@ -188,9 +169,12 @@ def list_net(
         temperature: Divides the student's similarities, positive.
         margin: Angular margin of A in radians.
         col_offset: Column of the positive of row 0.
-        impl: See `info_nce`, also for `chunk_rows` and `workspace_bytes`.
-        chunk_rows: Rows per chunk of "torch".
-        workspace_bytes: Temporary memory of "torch".
+        impl: See `info_nce`, also for the options below.
+        mode: See `info_nce`.
+        deterministic: See `info_nce`.
+        check_finite: See `info_nce`.
+        chunk_rows: See `info_nce`.
+        workspace_bytes: See `info_nce`.
 
     Returns:
         The mean over the local rows, a scalar in float32 or float64.
@@ -198,24 +182,14 @@ def list_net(
     Raises:
         ValueError: Shapes, types, devices or values that do not fit, named in the message.
     """
-    checks.rows_and_columns(rows, cols, col_offset)
-    checks.positive("teacher_temperature", teacher_temperature)
-    checks.positive("temperature", temperature)
-    checks.margin_angle(margin)
-    checks.similarity("teacher", teacher, rows, cols.shape[0])
-    units = teacher.normalised(checks.compute_dtype(rows, cols))
-
-    def loss(cosines: Tensor, start: int) -> Tensor:
-        return reference.list_net_rows(
-            cosines,
-            col_offset + start,
-            units.block(start, start + cosines.shape[0]),
-            teacher_temperature=teacher_temperature,
-            temperature=temperature,
-            margin=margin,
-        )
-
-    return _mean_over_rows(rows, cols, loss, impl, chunk_rows, workspace_bytes)
+    term = ListNet(
+        temperature=temperature,
+        teacher_temperature=teacher_temperature,
+        margin=margin,
+        teacher=teacher,
+    )
+    how = How(impl, mode, deterministic, check_finite, chunk_rows, workspace_bytes)
+    return _mean(rows, cols, term, col_offset, how)
 
 
 def list_mle(
@@ -247,7 +221,7 @@ def list_mle(
         reduction: "mean" over the list (comparable between batch sizes) or the published "sum".
         eps: Added inside the logarithm; the published code uses 1e-7.
         col_offset: Column of the positive of row 0.
-        impl: See `info_nce`, also for `chunk_rows` and `workspace_bytes`.
+        impl: "torch" (row chunks), "reference" (dense) or "auto".
         chunk_rows: Rows per chunk of "torch".
         workspace_bytes: Temporary memory of "torch".
 
@@ -257,28 +231,16 @@ def list_mle(
     Raises:
         ValueError: Shapes, types, devices or values that do not fit, named in the message.
     """
-    checks.rows_and_columns(rows, cols, col_offset)
-    checks.positive("temperature", temperature)
-    checks.margin_angle(margin)
-    checks.similarity("teacher", teacher, rows, cols.shape[0])
-    if reduction not in ("mean", "sum"):
-        raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}")
-    if not eps >= 0.0:
-        raise ValueError(f"eps must not be negative, got {eps}")
-    units = teacher.normalised(checks.compute_dtype(rows, cols))
-
-    def loss(cosines: Tensor, start: int) -> Tensor:
-        return reference.list_mle_rows(
-            cosines,
-            col_offset + start,
-            units.block(start, start + cosines.shape[0]),
-            temperature=temperature,
-            margin=margin,
-            mean=reduction == "mean",
-            eps=eps,
-        )
-
-    return _mean_over_rows(rows, cols, loss, impl, chunk_rows, workspace_bytes)
+    checks.implementation(impl, WITHOUT_KERNEL)
+    term = ListMLE(
+        temperature=temperature,
+        margin=margin,
+        reduction=reduction,
+        eps=eps,
+        teacher=teacher,
+    )
+    how = How(impl, chunk_rows=chunk_rows, workspace_bytes=workspace_bytes)
+    return _mean(rows, cols, term, col_offset, how)
 
 
 def global_to_local(
@@ -332,12 +294,12 @@ def global_to_local(
     if own_tokens.shape[0] != rows.shape[0]:
         raise ValueError(f"own_tokens has {own_tokens.shape[0]} sentences for {rows.shape[0]} rows")
     checks.offset(col_offset, rows.shape[0], tokens.shape[0])
-    checks.positive("temperature", temperature)
+    checks.temperatures(checks.compute_dtype(rows), temperature=temperature)
     checks.ids(row_ids, col_ids, rows, tokens.shape[0])
     if norm not in ("token", "axis"):
         raise ValueError(f"norm must be 'token' or 'axis', got {norm!r}")
-    resolved = checks.implementation(impl)
-    workspace = _workspace(rows.device, chunk_rows, workspace_bytes)
+    resolved = checks.implementation(impl, WITHOUT_KERNEL)
+    workspace = workspace_of(rows.device, chunk_rows, workspace_bytes)
     arguments = chunked.TokenArguments(
         own_tokens.detach(), own_mask != 0, tokens.detach(), mask != 0, norm, temperature,
         col_offset, row_ids, col_ids,
@@ -410,28 +372,7 @@ def consistency(
     return matched_B.sum() + (unmatched_B * kept_B).sum(), kept_B.sum() + texts.shape[0]
 
 
-def _mean_over_rows(
-    rows: Tensor,
-    cols: Tensor,
-    loss: chunked.BlockLoss,
-    impl: str,
-    chunk_rows: int | None,
-    workspace_bytes: int | None,
-) -> Tensor:
-    """Normalise once, then apply the row losses densely or chunk by chunk."""
-    resolved = checks.implementation(impl)
-    workspace = _workspace(rows.device, chunk_rows, workspace_bytes)
-    dtype = checks.compute_dtype(rows, cols)
-    with torch.autocast(rows.device.type, enabled=False):
-        rows_RD, cols_ND = unit(rows.to(dtype)), unit(cols.to(dtype))
-        if resolved == "reference":
-            return loss(rows_RD @ cols_ND.T, 0).mean()
-        fit = chunked.rows_per_chunk(len(rows), len(cols), rows_RD.element_size(), workspace)
-        return chunked.mean_over_rows(rows_RD, cols_ND, loss, chunk_rows or fit)
-
-
-def _workspace(device: torch.device, chunk_rows: int | None, workspace_bytes: int | None) -> int:
-    for name, value in (("chunk_rows", chunk_rows), ("workspace_bytes", workspace_bytes)):
-        if value is not None and value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
-    return chunked.default_workspace(device) if workspace_bytes is None else workspace_bytes
+def _mean(rows: Tensor, cols: Tensor, term: Term, col_offset: int, how: How) -> Tensor:
+    checks.rows_and_columns(rows, cols, col_offset)
+    term.check(rows, cols)
+    return weighted_mean(rows, cols, [term], col_offset, how)[0]

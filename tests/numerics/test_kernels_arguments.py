@@ -30,7 +30,7 @@ TEMPERATURE = {"temperature": 0.05}
         ({"margin": 10.0}, "got 10.0"),
         ({"col_offset": 3}, "col_offset=3 .* 0 .. 2"),
         ({"col_offset": -1}, "col_offset=-1"),
-        ({"impl": "triton"}, "impl='triton' does not exist; choose one of auto, torch, reference"),
+        ({"impl": "cuda"}, "'cuda' does not exist; choose one of auto, triton, torch, reference"),
         ({"chunk_rows": 0}, "chunk_rows must be at least 1, got 0"),
         ({"workspace_bytes": -5}, "workspace_bytes must be at least 1, got -5"),
         ({"soft_labels": K.Similarity(((1.0, COLS, COLS),))}, "soft_labels is 5 x 5, .* 3 x 5"),

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import dalr_kernels as kernels
 import numpy as np
 import pytest
 import torch
@@ -23,9 +24,12 @@ from dalr_scale.models.dalr import DalrModel, FeatureWidths, LossSpec, TeacherBa
 from dalr_scale.objective import (
     Views,
     cross_terms,
-    intra_terms,
     needs_of,
+    rank_similarity,
+    term_factors,
+    text_similarity,
     text_terms,
+    token_terms,
     total_loss,
     unmatched_rows,
 )
@@ -210,15 +214,34 @@ def views(rows: int = ROWS) -> Views:
     )
 
 
+def terms_and_total(
+    own: Views,
+    cols: Views,
+    spec: ObjectiveConfig,
+    weights: tuple[float, float],
+    offset: int,
+    unmatched: np.ndarray,
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Every term of a paired batch, and the total."""
+    text = text_terms(own, cols, spec, weights, offset, paired=True, distil=True)
+    others = {}
+    if spec.cross_weight > 0:
+        others |= cross_terms(own, cols, spec, weights, offset, unmatched)
+    if spec.intra_weight > 0:
+        others |= token_terms(own, cols, spec, weights, offset)
+    return text.values | others, total_loss(text, others, spec)
+
+
 def all_terms(spec: ObjectiveConfig, v: Views | None = None) -> dict[str, Tensor]:
+    return all_terms_and_total(spec, v)[0]
+
+
+def all_terms_and_total(
+    spec: ObjectiveConfig, v: Views | None = None
+) -> tuple[dict[str, Tensor], Tensor]:
     v = v or views()
-    weights = (0.33, 0.67)
     unmatched = unmatched_rows(spec, len(v.ids), seed=1, step=4)
-    return (
-        text_terms(v, v, spec, 0, paired=True)
-        | cross_terms(v, v, spec, weights, 0, unmatched)
-        | intra_terms(v, v, spec, weights, 0)
-    )
+    return terms_and_total(v, v, spec, (0.33, 0.67), 0, unmatched)
 
 
 CHANGES: list[tuple[dict[str, Any], dict[str, Any], set[str]]] = [
@@ -286,12 +309,52 @@ def test_every_weight_scales_its_term_in_the_total() -> None:
     }
     weights = {key: 0.5 + 0.25 * i for i, key in enumerate(sorted(sum(keys.values(), ())))}
     spec = objective(**weights)
-    terms = all_terms(spec)
+    terms, total = all_terms_and_total(spec)
     assert set(terms) == {"con", *keys}
     expected = terms["con"] + sum(
         weights[group] * weights[own] * terms[name] for name, (group, own) in keys.items()
     )
-    torch.testing.assert_close(total_loss(terms, spec), expected, rtol=1e-12, atol=0)
+    torch.testing.assert_close(total, expected, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("preset", "changes"),
+    [("dalr", {}), ("dalr", {"rank_loss": "listnet"}), ("dalr-reference", {})],
+)
+def test_the_shared_pass_equals_separate_terms(preset: str, changes: dict[str, Any]) -> None:
+    spec, v = objective(preset, **changes, teacher_similarity_dtype="float64"), views()
+    weights, leaves = (0.33, 0.67), (v.z1.requires_grad_(), v.z2.requires_grad_())
+    text = text_terms(v, v, spec, weights, 0, paired=True, distil=True)
+    ids = {"row_ids": v.ids, "col_ids": v.ids} if spec.same_image == "mask" else {}
+    margin, tau = spec.margin, spec.temperature
+    ima, rank = text_similarity(v, v, spec, weights), rank_similarity(v, v, spec, weights)
+    student = {"temperature": tau, "margin": margin if spec.rank_student == "margin" else 0.0}
+    shape = {"temperature": tau, "margin": margin} if spec.intra_kl_student == "margin" else {}
+    mle = {"reduction": spec.listmle_reduction, "eps": spec.listmle_eps}
+    separate = {
+        "con": kernels.info_nce(v.z1, v.z2, temperature=tau, margin=margin, **ids),
+        "ima": kernels.alignment_kl(v.z1, v.z2, ima, **shape),
+        "rank": kernels.list_net(v.z1, v.z2, rank, teacher_temperature=0.05, **student)
+        if spec.rank_loss == "listnet"
+        else kernels.list_mle(v.z1, v.z2, rank, **student, **mle),
+    }
+    assert {k: pytest.approx(float(x.detach()), rel=1e-12) for k, x in separate.items()} == {
+        k: float(x) for k, x in text.values.items()
+    }
+    factors = term_factors(spec)
+    total = torch.stack([factors[name] * value for name, value in separate.items()]).sum()
+    for got, want in zip(
+        torch.autograd.grad(text.total, leaves), torch.autograd.grad(total, leaves), strict=True
+    ):
+        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-14)
+    # control: without one term's weight the gradient is another
+    other = torch.autograd.grad(
+        text_terms(
+            v, v, dataclasses.replace(spec, rank_weight=0.0), weights, 0, paired=True, distil=True
+        ).total,
+        leaves,
+    )
+    assert not torch.allclose(other[0], got, rtol=1e-3)
 
 
 # Golden vectors: the published loss on the published inputs
@@ -331,20 +394,18 @@ def golden_views(g: Golden, rows: slice) -> Views:
     )
 
 
-def golden_terms(g: Golden, spec: ObjectiveConfig, rows: slice | None = None) -> dict[str, Tensor]:
+def golden_terms(
+    g: Golden, spec: ObjectiveConfig, rows: slice | None = None
+) -> tuple[dict[str, Tensor], Tensor]:
     rows = rows or slice(0, g.size)
     own, cols = golden_views(g, rows), golden_views(g, slice(0, g.size))
     weights = (g.hyper["alpha"], 1 - g.hyper["alpha"])
-    return (
-        text_terms(own, cols, spec, rows.start, paired=True)
-        | cross_terms(own, cols, spec, weights, rows.start, np.zeros(0))
-        | intra_terms(own, cols, spec, weights, rows.start)
-    )
+    return terms_and_total(own, cols, spec, weights, rows.start, np.zeros(0))
 
 
 def golden_total(g: Golden, rows: slice | None = None, **changes: Any) -> float:
     spec = golden_objective(g, "dalr-reference", **changes)
-    return total_loss(golden_terms(g, spec, rows), spec).item()
+    return golden_terms(g, spec, rows)[1].item()
 
 
 TOTALS = {"a": 36.2759019590308, "b": 56.9051296223894}
@@ -391,7 +452,7 @@ DALR_TERMS = {
 @pytest.mark.parametrize("name", DALR_TERMS)
 def test_the_default_terms_on_the_golden_inputs(name: str) -> None:
     g = Golden(name)
-    terms = golden_terms(g, golden_objective(g, "dalr", soft_labels="image"))
+    terms, _ = golden_terms(g, golden_objective(g, "dalr", soft_labels="image"))
     assert {k: pytest.approx(v.item(), rel=1e-12) for k, v in terms.items()} == DALR_TERMS[name]
 
 
@@ -407,19 +468,19 @@ def test_the_default_terms_on_the_golden_inputs(name: str) -> None:
 def test_the_baselines_on_the_golden_inputs(preset: str, name: str, terms: dict) -> None:
     g = Golden(name)
     spec = objective(preset, temperature=g.hyper["temp"], vl_temperature=g.hyper["temp_vl"])
-    found = {k: v.item() for k, v in golden_terms(g, spec).items()}
+    found = {k: v.item() for k, v in golden_terms(g, spec)[0].items()}
     assert {k: pytest.approx(v, rel=1e-12) for k, v in terms.items()} == found
 
 
 def test_kdmcse_is_two_branches_of_one_form() -> None:
     """Its caption branch is the picture branch with captions in the pictures' place."""
     spec, v = objective("kdmcse"), views()
-    terms = all_terms(spec, v)
+    terms, total = all_terms_and_total(spec, v)
     swapped = dataclasses.replace(v, image=v.caption, caption=v.image, u=v.u_caption, u_caption=v.u)
     other = all_terms(spec, swapped)
     assert terms["xce"] == other["xce_caption"] != terms["xce_caption"] == other["xce"]
     expected = terms["con"] + 0.01 * (terms["xce"] + terms["xce_caption"])
-    assert float(total_loss(terms, spec)) == pytest.approx(float(expected), rel=1e-12)
+    assert float(total) == pytest.approx(float(expected), rel=1e-12)
 
 
 # Consistency

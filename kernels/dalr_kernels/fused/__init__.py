@@ -1,0 +1,63 @@
+"""Fused Triton kernels for the row losses: entry points that need no Triton to be imported."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..terms import InfoNCE, Term
+from .plan import Limits, describe, flatten, groups
+
+__all__ = ["Limits", "groups", "unavailable", "weighted_mean"]
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def unavailable(rows: Tensor, cols: Tensor) -> str | None:
+    """Why the kernels cannot run on these tensors, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "needs the package triton"
+    for name, tensor in (("rows", rows), ("cols", cols)):
+        if tensor.dtype not in DTYPES:
+            return f"computes in float32, {name} are {tensor.dtype}"
+    interpreted = os.environ.get("TRITON_INTERPRET", "0") == "1"
+    if not rows.is_cuda and not interpreted:
+        return f"needs CUDA tensors, rows are on {rows.device} (TRITON_INTERPRET=1 emulates)"
+    return None
+
+
+def weighted_mean(
+    rows: Tensor, cols: Tensor, terms: Sequence[Term], col_offset: int, limits: Limits
+) -> tuple[Tensor, Tensor]:
+    """Weighted sum of the terms of one group (see `groups`) and the mean of each, ``[K]``."""
+    from .operator import row_losses
+
+    scalars, layout, similarities = describe(terms)
+    matrices = flatten(similarities)
+    ids = [(t.row_ids, t.col_ids) for t in terms if isinstance(t, InfoNCE)]
+    row_ids, col_ids = ids[0] if ids else (None, None)
+    grad = torch.is_grad_enabled()
+    total, means, _, _ = row_losses(
+        rows,
+        cols,
+        matrices.tensors,
+        matrices.weights,
+        matrices.owners,
+        matrices.rounded,
+        list(scalars),
+        list(layout),
+        None if row_ids is None else row_ids.long().contiguous(),
+        None if col_ids is None else col_ids.long().contiguous(),
+        col_offset,
+        limits.workspace_bytes,
+        limits.chunk,
+        limits.mode,
+        grad and rows.requires_grad,
+        grad and cols.requires_grad,
+    )
+    order = {"InfoNCE": 0, "AlignmentKL": 1, "ListNet": 2}
+    return total, torch.stack([means[order[type(term).__name__]] for term in terms])

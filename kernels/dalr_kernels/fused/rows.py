@@ -1,0 +1,180 @@
+"""Mode "workspace": whole rows of every matrix exist, one program serves one row.
+
+The first loop over the row gathers the sums of all terms, the second writes the slope of their
+weighted sum by the cosine over the cosine itself. The row stays in the L2 cache in between.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .cells import HARD, LARGEST_HALF, add, clamp, kept, students, weigh
+
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def lanes_sum(total, peak, top, ONLINE: tl.constexpr):
+    if ONLINE:
+        total = total * tl.exp2(peak - top)
+    return tl.sum(total, axis=0)
+
+
+@triton.jit
+def row_kernel(
+    student, kl_teacher, net_teacher, labels, scores, slopes, losses, row_ids, col_ids,
+    num_rows, num_cols, padded_cols, stride, first_row, first_own,
+    margin, cos_margin, sin_margin, threshold,
+    nce_factor, nce_offset, kl_factor, kl_offset, klt_factor, klt_offset,
+    net_factor, net_offset, nett_factor, nett_offset,
+    nce_weight, kl_weight, net_weight,
+    NCE: tl.constexpr, KL: tl.constexpr, NET: tl.constexpr,
+    NCE_SHIFT: tl.constexpr, KL_SHIFT: tl.constexpr, NET_SHIFT: tl.constexpr,
+    CLAMP: tl.constexpr, POLYNOMIAL: tl.constexpr, IDS: tl.constexpr, MASK: tl.constexpr,
+    ONLINE: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Losses of one row, and in GRADIENT the slopes of their weighted sum.
+
+    Matrices are [rows of the chunk, padded_cols] with one `stride`; `slopes` may be `student`.
+    `losses` is [3, num_rows] for the rows of all chunks; row 0 of the chunk is `first_row`, its
+    positive column `first_own`. Factors turn similarities into base-2 logits.
+    """
+    ANY_HARD: tl.constexpr = NCE_SHIFT == HARD or KL_SHIFT == HARD or NET_SHIFT == HARD
+    row = tl.program_id(0)
+    base = row.to(tl.int64) * stride
+    own_col = first_own + row
+    row_id = tl.load(row_ids + first_row + row) if IDS else 0
+    positive = clamp(tl.load(student + base + own_col).to(tl.float32), -1.0, 1.0)
+
+    zero = tl.zeros([BLOCK], tl.float32)
+    nce_sum = zero
+    kl_sum = zero
+    klt_sum = zero
+    klt_student = zero
+    klt_teacher = zero
+    net_sum = zero
+    nett_sum = zero
+    nett_student = zero
+    nce_peak = zero + nce_offset
+    kl_peak = zero + kl_offset
+    klt_peak = zero + klt_offset
+    net_peak = zero + net_offset
+    nett_peak = zero + nett_offset
+    if ONLINE:
+        nce_peak = zero - 1e38
+        kl_peak = nce_peak
+        klt_peak = nce_peak
+        net_peak = nce_peak
+        nett_peak = nce_peak
+
+    for start in range(0, padded_cols, BLOCK):
+        cols = start + tl.arange(0, BLOCK)
+        inside = cols < padded_cols
+        valid = cols < num_cols
+        own = cols == own_col
+        c = clamp(tl.load(student + base + cols, mask=inside, other=0.0).to(tl.float32), -1.0, 1.0)
+        label = zero
+        if NCE_SHIFT == 2:
+            label = tl.load(labels + base + cols, mask=inside, other=0.0).to(tl.float32)
+        soft, _, hard, _ = students(
+            c, own, label, margin, cos_margin, sin_margin, NCE_SHIFT, ANY_HARD, CLAMP, POLYNOMIAL
+        )
+        if NCE:
+            ids = cols
+            score = zero
+            if IDS:
+                ids = tl.load(col_ids + cols, mask=valid, other=-1)
+            if MASK:
+                score = tl.load(scores + base + cols, mask=inside, other=0.0).to(tl.float32)
+            keep = kept(valid, own, row_id, ids, score, threshold, IDS, MASK)
+            e, nce_peak, decay = weigh(soft * nce_factor, keep, nce_peak, ONLINE)
+            nce_sum = add(nce_sum, e, decay, ONLINE)
+        if KL:
+            g = hard if KL_SHIFT == HARD else c
+            e, kl_peak, decay = weigh(g * kl_factor, valid, kl_peak, ONLINE)
+            kl_sum = add(kl_sum, e, decay, ONLINE)
+            t = tl.load(kl_teacher + base + cols, mask=inside, other=0.0).to(tl.float32)
+            e, klt_peak, decay = weigh(t * klt_factor, valid, klt_peak, ONLINE)
+            klt_sum = add(klt_sum, e, decay, ONLINE)
+            klt_student = add(klt_student, e * g, decay, ONLINE)
+            klt_teacher = add(klt_teacher, e * t, decay, ONLINE)
+        if NET:
+            others = valid & (own == 0)
+            g = hard if NET_SHIFT == HARD else c
+            e, net_peak, decay = weigh(g * net_factor, others, net_peak, ONLINE)
+            net_sum = add(net_sum, e, decay, ONLINE)
+            t = tl.load(net_teacher + base + cols, mask=inside, other=0.0).to(tl.float32)
+            e, nett_peak, decay = weigh(t * nett_factor, others, nett_peak, ONLINE)
+            nett_sum = add(nett_sum, e, decay, ONLINE)
+            nett_student = add(nett_student, e * g, decay, ONLINE)
+
+    out = losses + first_row + row
+    if NCE:
+        top = tl.max(nce_peak, axis=0)
+        nce_lse = top + tl.log2(lanes_sum(nce_sum, nce_peak, top, ONLINE))
+        tl.store(out, (nce_lse - positive * nce_factor) * LN2)
+    if KL:
+        top = tl.max(kl_peak, axis=0)
+        kl_lse = top + tl.log2(lanes_sum(kl_sum, kl_peak, top, ONLINE))
+        top = tl.max(klt_peak, axis=0)
+        mass = lanes_sum(klt_sum, klt_peak, top, ONLINE)
+        klt_lse = top + tl.log2(mass)
+        student_mean = lanes_sum(klt_student, klt_peak, top, ONLINE) / mass
+        teacher_mean = lanes_sum(klt_teacher, klt_peak, top, ONLINE) / mass
+        gap = teacher_mean * klt_factor - student_mean * kl_factor
+        tl.store(out + num_rows, (gap + (kl_lse - klt_lse)) * LN2)
+    if NET:
+        top = tl.max(net_peak, axis=0)
+        # A list of one column is empty without its diagonal: no loss, no slope.
+        empty = num_cols == 1
+        net_lse = top + tl.log2(tl.where(empty, 1.0, lanes_sum(net_sum, net_peak, top, ONLINE)))
+        top = tl.max(nett_peak, axis=0)
+        mass = tl.where(empty, 1.0, lanes_sum(nett_sum, nett_peak, top, ONLINE))
+        nett_lse = top + tl.log2(mass)
+        student_mean = lanes_sum(nett_student, nett_peak, top, ONLINE) / mass
+        loss = tl.where(empty, 0.0, (net_lse - student_mean * net_factor) * LN2)
+        tl.store(out + 2 * num_rows, loss)
+
+    if GRADIENT:
+        for start in range(0, padded_cols, BLOCK):
+            cols = start + tl.arange(0, BLOCK)
+            inside = cols < padded_cols
+            valid = cols < num_cols
+            own = cols == own_col
+            c = tl.load(student + base + cols, mask=inside, other=0.0).to(tl.float32)
+            c = clamp(c, -1.0, 1.0)
+            label = zero
+            if NCE_SHIFT == 2:
+                label = tl.load(labels + base + cols, mask=inside, other=0.0).to(tl.float32)
+            soft, soft_slope, hard, hard_slope = students(
+                c, own, label, margin, cos_margin, sin_margin,
+                NCE_SHIFT, ANY_HARD, CLAMP, POLYNOMIAL,
+            )  # fmt: skip
+            slope = zero
+            if NCE:
+                ids = cols
+                score = zero
+                if IDS:
+                    ids = tl.load(col_ids + cols, mask=valid, other=-1)
+                if MASK:
+                    score = tl.load(scores + base + cols, mask=inside, other=0.0).to(tl.float32)
+                keep = kept(valid, own, row_id, ids, score, threshold, IDS, MASK)
+                p = tl.where(keep, tl.exp2(soft * nce_factor - nce_lse), 0.0)
+                slope += nce_weight * soft_slope * (p - tl.where(own, 1.0, 0.0))
+            if KL:
+                g = hard if KL_SHIFT == HARD else c
+                t = tl.load(kl_teacher + base + cols, mask=inside, other=0.0).to(tl.float32)
+                p = tl.exp2(g * kl_factor - kl_lse) - tl.exp2(t * klt_factor - klt_lse)
+                p = kl_weight * p
+                slope += p * hard_slope if KL_SHIFT == HARD else p
+            if NET:
+                g = hard if NET_SHIFT == HARD else c
+                t = tl.load(net_teacher + base + cols, mask=inside, other=0.0).to(tl.float32)
+                p = tl.exp2(g * net_factor - net_lse) - tl.exp2(t * nett_factor - nett_lse)
+                p = tl.where(own, 0.0, net_weight * p)
+                slope += p * hard_slope if NET_SHIFT == HARD else p
+            slope = tl.where(valid, slope, 0.0)
+            if slopes.dtype.element_ty == tl.float16:
+                slope = clamp(slope, -LARGEST_HALF, LARGEST_HALF)
+            tl.store(slopes + base + cols, slope.to(slopes.dtype.element_ty), mask=inside)
