@@ -39,7 +39,7 @@ def loss(problem: Problem, **how: Any) -> Callable[[], Tensor]:
     accepts(kernels.info_nce, how)
     if problem.name in OBJECTIVES:
         return lambda: _objective(problem, how)
-    if problem.name == "triple" and hasattr(kernels, "row_losses"):
+    if problem.name == "triple":
         return lambda: shared_pass(problem, how)
     return lambda: separate_losses(problem, **how)
 
@@ -78,7 +78,7 @@ def _objective(problem: Problem, how: dict[str, Any]) -> Tensor:
 def implementation(**how: Any) -> Iterator[None]:
     """Make the product's objective call every loss with the given keywords."""
     patched = SimpleNamespace(**{name: getattr(kernels, name) for name in kernels.__all__})
-    for name in set(LOSSES) & set(kernels.__all__):
+    for name in LOSSES:
         function = getattr(kernels, name)
         known = inspect.signature(function).parameters
         fixed = {key: value for key, value in how.items() if key in known}

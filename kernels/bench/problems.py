@@ -20,7 +20,7 @@ from bench import counts
 from bench.counts import Group
 from dalr_scale import objective as dalr_objective
 from dalr_scale.config import ObjectiveConfig, build_config
-from dalr_scale.objective import Views, cross_terms, intra_terms, text_terms, total_loss
+from dalr_scale.objective import Views, cross_terms, text_terms, token_terms, total_loss
 
 TEMPERATURE = 0.05
 MARGIN = 0.18
@@ -260,10 +260,10 @@ def objective_loss(problem: Problem) -> Tensor:
     size = problem.shape.cols
     shifted = dalr_objective.unmatched_rows(config, size, seed=0, step=1)
     weights = (0.33, 0.67)
-    terms = text_terms(views, views, config, 0, paired=True)
-    terms |= cross_terms(views, views, config, weights, 0, shifted)
-    terms |= intra_terms(views, views, config, weights, 0)
-    return total_loss(terms, config)
+    text = text_terms(views, views, config, weights, 0, paired=True, distil=True)
+    others = cross_terms(views, views, config, weights, 0, shifted)
+    others |= token_terms(views, views, config, weights, 0)
+    return total_loss(text, others, config)
 
 
 def _views(problem: Problem) -> Views:
