@@ -202,7 +202,9 @@ def goals(document: dict[str, Any]) -> list[tuple[str, ...]]:
         for what, wanted, unit in GOALS:
             for dense in DENSE:
                 name = f"{what} at N = 8k, d = {entry['width']}, against {dense}"
-                rows.append((name, f"{wanted:g} {unit}", *_verdict(ratio(entry, dense, what), wanted)))
+                rows.append(
+                    (name, f"{wanted:g} {unit}", *_verdict(ratio(entry, dense, what), wanted))
+                )
     slowest = [
         (value, entry)
         for entry in document["cells"]
