@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -329,6 +330,26 @@ def test_a_failing_contestant_is_named_and_the_others_go_on(
     assert found["absent"] == "not measured: no licence"
     assert found[EAGER[0]] == "measured"
     assert "milliseconds" not in document["cells"][0]["contestants"]["wrong"]
+
+
+# The make targets
+
+
+def commands(target: str, *arguments: str) -> str:
+    """What make would run, with an environment that does not exist."""
+    done = subprocess.run(
+        ["make", "-n", target, "VENV=/nonexistent/venv", *arguments],
+        cwd=host.ROOT, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    return done.stdout
+
+
+@pytest.mark.parametrize("target", ["gpu", "gpu-test"])
+def test_a_named_interpreter_runs_as_it_is(target: str) -> None:
+    """A GPU host without a network: nothing is fetched, no environment is made."""
+    offline = commands(target, "PYTHON=python3")
+    assert "python3 " in offline and "pip" not in offline and "venv" not in offline
+    assert "pip install" in commands(target)  # the control: the usual environment comes first
 
 
 # The host and the CPU benchmark
