@@ -54,6 +54,8 @@ def run(
     inputs: Inputs, limits: Limits, want_rows: bool, want_cols: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Total, mean of each term ``[3]``, and the gradients by rows and columns (empty if not)."""
+    from . import stream  # which needs `Pass`
+
     rows, cols = inputs.rows, inputs.cols
     dtype = operand_dtype(rows, cols)
     with full_sums(rows.device):
@@ -61,7 +63,7 @@ def run(
         if task.sizes.mode == "workspace":
             whole_rows(task)
         else:
-            raise NotImplementedError
+            stream.blocks(task)
     components = task.losses.double().mean(dim=1)
     weights = [inputs.scalars.nce_weight, inputs.scalars.kl_weight, inputs.scalars.net_weight]
     total = sum(weight * components[k] for k, weight in enumerate(weights))
@@ -154,6 +156,8 @@ def kernel_switches(inputs: Inputs) -> dict[str, Any]:
         "POLYNOMIAL": plan.polynomial(inputs.scalars, has, inputs.matrices),
         "IDS": inputs.row_ids is not None,
         "MASK": has.mask_matrix >= 0,
+        "ONE_TEACHER": bool(has.kl and has.net) and has.kl_matrix == has.net_matrix,
+        "TAUGHT_LABELS": bool(has.kl) and has.label_matrix == has.kl_matrix,
         "ONLINE": plan.exponents(inputs.scalars, has, inputs.matrices).online,
     }
 

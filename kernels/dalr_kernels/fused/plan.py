@@ -32,7 +32,7 @@ PAD = 16
 # Below this many rows per chunk the sums over columns move more bytes than the chunk saves.
 MIN_WORKSPACE_ROWS = 512
 # Types that cosines can be rounded to before they are mixed; wider ones change nothing here.
-ROUNDING_CODES = {torch.float16: 1, torch.bfloat16: 2}
+ROUNDING_CODES: dict[torch.dtype | None, int] = {torch.float16: 1, torch.bfloat16: 2}
 LOGGER = logging.getLogger("dalr_kernels")
 
 

@@ -4,12 +4,14 @@ The first loop over the row gathers the sums of all terms, the second writes the
 weighted sum by the cosine over the cosine itself. The row stays in the L2 cache in between.
 """
 
+# pyright: reportCallIssue=false, reportOperatorIssue=false, reportPossiblyUnbound=false
+
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from .cells import HARD, LARGEST_HALF, add, clamp, kept, students, weigh
+from .cells import HARD, SOFT, add, clamp, kept, slope_of, students, weigh
 
 LN2 = tl.constexpr(0.6931471805599453)
 
@@ -32,6 +34,7 @@ def row_kernel(
     NCE: tl.constexpr, KL: tl.constexpr, NET: tl.constexpr,
     NCE_SHIFT: tl.constexpr, KL_SHIFT: tl.constexpr, NET_SHIFT: tl.constexpr,
     CLAMP: tl.constexpr, POLYNOMIAL: tl.constexpr, IDS: tl.constexpr, MASK: tl.constexpr,
+    ONE_TEACHER: tl.constexpr, TAUGHT_LABELS: tl.constexpr,
     ONLINE: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Losses of one row, and in GRADIENT the slopes of their weighted sum.
@@ -75,8 +78,13 @@ def row_kernel(
         own = cols == own_col
         c = clamp(tl.load(student + base + cols, mask=inside, other=0.0).to(tl.float32), -1.0, 1.0)
         label = zero
-        if NCE_SHIFT == 2:
-            label = tl.load(labels + base + cols, mask=inside, other=0.0).to(tl.float32)
+        kl_t = zero
+        if KL:
+            kl_t = tl.load(kl_teacher + base + cols, mask=inside, other=0.0).to(tl.float32)
+        if NCE_SHIFT == SOFT:
+            label = kl_t
+            if not TAUGHT_LABELS:
+                label = tl.load(labels + base + cols, mask=inside, other=0.0).to(tl.float32)
         soft, _, hard, _ = students(
             c, own, label, margin, cos_margin, sin_margin, NCE_SHIFT, ANY_HARD, CLAMP, POLYNOMIAL
         )
@@ -94,22 +102,28 @@ def row_kernel(
             g = hard if KL_SHIFT == HARD else c
             e, kl_peak, decay = weigh(g * kl_factor, valid, kl_peak, ONLINE)
             kl_sum = add(kl_sum, e, decay, ONLINE)
-            t = tl.load(kl_teacher + base + cols, mask=inside, other=0.0).to(tl.float32)
-            e, klt_peak, decay = weigh(t * klt_factor, valid, klt_peak, ONLINE)
+            e, klt_peak, decay = weigh(kl_t * klt_factor, valid, klt_peak, ONLINE)
             klt_sum = add(klt_sum, e, decay, ONLINE)
             klt_student = add(klt_student, e * g, decay, ONLINE)
-            klt_teacher = add(klt_teacher, e * t, decay, ONLINE)
+            klt_teacher = add(klt_teacher, e * kl_t, decay, ONLINE)
         if NET:
             others = valid & (own == 0)
             g = hard if NET_SHIFT == HARD else c
             e, net_peak, decay = weigh(g * net_factor, others, net_peak, ONLINE)
             net_sum = add(net_sum, e, decay, ONLINE)
-            t = tl.load(net_teacher + base + cols, mask=inside, other=0.0).to(tl.float32)
+            t = kl_t
+            if not ONE_TEACHER:
+                t = tl.load(net_teacher + base + cols, mask=inside, other=0.0).to(tl.float32)
             e, nett_peak, decay = weigh(t * nett_factor, others, nett_peak, ONLINE)
             nett_sum = add(nett_sum, e, decay, ONLINE)
             nett_student = add(nett_student, e * g, decay, ONLINE)
 
     out = losses + first_row + row
+    nce_lse = 0.0
+    kl_lse = 0.0
+    klt_lse = 0.0
+    net_lse = 0.0
+    nett_lse = 0.0
     if NCE:
         top = tl.max(nce_peak, axis=0)
         nce_lse = top + tl.log2(lanes_sum(nce_sum, nce_peak, top, ONLINE))
@@ -144,14 +158,7 @@ def row_kernel(
             own = cols == own_col
             c = tl.load(student + base + cols, mask=inside, other=0.0).to(tl.float32)
             c = clamp(c, -1.0, 1.0)
-            label = zero
-            if NCE_SHIFT == 2:
-                label = tl.load(labels + base + cols, mask=inside, other=0.0).to(tl.float32)
-            soft, soft_slope, hard, hard_slope = students(
-                c, own, label, margin, cos_margin, sin_margin,
-                NCE_SHIFT, ANY_HARD, CLAMP, POLYNOMIAL,
-            )  # fmt: skip
-            slope = zero
+            keep = valid
             if NCE:
                 ids = cols
                 score = zero
@@ -160,21 +167,26 @@ def row_kernel(
                 if MASK:
                     score = tl.load(scores + base + cols, mask=inside, other=0.0).to(tl.float32)
                 keep = kept(valid, own, row_id, ids, score, threshold, IDS, MASK)
-                p = tl.where(keep, tl.exp2(soft * nce_factor - nce_lse), 0.0)
-                slope += nce_weight * soft_slope * (p - tl.where(own, 1.0, 0.0))
+            kl_t = zero
+            net_t = zero
             if KL:
-                g = hard if KL_SHIFT == HARD else c
-                t = tl.load(kl_teacher + base + cols, mask=inside, other=0.0).to(tl.float32)
-                p = tl.exp2(g * kl_factor - kl_lse) - tl.exp2(t * klt_factor - klt_lse)
-                p = kl_weight * p
-                slope += p * hard_slope if KL_SHIFT == HARD else p
+                kl_t = tl.load(kl_teacher + base + cols, mask=inside, other=0.0).to(tl.float32)
             if NET:
-                g = hard if NET_SHIFT == HARD else c
-                t = tl.load(net_teacher + base + cols, mask=inside, other=0.0).to(tl.float32)
-                p = tl.exp2(g * net_factor - net_lse) - tl.exp2(t * nett_factor - nett_lse)
-                p = tl.where(own, 0.0, net_weight * p)
-                slope += p * hard_slope if NET_SHIFT == HARD else p
-            slope = tl.where(valid, slope, 0.0)
-            if slopes.dtype.element_ty == tl.float16:
-                slope = clamp(slope, -LARGEST_HALF, LARGEST_HALF)
+                net_t = kl_t
+                if not ONE_TEACHER:
+                    net_t = tl.load(net_teacher + base + cols, mask=inside, other=0.0)
+                    net_t = net_t.to(tl.float32)
+            label = zero
+            if NCE_SHIFT == SOFT:
+                label = kl_t
+                if not TAUGHT_LABELS:
+                    label = tl.load(labels + base + cols, mask=inside, other=0.0).to(tl.float32)
+            slope = slope_of(
+                c, own, valid, keep, label, kl_t, net_t,
+                nce_lse, kl_lse, klt_lse, net_lse, nett_lse, margin, cos_margin, sin_margin,
+                nce_factor, kl_factor, klt_factor, net_factor, nett_factor,
+                nce_weight, kl_weight, net_weight,
+                NCE, KL, NET, NCE_SHIFT, KL_SHIFT, NET_SHIFT, CLAMP, POLYNOMIAL,
+                slopes.dtype.element_ty == tl.float16,
+            )  # fmt: skip
             tl.store(slopes + base + cols, slope.to(slopes.dtype.element_ty), mask=inside)

@@ -1,0 +1,170 @@
+"""Mode "stream": two sweeps over blocks of columns with a constant workspace."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from ..chunked import spans
+from .engine import Pass, add_gradients, ids_of, read_by_terms
+from .tiles import STATES, slopes_kernel, statistics_kernel
+
+# Programs of the statistics kernel: some waves on the 132 processors of an H200.
+PROGRAMS = 4 * 132
+SLOPE_ARGUMENTS = ("nce_weight", "kl_weight", "net_weight")
+
+
+class Tile(NamedTuple):
+    """Shape of a tile, column slices of its epilogue, warps and pipeline stages."""
+
+    BM: int
+    BN: int
+    BK: int
+    SLICES: int
+    num_warps: int
+    num_stages: int
+
+
+# Chosen by the ahead-of-time report: no spills, shared memory of every supported card.
+STATISTICS = {
+    (torch.float16, False): Tile(128, 256, 64, 4, 8, 3),
+    (torch.float16, True): Tile(128, 64, 64, 2, 8, 4),
+    (torch.float32, False): Tile(64, 64, 32, 1, 4, 2),
+    (torch.float32, True): Tile(64, 64, 32, 1, 4, 2),
+}
+SLOPES = {
+    (torch.float16, False): Tile(128, 256, 64, 4, 8, 3),
+    (torch.float16, True): Tile(128, 128, 64, 2, 16, 3),
+    (torch.float32, False): Tile(64, 64, 32, 1, 4, 2),
+    (torch.float32, True): Tile(64, 64, 32, 1, 4, 2),
+}
+
+
+def blocks(task: Pass) -> None:
+    """A block of rows at a time: sums over all columns, then slopes and gradients."""
+    inputs, sizes = task.inputs, task.sizes
+    padded_cols = len(task.student.cols)
+    buffers = torch.empty(
+        (1 + len(task.teachers), sizes.rows, sizes.cols),
+        dtype=task.student.rows.dtype,
+        device=inputs.rows.device,
+    )
+    want = task.gradients.rows is not None or task.gradients.cols is not None
+    # Without teacher blocks nothing limits the columns of the first sweep.
+    sweep = sizes.cols if task.teachers else padded_cols
+    for start, stop in spans(len(inputs.rows), sizes.rows):
+        rows = slice(start, stop)
+        states = first_states(task, stop - start, sweep)
+        for low, high in spans(padded_cols, sweep):
+            cols = slice(low, high)
+            fill_teachers(task, buffers, rows, cols)
+            gather(task, buffers, states, rows, cols)
+        task.losses[:, rows], row_lse = finish(task, states)
+        if not want:
+            continue
+        for low, high in spans(padded_cols, sizes.cols):
+            cols = slice(low, high)
+            fill_teachers(task, buffers, rows, cols)
+            slopes = buffers[0, : stop - start, : high - low]
+            write_slopes(task, buffers, row_lse, rows, cols)
+            add_gradients(task, slopes, rows, cols)
+
+
+def fill_teachers(task: Pass, buffers: Tensor, rows: slice, cols: slice) -> None:
+    """Products of the teachers for one block."""
+    for teacher, buffer in zip(task.teachers, buffers[1:], strict=True):
+        part = buffer[: rows.stop - rows.start, : cols.stop - cols.start]
+        teacher.block(rows, cols, part)
+
+
+def tile_of(task: Pass, table: dict[tuple[torch.dtype, bool], Tile]) -> dict[str, Any]:
+    """Tile and launch options for the operands of a pass."""
+    tile = table[task.student.rows.dtype, bool(task.teachers)]
+    even = task.student.rows.shape[1] % tile.BK == 0
+    return {**tile._asdict(), "EVEN": even}
+
+
+def first_states(task: Pass, num_rows: int, sweep: int) -> Tensor:
+    """Empty sums ``[states, splits, rows]``: fixed offsets or an unreachable peak."""
+    tile = tile_of(task, STATISTICS)
+    row_tiles = triton.cdiv(num_rows, tile["BM"])
+    splits = min(triton.cdiv(sweep, tile["BN"]), triton.cdiv(PROGRAMS, row_tiles))
+    states = torch.zeros(
+        len(STATES), splits, num_rows, dtype=torch.float32, device=task.losses.device
+    )
+    for index, name in enumerate(STATES):
+        if name.endswith("_peak"):
+            offset = task.values[name.replace("_peak", "_offset")]
+            states[index] = -1e38 if task.switches["ONLINE"] else offset
+    return states
+
+
+def gather(task: Pass, buffers: Tensor, states: Tensor, rows: slice, cols: slice) -> None:
+    """Continue the sums of a block of rows over a block of columns."""
+    inputs = task.inputs
+    tile = tile_of(task, STATISTICS)
+    num_rows, splits = rows.stop - rows.start, states.shape[1]
+    tiles = triton.cdiv(cols.stop - cols.start, tile["BN"])
+    row_ids, col_ids = ids_of(inputs)
+    values = {name: v for name, v in task.values.items() if name not in SLOPE_ARGUMENTS}
+    statistics_kernel[(triton.cdiv(num_rows, tile["BM"]), splits)](
+        task.student.rows[rows], task.student.cols,
+        *read_by_terms(inputs.layout, buffers[0], buffers[1:]), states, row_ids[rows], col_ids,
+        num_rows, len(inputs.cols), task.student.rows.shape[1],
+        task.student.rows.stride(0), task.student.cols.stride(0), buffers.stride(1),
+        cols.start, cols.stop, inputs.col_offset + rows.start, triton.cdiv(tiles, splits),
+        **values, **task.switches, **tile,
+    )  # fmt: skip
+
+
+def write_slopes(task: Pass, buffers: Tensor, row_lse: Tensor, rows: slice, cols: slice) -> None:
+    """Make the tiles of a block again and write their slopes into the first buffer."""
+    inputs = task.inputs
+    tile = tile_of(task, SLOPES)
+    num_rows = rows.stop - rows.start
+    row_ids, col_ids = ids_of(inputs)
+    values = {name: v for name, v in task.values.items() if not name.endswith("_offset")}
+    switches = {name: v for name, v in task.switches.items() if name != "ONLINE"}
+    grid = triton.cdiv(num_rows, tile["BM"]), triton.cdiv(cols.stop - cols.start, tile["BN"])
+    slopes_kernel[grid](
+        task.student.rows[rows], task.student.cols,
+        *read_by_terms(inputs.layout, buffers[0], buffers[1:]), buffers[0], row_lse,
+        row_ids[rows], col_ids,
+        num_rows, len(inputs.cols), task.student.rows.shape[1],
+        task.student.rows.stride(0), task.student.cols.stride(0), buffers.stride(1),
+        cols.start, cols.stop, inputs.col_offset + rows.start,
+        **values, **switches, **tile,
+    )  # fmt: skip
+
+
+def finish(task: Pass, states: Tensor) -> tuple[Tensor, Tensor]:
+    """Losses ``[3, rows]`` and base-2 log-sum-exps ``[5, rows]``; shares merge in fixed order."""
+    part = dict(zip(STATES, states.unbind(), strict=True))
+    has, values = task.inputs.layout, task.values
+    losses = states.new_zeros(3, states.shape[2])
+    row_lse = states.new_zeros(5, states.shape[2])
+
+    def merged(name: str, *others: str) -> tuple[Tensor, list[Tensor]]:
+        top = part[f"{name}_peak"].amax(dim=0)
+        decay = torch.exp2(part[f"{name}_peak"] - top)
+        mass = (part[f"{name}_sum"] * decay).sum(dim=0)
+        means = [(part[other] * decay).sum(dim=0) / mass for other in others]
+        return top + torch.log2(mass), means
+
+    if has.nce:
+        row_lse[0], _ = merged("nce")
+        losses[0] = row_lse[0] - part["positive"].sum(dim=0) * values["nce_factor"]
+    if has.kl:
+        row_lse[1], _ = merged("kl")
+        row_lse[2], (student, teacher) = merged("klt", "klt_student", "klt_teacher")
+        gap = teacher * values["klt_factor"] - student * values["kl_factor"]
+        losses[1] = gap + (row_lse[1] - row_lse[2])
+    if has.net and len(task.inputs.cols) > 1:  # a list of one column is empty
+        row_lse[3], _ = merged("net")
+        row_lse[4], (student,) = merged("nett", "nett_student")
+        losses[2] = row_lse[3] - student * values["net_factor"]
+    return losses * math.log(2.0), row_lse
