@@ -230,7 +230,7 @@ _cache: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {}
 
 def _compiled() -> Callable[..., tuple[Tensor, Tensor]]:
     if "step" not in _cache:
-        _cache["step"] = torch.compile(chunk_step, dynamic=False)
+        _cache["step"] = torch.compile(chunk_step, dynamic=False, fullgraph=True)
     return _cache["step"]
 
 

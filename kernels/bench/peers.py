@@ -37,6 +37,7 @@ class Contestant:
         build: Makes the loss of a problem as a function of its current leaves; raises
             `Unavailable` with the reason where it cannot.
         backend: What really runs, where a library chooses by itself.
+        family: Contestants that are checked as one.
         checked: Compared with float64 before it is timed (the plain products are not a loss).
     """
 
@@ -44,6 +45,7 @@ class Contestant:
     problems: tuple[str, ...]
     build: Callable[[Problem], Loss]
     backend: Callable[[Problem], str] = lambda _: ""
+    family: str = ""
     checked: bool = True
 
 
@@ -264,6 +266,9 @@ NO_RIVAL = ("list_mle", "global_to_local", *OBJECTIVES)
 FUSED = tuple(name for name in ROW_LOSSES if name != "list_mle")
 PRODUCTS = "GEMMs alone"
 OURS = ("ours, mode W", "ours, mode S", "ours, auto")
+# at a million columns the default workspace holds too few rows for fast gradient products
+ROOMY = "ours, mode W, 8 GiB"
+ROOMY_BYTES = 8 * 2**30
 EAGER = ("torch eager, fp32 matrices", "torch eager, bf16 matrices")
 DENSE_REFERENCE = "dense definition, fp32"
 COMPILED = "torch.compile, full matrices"
@@ -276,12 +281,13 @@ def contestants() -> dict[str, Contestant]:
         Contestant(OURS[0], FUSED, own("triton", "workspace")),
         Contestant(OURS[1], FUSED, own("triton", "stream")),
         Contestant(OURS[2], PROBLEMS, own("auto")),
+        Contestant(ROOMY, FUSED, own("triton", "workspace", workspace_bytes=ROOMY_BYTES)),
         Contestant("ours, torch path", PROBLEMS, own("torch")),
         Contestant(PRODUCTS, FUSED, products, checked=False),
         Contestant(EAGER[0], FUSED, eager(torch.float32)),
         Contestant(EAGER[1], FUSED, eager(torch.bfloat16)),
         Contestant(COMPILED, FUSED, compiled),
-        *(Contestant(CHUNKS[size], FUSED, chunks(size)) for size in CHUNK_ROWS),
+        *(Contestant(CHUNKS[size], FUSED, chunks(size), family="chunks") for size in CHUNK_ROWS),
         Contestant("inf-cl", PLAIN, inf_cl),
         Contestant("memeff", PLAIN, memeff, memeff_backend),
         Contestant("cut-cross-entropy", PLAIN, cut_cross_entropy),

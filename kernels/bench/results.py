@@ -59,14 +59,17 @@ def read(path: Path) -> dict[str, Any]:
 def resume(path: Path, fresh: dict[str, Any]) -> dict[str, Any]:
     """Rows measured before by the same code on the same kind of machine, kept.
 
-    A result of another commit, device or version is not mixed in: `fresh` comes back as it is.
+    A result of another or unknown commit, device or version is not mixed in: `fresh` comes back as
+    it is.
     """
     if not path.exists():
         return fresh
     before = read(path)
     same = ("device", "packages", "commit")
-    if before.get("schema") != SCHEMA or any(
-        before["host"].get(key) != fresh["host"].get(key) for key in same
+    if (
+        not fresh["host"]["commit"]
+        or before.get("schema") != SCHEMA
+        or any(before["host"].get(key) != fresh["host"].get(key) for key in same)
     ):
         return fresh
     known = {cell["key"]: cell for cell in before["cells"]}

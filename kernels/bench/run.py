@@ -12,7 +12,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ sys.path[:0] = [str(folder) for folder in Path(__file__).resolve().parents[1:3]]
 import torch
 from torch import Tensor
 
-from bench import checking, host, plan, problems, results, table
+from bench import checking, host, plan, problems, results, table, targets
 from bench.peers import EAGER, NO_RIVAL, Contestant, Unavailable, contestants
 from bench.problems import Problem, square
 from bench.timing import Budget, Clock, CudaClock, HostClock, interleave
@@ -33,6 +33,8 @@ CHECK_ROWS = 2048
 # seconds the last run may overshoot before the process is ended
 GRACE = 30.0
 EVALUATIONS = 10
+# part of a cell's time that compilation and first runs may not touch
+TIMING_SHARE = 0.35
 Loss = Callable[[], Tensor]
 
 
@@ -40,15 +42,19 @@ class Benchmark:
     """One run over the plan: builds, checks, times and writes as it goes."""
 
     def __init__(
-        self, device: torch.device, path: Path, document: dict[str, Any], budget: Budget, rows: int
+        self,
+        device: torch.device,
+        path: Path,
+        document: dict[str, Any],
+        budget: Budget,
+        rivals: Mapping[str, Contestant],
     ) -> None:
         self.device = device
         self.path = path
         self.document = document
         self.budget = budget
-        self.check_rows = rows
         self.clock: Clock = CudaClock() if device.type == "cuda" else HostClock()
-        self.contestants = contestants()
+        self.contestants = rivals
         self._answers: dict[tuple[Any, ...], tuple[Problem, checking.Answer, checking.Errors]] = {}
         self._verdicts: dict[tuple[Any, ...], tuple[str, checking.Errors | None]] = {}
 
@@ -78,8 +84,8 @@ class Benchmark:
             return
         losses: dict[str, Loss] = {}
         for name in names:
-            if losses and not share.allows(1.0):
-                break
+            if losses and not share.allows(TIMING_SHARE * cell.seconds):
+                break  # the rest of the cell's time belongs to those that are ready
             rows[name] = self._prepare(problem, self.contestants[name], cell, losses)
             self._release()
         samples = interleave(
@@ -97,6 +103,7 @@ class Benchmark:
     ) -> dict[str, Any]:
         """Check, build and run once; adds the loss when it may be timed."""
         row: dict[str, Any] = {"status": results.NOT_REACHED}
+        start = time.monotonic()
         reason, errors = self._verdict(contestant, problem)
         if reason:
             return {"status": reason}
@@ -104,7 +111,6 @@ class Benchmark:
             row["backend"] = contestant.backend(problem)
             loss = contestant.build(problem)
             if cell.warm:
-                start = time.monotonic()
                 self.clock.step(problem, loss)
                 row["first_call_s"] = round(time.monotonic() - start, 3)
         except Exception as error:  # a rival's failure is a result, not an end of the run
@@ -118,11 +124,16 @@ class Benchmark:
     def _verdict(
         self, contestant: Contestant, problem: Problem
     ) -> tuple[str, checking.Errors | None]:
-        """Whether the contestant is right at a small size, tried once per width and data."""
+        """Whether the contestant is right at a small size, tried once per width and data.
+
+        Rows of one family differ in a block size only, and compiling costs seconds: one of them
+        is checked.
+        """
         if not contestant.checked:
             return "", None
         shape = problem.shape
-        key = (contestant.name, problem.name, shape.width, problem.data)
+        who = contestant.family or contestant.name
+        key = (who, problem.name, shape.width, problem.data)
         if key not in self._verdicts:
             try:
                 small, answer, eager16 = self._answer(problem)
@@ -137,7 +148,7 @@ class Benchmark:
         shape = problem.shape
         key = (problem.name, shape.width, problem.data)
         if key not in self._answers:
-            rows = min(self.check_rows, shape.cols)
+            rows = min(CHECK_ROWS, shape.cols)
             # the dense float64 answer of the tokens is rows x rows x tokens
             rows = rows // 4 if problem.name.endswith("-full") else rows
             rows = rows // 4 if problem.name == "global_to_local" else rows
@@ -211,8 +222,7 @@ def end_in_time(seconds: float) -> threading.Timer:
 
 def prepare_torch() -> None:
     """TF32 for float32 products, and compilation that never falls back to eager unseen."""
-    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-    torch.backends.cuda.matmul.allow_tf32 = True
+    torch.set_float32_matmul_precision("high")
     import torch._dynamo.config as dynamo
     import torch._inductor.config as inductor
 
@@ -250,18 +260,20 @@ def main(arguments: list[str] | None = None) -> int:
         document = results.resume(path, document)
     timer = end_in_time(options.seconds + GRACE)
     prepare_torch()
-    run(device, path, document, cells, budget)
+    run(device, path, document, cells, budget, contestants())
     timer.cancel()
+    for goal in targets.check(document):
+        print(f"{goal.verdict.strip('*')}: {goal.name}: {goal.value} (must {goal.must:g})")
     print(f"{path} and {path.with_suffix('.md')} are written")
     return 0
 
 
 def run(
     device: torch.device, path: Path, document: dict[str, Any], cells: list[plan.Cell],
-    budget: Budget,
+    budget: Budget, rivals: Mapping[str, Contestant],
 ) -> None:  # fmt: skip
     """Measure the cells in order until the budget ends."""
-    benchmark = Benchmark(device, path, document, budget, CHECK_ROWS)
+    benchmark = Benchmark(device, path, document, budget, rivals)
     benchmark.machine()
     for cell, entry in zip(cells, document["cells"], strict=True):
         start = time.monotonic()

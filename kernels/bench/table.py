@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from bench import counts, targets
-from bench.peers import OURS
+from bench.peers import OURS, ROOMY
 from bench.problems import OBJECTIVES, TITLES, Shape, group_of
 
-MODE_OF = {OURS[0]: "workspace", OURS[1]: "stream"}
+MODE_OF = {OURS[0]: "workspace", ROOMY: "workspace", OURS[1]: "stream"}
 HEADER: tuple[str, ...] = (
     "contestant", "loss only, ms", "forward, ms", "backward, ms", "both, ms [p10 - p90]", "runs",
     "TFLOP/s", "% of GEMM rate", "peak, GiB", "error of loss / gradient", "predicted floor, ms",
@@ -18,7 +18,8 @@ HEADER: tuple[str, ...] = (
 
 def render(results: dict[str, Any]) -> str:
     """The whole document."""
-    parts = [_title(results), _targets(results), *_cells(results)]
+    goals = [] if results["settings"].get("sweep") else [_targets(results)]
+    parts = [_title(results), *goals, *_cells(results)]
     return "\n".join(parts).rstrip() + "\n"
 
 

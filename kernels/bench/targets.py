@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from bench.peers import CHUNKS, EAGER, OURS
+from bench.peers import CHUNKS, EAGER, OURS, ROOMY
 from bench.results import find, median
 
 SIZE = 32768
@@ -82,7 +82,7 @@ def _largest(results: dict[str, Any]) -> Target:
         cell["rows"]
         for cell in results["cells"]
         if cell["problem"] == "triple" and cell["width"] == WIDE and cell["rows"] == cell["cols"]
-        for name in OURS
+        for name in (*OURS, ROOMY)
         if median(cell["contestants"].get(name)) is not None
     ]
     name = f"three losses, d = {WIDE}: largest N on one GPU"

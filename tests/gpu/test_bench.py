@@ -58,7 +58,7 @@ def test_a_short_run(tmp_path: Path) -> None:
     cells = [plan.Cell("triple", square(2048, 256), names, 3, 60)]
     document = results.new({"packages": {}, "device": "x", "date": "", "commit": None,
                             "cuda": None, "python": ""}, cells, {})  # fmt: skip
-    run.run(GPU, tmp_path / "gpu.json", document, cells, Budget(120))
+    run.run(GPU, tmp_path / "gpu.json", document, cells, Budget(120), contestants())
     rows = document["cells"][0]["contestants"]
     assert {row["status"] for row in rows.values()} == {"measured"}
     assert document["machine"]["gemm_flops"] > 1e13 and document["machine"]["copy_bytes"] > 1e11

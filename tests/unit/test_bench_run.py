@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from bench import cpu, host, plan, plots, results, run, table, targets
+from bench import cpu, host, plan, plots, results, run, table, targets, tune
 from bench.peers import CHUNKS, EAGER, OURS, PRODUCTS, Unavailable, contestants
 from bench.plan import Cell
 from bench.problems import PROBLEMS, Problem, Shape, operations, square
@@ -299,9 +299,7 @@ def test_without_a_gpu_one_line_and_no_results(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_failing_contestant_is_named_and_the_others_go_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failing_contestant_is_named_and_the_others_go_on(tmp_path: Path) -> None:
     rows = contestants()
 
     def broken(problem: Problem) -> Any:
@@ -319,11 +317,10 @@ def test_a_failing_contestant_is_named_and_the_others_go_on(
 
     for name, build in (("broken", broken), ("wrong", wrong), ("absent", absent)):
         rows[name] = type(rows[EAGER[0]])(name, ("triple",), build)
-    monkeypatch.setattr(run, "contestants", lambda: rows)
     names = ("broken", "wrong", "absent", EAGER[0])
     cells = [Cell("triple", Shape(16, 16, 8), names, 2, 10)]
     document = results.new(HOST, cells, {})
-    run.run(torch.device("cpu"), tmp_path / "x.json", document, cells, Budget(60))
+    run.run(torch.device("cpu"), tmp_path / "x.json", document, cells, Budget(60), rows)
     found = {name: row["status"] for name, row in document["cells"][0]["contestants"].items()}
     assert found["broken"] == "failed: RuntimeError: misaligned address"
     assert found["wrong"].startswith("wrong: loss off by")
@@ -417,3 +414,13 @@ def test_host_clock_times_both_phases() -> None:
     problem = run.problems.make("info_nce", square(8, 4), torch.device("cpu"))
     took = HostClock().step(problem, contestants()[EAGER[0]].build(problem))
     assert took["both"] == pytest.approx(took["forward"] + took["backward"])
+
+
+def test_sweep_covers_every_block_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = tune.sweep()
+    for cell in tune.cells(rows):
+        assert set(cell.contestants) < set(rows) and EAGER[1] not in cell.contestants
+        assert len(cell.contestants) == 3 * len(tune.ROWS)
+    if not torch.cuda.is_available():
+        assert tune.main(["--out", str(tmp_path)]) == 0
+        assert "sweep skipped" in capsys.readouterr().out
