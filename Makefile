@@ -42,9 +42,17 @@ flickr8k: $(STAMP) versions
 
 # GPU hosts often have no network but torch already: with PYTHON=... on the command line that
 # interpreter runs as it is, beside what `make gpu-wheels` unpacked; no environment is made.
+ifeq ($(origin PYTHON),command line)
+GPU_PYTHON := $(PYTHON)
+GPU_NEEDS :=
+GPU_INSTALL := :
 GPU_PATH := $(CURDIR):$(CURDIR)/kernels$(if $(wildcard wheels/site),:$(CURDIR)/wheels/site)
-GPU_PYTHON := $(if $(filter command,$(firstword $(origin PYTHON))),$(PYTHON),$(BIN)/python)
-GPU_NEEDS := $(if $(filter command,$(firstword $(origin PYTHON))),,$(STAMP))
+else
+GPU_PYTHON := $(BIN)/python
+GPU_NEEDS := $(STAMP)
+GPU_INSTALL := $(BIN)/python -m pip install --quiet -c constraints.txt -e ".[rivals]"
+GPU_PATH := $(CURDIR):$(CURDIR)/kernels
+endif
 GPU_TESTS = $(shell grep -rlE 'mark\.gpu' tests --include='test_*.py')
 HAS_GPU = $(GPU_PYTHON) -c 'import torch; print(torch.cuda.is_available())'
 gpu gpu-test: export PYTHONPATH := $(GPU_PATH)
@@ -55,6 +63,7 @@ gpu-test: $(GPU_NEEDS)
 	else timeout --signal=INT 530 $(GPU_PYTHON) -m pytest -m gpu $(GPU_TESTS) $(ARGS); fi
 
 gpu: $(GPU_NEEDS)
+	@$(GPU_INSTALL)
 	@timeout 535 $(GPU_PYTHON) kernels/bench/run.py $(ARGS)
 
 gpu-wheels:
