@@ -145,10 +145,7 @@ def cases(names: Sequence[str] | None = None) -> Iterator[Case]:
             ):
                 tile = table[dtype, objective.taught]._asdict()
                 launch = {key: tile.pop(key) for key in ("num_warps", "num_stages")}
-                kept = dict(switches)
-                if kernel is slopes_kernel:
-                    del kept["ONLINE"]
-                yield Case(kernel, objective.name, dtype, kept | tile | {"EVEN": True}, launch)
+                yield Case(kernel, objective.name, dtype, switches | tile | {"EVEN": True}, launch)
         if names is None:
             for width in (256, 1024):
                 for kernel in (unit_kernel, unit_gradient_kernel):
@@ -158,7 +155,7 @@ def cases(names: Sequence[str] | None = None) -> Iterator[Case]:
 def types_of(case: Case) -> dict[str, str]:
     """Types of all parameters, by name."""
     pointers = {
-        "losses": "*fp32", "states": "*fp32", "row_lse": "*fp32", "norms": "*fp32",
+        "losses": "*fp32", "states": "*fp32", "row_sums": "*fp32", "norms": "*fp32",
         "grads": "*fp32", "row_ids": "*i64", "col_ids": "*i64", "vectors": "*bf16",
     }  # fmt: skip
     matrices = {
@@ -231,9 +228,7 @@ def inspect(cubin: bytes, option: str) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        done = subprocess.run(
-            [tool, option, file.name], check=True, capture_output=True, text=True
-        )
+        done = subprocess.run([tool, option, file.name], check=True, capture_output=True, text=True)
     return done.stdout
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..terms import InfoNCE, Term
-from .plan import Limits, describe, flatten, groups
+from .plan import Limits, describe, flatten, groups, pack
 
 __all__ = ["Limits", "groups", "unavailable", "weighted_mean"]
 
@@ -44,12 +44,7 @@ def weighted_mean(
     total, means, _, _ = row_losses(
         rows,
         cols,
-        matrices.tensors,
-        matrices.weights,
-        matrices.owners,
-        matrices.rounded,
-        list(scalars),
-        list(layout),
+        *pack(scalars, layout, matrices),
         None if row_ids is None else row_ids.long().contiguous(),
         None if col_ids is None else col_ids.long().contiguous(),
         col_offset,

@@ -105,31 +105,38 @@ def add(total, term, decay, ONLINE: tl.constexpr):
 
 @triton.jit
 def slope_of(
-    c, own, valid, keep, labels, kl_t, net_t, nce_lse, kl_lse, klt_lse, net_lse, nett_lse,
+    c, own, valid, keep, labels, kl_t, net_t,
+    nce_peak, kl_peak, klt_peak, net_peak, nett_peak,
+    nce_share, kl_share, klt_share, net_share, nett_share,
     margin, cos_margin, sin_margin, nce_factor, kl_factor, klt_factor, net_factor, nett_factor,
     nce_weight, kl_weight, net_weight,
     NCE: tl.constexpr, KL: tl.constexpr, NET: tl.constexpr,
     NCE_SHIFT: tl.constexpr, KL_SHIFT: tl.constexpr, NET_SHIFT: tl.constexpr,
     CLAMP: tl.constexpr, POLYNOMIAL: tl.constexpr, SATURATE: tl.constexpr,
 ):  # fmt: skip
-    """Derivative of the weighted sum of all terms by the cosine; zero in invalid cells."""
+    """Derivative of the weighted sum of all terms by the cosine; zero in invalid cells.
+
+    A probability is ``2^(logit - peak) * share`` with the share ``1 / sum`` of its row: the same
+    exponential as in the sum, so that a dominating term gives exactly one.
+    """
     ANY_HARD: tl.constexpr = NCE_SHIFT == HARD or KL_SHIFT == HARD or NET_SHIFT == HARD
     soft, soft_slope, hard, hard_slope = students(
         c, own, labels, margin, cos_margin, sin_margin, NCE_SHIFT, ANY_HARD, CLAMP, POLYNOMIAL
     )
     slope = c * 0.0
     if NCE:
-        p = tl.where(keep, tl.exp2(soft * nce_factor - nce_lse), 0.0)
+        p = tl.where(keep, tl.exp2(soft * nce_factor - nce_peak) * nce_share, 0.0)
         slope += nce_weight * soft_slope * (p - tl.where(own, 1.0, 0.0))
     if KL:
         g = hard if KL_SHIFT == HARD else c
-        p = tl.exp2(g * kl_factor - kl_lse) - tl.exp2(kl_t * klt_factor - klt_lse)
-        p = kl_weight * p
+        p = tl.exp2(g * kl_factor - kl_peak) * kl_share
+        p = kl_weight * (p - tl.exp2(kl_t * klt_factor - klt_peak) * klt_share)
         slope += p * hard_slope if KL_SHIFT == HARD else p
     if NET:
         g = hard if NET_SHIFT == HARD else c
-        p = tl.exp2(g * net_factor - net_lse) - tl.exp2(net_t * nett_factor - nett_lse)
-        p = tl.where(own, 0.0, net_weight * p)
+        p = tl.exp2(g * net_factor - net_peak) * net_share
+        p = net_weight * (p - tl.exp2(net_t * nett_factor - nett_peak) * nett_share)
+        p = tl.where(own, 0.0, p)
         slope += p * hard_slope if NET_SHIFT == HARD else p
     slope = tl.where(valid, slope, 0.0)
     if SATURATE:

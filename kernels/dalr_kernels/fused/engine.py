@@ -184,7 +184,8 @@ def whole_rows(task: Pass) -> None:
             **task.values, **task.switches, GRADIENT=want,
             **row_launch(sizes.cols),
         )  # fmt: skip
-        add_gradients(task, part, rows, everything)
+        if want:
+            add_gradients(task, part, rows, everything)
 
 
 def row_launch(num_cols: int) -> dict[str, int]:

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from . import engine
-from .plan import Layout, Limits, Matrices, Scalars
+from .plan import Limits, unpack
 
 Result = tuple[Tensor, Tensor, Tensor, Tensor]
 
 SCHEMA = (
-    "(Tensor rows, Tensor cols, Tensor[] factors, float[] factor_weights, int[] factor_owners, "
-    "int[] roundings, float[] scalars, int[] layout, Tensor? row_ids, Tensor? col_ids, "
+    "(Tensor rows, Tensor cols, Tensor[] factors, float[] numbers, int[] codes, "
+    "Tensor? row_ids, Tensor? col_ids, "
     "int col_offset, int workspace_bytes, int? chunk, str mode, bool want_rows, bool want_cols) "
     "-> (Tensor, Tensor, Tensor, Tensor)"
 )
@@ -26,11 +26,8 @@ def row_losses(
     rows: Tensor,
     cols: Tensor,
     factors: Sequence[Tensor],
-    factor_weights: Sequence[float],
-    factor_owners: Sequence[int],
-    roundings: Sequence[int],
-    scalars: Sequence[float],
-    layout: Sequence[int],
+    numbers: Sequence[float],
+    codes: Sequence[int],
     row_ids: Tensor | None,
     col_ids: Tensor | None,
     col_offset: int,
@@ -41,10 +38,8 @@ def row_losses(
     want_cols: bool,
 ) -> Result:
     """Total, mean of each term, and the total's gradients; see ``engine.run``."""
-    matrices = Matrices(list(factors), list(factor_weights), list(factor_owners), list(roundings))
-    inputs = engine.Inputs(
-        rows, cols, matrices, Scalars(*scalars), Layout(*layout), row_ids, col_ids, col_offset
-    )
+    scalars, layout, matrices = unpack(list(factors), numbers, codes)
+    inputs = engine.Inputs(rows, cols, matrices, scalars, layout, row_ids, col_ids, col_offset)
     return engine.run(inputs, Limits(workspace_bytes, chunk, mode), want_rows, want_cols)
 
 
@@ -75,7 +70,7 @@ def _backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Any, ...]:
         None if dtype is None else scaled(grad, upstream, dtype)
         for grad, dtype in zip(ctx.saved_tensors, ctx.types, strict=True)
     ]
-    return *grads, [None] * ctx.num_factors, *[None] * 13
+    return *grads, [None] * ctx.num_factors, *[None] * 10
 
 
 row_losses.register_autograd(_backward, setup_context=_keep)

@@ -172,12 +172,34 @@ def flatten(similarities: Sequence[Similarity]) -> Matrices:
     return found
 
 
+def pack(
+    scalars: Scalars, layout: Layout, matrices: Matrices
+) -> tuple[list[Tensor], list[float], list[int]]:
+    """Tensors, numbers and codes of a pass, for an operator; no list of numbers is ever empty."""
+    numbers = [*scalars, *matrices.weights]
+    return matrices.tensors, numbers, [*layout, *matrices.owners, *matrices.rounded]
+
+
+def unpack(
+    factors: list[Tensor], numbers: Sequence[float], codes: Sequence[int]
+) -> tuple[Scalars, Layout, Matrices]:
+    """The inverse of `pack`."""
+    first, middle = len(Scalars._fields), len(Layout._fields)
+    last = middle + len(factors) // 2
+    matrices = Matrices(
+        factors, list(numbers[first:]), list(codes[middle:last]), list(codes[last:])
+    )
+    return Scalars(*numbers[:first]), Layout(*codes[:middle]), matrices
+
+
 def exponents(scalars: Scalars, layout: Layout, matrices: Matrices) -> Exponents:
     """Offsets for which no sum of exponentials can overflow and no row's best term vanish.
 
     Student logits lie in +-1 / temperature, teacher logits in +-(sum of absolute weights) /
-    temperature. Terms are scaled so that the largest possible one is 2^(126 - COLUMN_BITS). If the
-    whole span does not fit the exponent range, every exponential runs with an online maximum.
+    temperature. While their span fits below 1, the offset is the largest possible logit: exponents
+    of the terms that matter are small and exact. A wider span is centred, so that the largest
+    possible term is 2^(126 - COLUMN_BITS). One that fits neither makes every exponential of the
+    pass run with an online maximum.
     """
     online = False
 
@@ -186,7 +208,8 @@ def exponents(scalars: Scalars, layout: Layout, matrices: Matrices) -> Exponents
         factor = LOG2E / temperature
         reach = bound * factor
         online |= bool(present) and 2.0 * reach > 252 - COLUMN_BITS - GUARD_BITS
-        return factor, reach - (126 - COLUMN_BITS)
+        plain = 2.0 * reach <= 126 - GUARD_BITS
+        return factor, reach if plain else reach - (126 - COLUMN_BITS)
 
     def bound(matrix: int) -> float:
         weights = zip(matrices.weights, matrices.owners, strict=True)

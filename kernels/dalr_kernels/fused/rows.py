@@ -119,36 +119,46 @@ def row_kernel(
             nett_student = add(nett_student, e * g, decay, ONLINE)
 
     out = losses + first_row + row
-    nce_lse = 0.0
-    kl_lse = 0.0
-    klt_lse = 0.0
-    net_lse = 0.0
-    nett_lse = 0.0
+    nce_share = 0.0
+    kl_share = 0.0
+    klt_share = 0.0
+    net_share = 0.0
+    nett_share = 0.0
+    nce_top = nce_offset
+    kl_top = kl_offset
+    klt_top = klt_offset
+    net_top = net_offset
+    nett_top = nett_offset
+    if ONLINE:
+        nce_top = tl.max(nce_peak, axis=0)
+        kl_top = tl.max(kl_peak, axis=0)
+        klt_top = tl.max(klt_peak, axis=0)
+        net_top = tl.max(net_peak, axis=0)
+        nett_top = tl.max(nett_peak, axis=0)
     if NCE:
-        top = tl.max(nce_peak, axis=0)
-        nce_lse = top + tl.log2(lanes_sum(nce_sum, nce_peak, top, ONLINE))
-        tl.store(out, (nce_lse - positive * nce_factor) * LN2)
+        mass = lanes_sum(nce_sum, nce_peak, nce_top, ONLINE)
+        nce_share = 1.0 / mass
+        tl.store(out, (tl.log2(mass) - (positive * nce_factor - nce_top)) * LN2)
     if KL:
-        top = tl.max(kl_peak, axis=0)
-        kl_lse = top + tl.log2(lanes_sum(kl_sum, kl_peak, top, ONLINE))
-        top = tl.max(klt_peak, axis=0)
-        mass = lanes_sum(klt_sum, klt_peak, top, ONLINE)
-        klt_lse = top + tl.log2(mass)
-        student_mean = lanes_sum(klt_student, klt_peak, top, ONLINE) / mass
-        teacher_mean = lanes_sum(klt_teacher, klt_peak, top, ONLINE) / mass
-        gap = teacher_mean * klt_factor - student_mean * kl_factor
-        tl.store(out + num_rows, (gap + (kl_lse - klt_lse)) * LN2)
+        mass = lanes_sum(kl_sum, kl_peak, kl_top, ONLINE)
+        kl_share = 1.0 / mass
+        teacher_mass = lanes_sum(klt_sum, klt_peak, klt_top, ONLINE)
+        klt_share = 1.0 / teacher_mass
+        student_mean = lanes_sum(klt_student, klt_peak, klt_top, ONLINE) * klt_share
+        teacher_mean = lanes_sum(klt_teacher, klt_peak, klt_top, ONLINE) * klt_share
+        log_q = (teacher_mean * klt_factor - klt_top) - tl.log2(teacher_mass)
+        log_r = (student_mean * kl_factor - kl_top) - tl.log2(mass)
+        tl.store(out + num_rows, (log_q - log_r) * LN2)
     if NET:
-        top = tl.max(net_peak, axis=0)
         # A list of one column is empty without its diagonal: no loss, no slope.
         empty = num_cols == 1
-        net_lse = top + tl.log2(tl.where(empty, 1.0, lanes_sum(net_sum, net_peak, top, ONLINE)))
-        top = tl.max(nett_peak, axis=0)
-        mass = tl.where(empty, 1.0, lanes_sum(nett_sum, nett_peak, top, ONLINE))
-        nett_lse = top + tl.log2(mass)
-        student_mean = lanes_sum(nett_student, nett_peak, top, ONLINE) / mass
-        loss = tl.where(empty, 0.0, (net_lse - student_mean * net_factor) * LN2)
-        tl.store(out + 2 * num_rows, loss)
+        mass = tl.where(empty, 1.0, lanes_sum(net_sum, net_peak, net_top, ONLINE))
+        net_share = 1.0 / mass
+        teacher_mass = tl.where(empty, 1.0, lanes_sum(nett_sum, nett_peak, nett_top, ONLINE))
+        nett_share = 1.0 / teacher_mass
+        student_mean = lanes_sum(nett_student, nett_peak, nett_top, ONLINE) * nett_share
+        log_r = (student_mean * net_factor - net_top) - tl.log2(mass)
+        tl.store(out + 2 * num_rows, tl.where(empty, 0.0, -log_r * LN2))
 
     if GRADIENT:
         for start in range(0, padded_cols, BLOCK):
@@ -183,7 +193,9 @@ def row_kernel(
                     label = tl.load(labels + base + cols, mask=inside, other=0.0).to(tl.float32)
             slope = slope_of(
                 c, own, valid, keep, label, kl_t, net_t,
-                nce_lse, kl_lse, klt_lse, net_lse, nett_lse, margin, cos_margin, sin_margin,
+                nce_top, kl_top, klt_top, net_top, nett_top,
+                nce_share, kl_share, klt_share, net_share, nett_share,
+                margin, cos_margin, sin_margin,
                 nce_factor, kl_factor, klt_factor, net_factor, nett_factor,
                 nce_weight, kl_weight, net_weight,
                 NCE, KL, NET, NCE_SHIFT, KL_SHIFT, NET_SHIFT, CLAMP, POLYNOMIAL,

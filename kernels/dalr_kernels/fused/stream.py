@@ -63,14 +63,14 @@ def blocks(task: Pass) -> None:
             cols = slice(low, high)
             fill_teachers(task, buffers, rows, cols)
             gather(task, buffers, states, rows, cols)
-        task.losses[:, rows], row_lse = finish(task, states)
+        task.losses[:, rows], row_sums = finish(task, states)
         if not want:
             continue
         for low, high in spans(padded_cols, sizes.cols):
             cols = slice(low, high)
             fill_teachers(task, buffers, rows, cols)
             slopes = buffers[0, : stop - start, : high - low]
-            write_slopes(task, buffers, row_lse, rows, cols)
+            write_slopes(task, buffers, row_sums, rows, cols)
             add_gradients(task, slopes, rows, cols)
 
 
@@ -121,50 +121,54 @@ def gather(task: Pass, buffers: Tensor, states: Tensor, rows: slice, cols: slice
     )  # fmt: skip
 
 
-def write_slopes(task: Pass, buffers: Tensor, row_lse: Tensor, rows: slice, cols: slice) -> None:
+def write_slopes(task: Pass, buffers: Tensor, row_sums: Tensor, rows: slice, cols: slice) -> None:
     """Make the tiles of a block again and write their slopes into the first buffer."""
     inputs = task.inputs
     tile = tile_of(task, SLOPES)
     num_rows = rows.stop - rows.start
     row_ids, col_ids = ids_of(inputs)
-    values = {name: v for name, v in task.values.items() if not name.endswith("_offset")}
-    switches = {name: v for name, v in task.switches.items() if name != "ONLINE"}
     grid = triton.cdiv(num_rows, tile["BM"]), triton.cdiv(cols.stop - cols.start, tile["BN"])
     slopes_kernel[grid](
         task.student.rows[rows], task.student.cols,
-        *read_by_terms(inputs.layout, buffers[0], buffers[1:]), buffers[0], row_lse,
+        *read_by_terms(inputs.layout, buffers[0], buffers[1:]), buffers[0], row_sums,
         row_ids[rows], col_ids,
         num_rows, len(inputs.cols), task.student.rows.shape[1],
         task.student.rows.stride(0), task.student.cols.stride(0), buffers.stride(1),
         cols.start, cols.stop, inputs.col_offset + rows.start,
-        **values, **switches, **tile,
+        **task.values, **task.switches, **tile,
     )  # fmt: skip
 
 
 def finish(task: Pass, states: Tensor) -> tuple[Tensor, Tensor]:
-    """Losses ``[3, rows]`` and base-2 log-sum-exps ``[5, rows]``; shares merge in fixed order."""
+    """Losses ``[3, rows]``, and for `slopes_kernel` shares and peaks ``[10, rows]``.
+
+    The shares of the columns merge in a fixed order.
+    """
     part = dict(zip(STATES, states.unbind(), strict=True))
     has, values = task.inputs.layout, task.values
     losses = states.new_zeros(3, states.shape[2])
-    row_lse = states.new_zeros(5, states.shape[2])
+    row_sums = states.new_zeros(10, states.shape[2])
 
-    def merged(name: str, *others: str) -> tuple[Tensor, list[Tensor]]:
+    def log_share(row: int, name: str, *means: str) -> list[Tensor]:
+        """Fill in a share and a peak; ``log2(2^peak * sum)`` less the peak, and the means."""
         top = part[f"{name}_peak"].amax(dim=0)
         decay = torch.exp2(part[f"{name}_peak"] - top)
         mass = (part[f"{name}_sum"] * decay).sum(dim=0)
-        means = [(part[other] * decay).sum(dim=0) / mass for other in others]
-        return top + torch.log2(mass), means
+        row_sums[row], row_sums[5 + row] = 1.0 / mass, top
+        return [torch.log2(mass), *((part[m] * decay).sum(dim=0) / mass for m in means)]
 
     if has.nce:
-        row_lse[0], _ = merged("nce")
-        losses[0] = row_lse[0] - part["positive"].sum(dim=0) * values["nce_factor"]
+        (log_mass,) = log_share(0, "nce")
+        positive = part["positive"].sum(dim=0)
+        losses[0] = log_mass - (positive * values["nce_factor"] - row_sums[5])
     if has.kl:
-        row_lse[1], _ = merged("kl")
-        row_lse[2], (student, teacher) = merged("klt", "klt_student", "klt_teacher")
-        gap = teacher * values["klt_factor"] - student * values["kl_factor"]
-        losses[1] = gap + (row_lse[1] - row_lse[2])
+        (log_mass,) = log_share(1, "kl")
+        teacher_log_mass, student, teacher = log_share(2, "klt", "klt_student", "klt_teacher")
+        log_q = (teacher * values["klt_factor"] - row_sums[7]) - teacher_log_mass
+        log_r = (student * values["kl_factor"] - row_sums[6]) - log_mass
+        losses[1] = log_q - log_r
     if has.net and len(task.inputs.cols) > 1:  # a list of one column is empty
-        row_lse[3], _ = merged("net")
-        row_lse[4], (student,) = merged("nett", "nett_student")
-        losses[2] = row_lse[3] - student * values["net_factor"]
-    return losses * math.log(2.0), row_lse
+        (log_mass,) = log_share(3, "net")
+        _, student = log_share(4, "nett", "nett_student")
+        losses[2] = log_mass - (student * values["net_factor"] - row_sums[8])
+    return losses * math.log(2.0), row_sums

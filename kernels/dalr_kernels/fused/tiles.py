@@ -266,23 +266,24 @@ def statistics_kernel(
 
 @triton.jit
 def slopes_kernel(
-    student_rows, student_cols, kl_teacher, net_teacher, labels, scores, slopes, row_lse,
+    student_rows, student_cols, kl_teacher, net_teacher, labels, scores, slopes, row_sums,
     row_ids, col_ids,
     num_rows, num_cols, width, row_stride, col_stride, stride, first_col, last_col, first_own,
     margin, cos_margin, sin_margin, threshold,
-    nce_factor, kl_factor, klt_factor, net_factor, nett_factor,
+    nce_factor, nce_offset, kl_factor, kl_offset, klt_factor, klt_offset,
+    net_factor, net_offset, nett_factor, nett_offset,
     nce_weight, kl_weight, net_weight,
     NCE: tl.constexpr, KL: tl.constexpr, NET: tl.constexpr,
     NCE_SHIFT: tl.constexpr, KL_SHIFT: tl.constexpr, NET_SHIFT: tl.constexpr,
     CLAMP: tl.constexpr, POLYNOMIAL: tl.constexpr, IDS: tl.constexpr, MASK: tl.constexpr,
-    ONE_TEACHER: tl.constexpr, TAUGHT_LABELS: tl.constexpr,
+    ONE_TEACHER: tl.constexpr, TAUGHT_LABELS: tl.constexpr, ONLINE: tl.constexpr,
     EVEN: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SLICES: tl.constexpr,
 ):  # fmt: skip
     """Slopes of a block [num_rows, last_col - first_col], zero beyond `num_cols`.
 
-    `row_lse` [5, num_rows] holds the base-2 log-sum-exp of InfoNCE, KL student and teacher,
-    ListNet student and teacher. Other arguments as in `statistics_kernel`.
+    `row_sums` [10, num_rows] holds the shares 1 / sum of InfoNCE, KL student and teacher, ListNet
+    student and teacher, then their peaks. Other arguments as in `statistics_kernel`.
     """
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
     start = first_col + tl.program_id(1) * BN
@@ -297,13 +298,14 @@ def slopes_kernel(
     if SLICES == 1:
         store_slopes(
             tile, cols, safe_rows, exists,
-            kl_teacher, net_teacher, labels, scores, slopes, row_lse, row_ids, col_ids,
+            kl_teacher, net_teacher, labels, scores, slopes, row_sums, row_ids, col_ids,
             num_rows, num_cols, stride, first_col, last_col, first_own,
             margin, cos_margin, sin_margin, threshold,
-            nce_factor, kl_factor, klt_factor, net_factor, nett_factor,
+            nce_factor, nce_offset, kl_factor, kl_offset, klt_factor, klt_offset,
+            net_factor, net_offset, nett_factor, nett_offset,
             nce_weight, kl_weight, net_weight,
             NCE, KL, NET, NCE_SHIFT, KL_SHIFT, NET_SHIFT, CLAMP, POLYNOMIAL, IDS, MASK,
-            ONE_TEACHER, TAUGHT_LABELS,
+            ONE_TEACHER, TAUGHT_LABELS, ONLINE,
         )  # fmt: skip
     else:
         left, right = halves(tile, BM, BN)
@@ -312,13 +314,14 @@ def slopes_kernel(
             if SLICES == 2:
                 store_slopes(
                     part, start + half * (BN // 2) + tl.arange(0, BN // 2), safe_rows, exists,
-                    kl_teacher, net_teacher, labels, scores, slopes, row_lse, row_ids, col_ids,
+                    kl_teacher, net_teacher, labels, scores, slopes, row_sums, row_ids, col_ids,
                     num_rows, num_cols, stride, first_col, last_col, first_own,
                     margin, cos_margin, sin_margin, threshold,
-                    nce_factor, kl_factor, klt_factor, net_factor, nett_factor,
+                    nce_factor, nce_offset, kl_factor, kl_offset, klt_factor, klt_offset,
+                    net_factor, net_offset, nett_factor, nett_offset,
                     nce_weight, kl_weight, net_weight,
                     NCE, KL, NET, NCE_SHIFT, KL_SHIFT, NET_SHIFT, CLAMP, POLYNOMIAL, IDS, MASK,
-                    ONE_TEACHER, TAUGHT_LABELS,
+                    ONE_TEACHER, TAUGHT_LABELS, ONLINE,
                 )  # fmt: skip
             else:
                 low, high = halves(part, BM, BN // 2)
@@ -327,28 +330,30 @@ def slopes_kernel(
                     offset = half * (BN // 2) + quarter * (BN // 4)
                     store_slopes(
                         piece, start + offset + tl.arange(0, BN // 4), safe_rows, exists,
-                        kl_teacher, net_teacher, labels, scores, slopes, row_lse, row_ids, col_ids,
+                        kl_teacher, net_teacher, labels, scores, slopes, row_sums, row_ids, col_ids,
                         num_rows, num_cols, stride, first_col, last_col, first_own,
                         margin, cos_margin, sin_margin, threshold,
-                        nce_factor, kl_factor, klt_factor, net_factor, nett_factor,
+                        nce_factor, nce_offset, kl_factor, kl_offset, klt_factor, klt_offset,
+                        net_factor, net_offset, nett_factor, nett_offset,
                         nce_weight, kl_weight, net_weight,
                         NCE, KL, NET, NCE_SHIFT, KL_SHIFT, NET_SHIFT, CLAMP, POLYNOMIAL, IDS, MASK,
-                        ONE_TEACHER, TAUGHT_LABELS,
+                        ONE_TEACHER, TAUGHT_LABELS, ONLINE,
                     )  # fmt: skip
 
 
 @triton.jit
 def store_slopes(
     tile, cols, safe_rows, exists,
-    kl_teacher, net_teacher, labels, scores, slopes, row_lse, row_ids, col_ids,
+    kl_teacher, net_teacher, labels, scores, slopes, row_sums, row_ids, col_ids,
     num_rows, num_cols, stride, first_col, last_col, first_own,
     margin, cos_margin, sin_margin, threshold,
-    nce_factor, kl_factor, klt_factor, net_factor, nett_factor,
+    nce_factor, nce_offset, kl_factor, kl_offset, klt_factor, klt_offset,
+    net_factor, net_offset, nett_factor, nett_offset,
     nce_weight, kl_weight, net_weight,
     NCE: tl.constexpr, KL: tl.constexpr, NET: tl.constexpr,
     NCE_SHIFT: tl.constexpr, KL_SHIFT: tl.constexpr, NET_SHIFT: tl.constexpr,
     CLAMP: tl.constexpr, POLYNOMIAL: tl.constexpr, IDS: tl.constexpr, MASK: tl.constexpr,
-    ONE_TEACHER: tl.constexpr, TAUGHT_LABELS: tl.constexpr,
+    ONE_TEACHER: tl.constexpr, TAUGHT_LABELS: tl.constexpr, ONLINE: tl.constexpr,
 ):  # fmt: skip
     """Slopes of a slice of a tile."""
     c = clamp(tile, -1.0, 1.0)
@@ -362,14 +367,25 @@ def store_slopes(
     kl_t = 0.0
     net_t = 0.0
     keep = valid
-    lse = row_lse + safe_rows
-    nce_lse = 0.0
-    kl_lse = 0.0
-    klt_lse = 0.0
-    net_lse = 0.0
-    nett_lse = 0.0
+    sums = row_sums + safe_rows
+    nce_share = 0.0
+    kl_share = 0.0
+    klt_share = 0.0
+    net_share = 0.0
+    nett_share = 0.0
+    nce_peak = nce_offset
+    kl_peak = kl_offset
+    klt_peak = klt_offset
+    net_peak = net_offset
+    nett_peak = nett_offset
+    if ONLINE:
+        nce_peak = tl.load(sums + 5 * num_rows)[:, None]
+        kl_peak = tl.load(sums + 6 * num_rows)[:, None]
+        klt_peak = tl.load(sums + 7 * num_rows)[:, None]
+        net_peak = tl.load(sums + 8 * num_rows)[:, None]
+        nett_peak = tl.load(sums + 9 * num_rows)[:, None]
     if NCE:
-        nce_lse = tl.load(lse)[:, None]
+        nce_share = tl.load(sums)[:, None]
         row_id = safe_rows
         ids = cols
         score = 0.0
@@ -380,12 +396,12 @@ def store_slopes(
             score = tl.load(scores + base + cell, mask=valid, other=0.0).to(tl.float32)
         keep = kept(valid, own, row_id[:, None], ids[None, :], score, threshold, IDS, MASK)
     if KL:
-        kl_lse = tl.load(lse + num_rows)[:, None]
-        klt_lse = tl.load(lse + 2 * num_rows)[:, None]
+        kl_share = tl.load(sums + num_rows)[:, None]
+        klt_share = tl.load(sums + 2 * num_rows)[:, None]
         kl_t = tl.load(kl_teacher + base + cell, mask=valid, other=0.0).to(tl.float32)
     if NET:
-        net_lse = tl.load(lse + 3 * num_rows)[:, None]
-        nett_lse = tl.load(lse + 4 * num_rows)[:, None]
+        net_share = tl.load(sums + 3 * num_rows)[:, None]
+        nett_share = tl.load(sums + 4 * num_rows)[:, None]
         net_t = kl_t
         if not ONE_TEACHER:
             net_t = tl.load(net_teacher + base + cell, mask=valid, other=0.0).to(tl.float32)
@@ -394,7 +410,9 @@ def store_slopes(
         if not TAUGHT_LABELS:
             label = tl.load(labels + base + cell, mask=valid, other=0.0).to(tl.float32)
     slope = slope_of(
-        c, own, valid, keep, label, kl_t, net_t, nce_lse, kl_lse, klt_lse, net_lse, nett_lse,
+        c, own, valid, keep, label, kl_t, net_t,
+        nce_peak, kl_peak, klt_peak, net_peak, nett_peak,
+        nce_share, kl_share, klt_share, net_share, nett_share,
         margin, cos_margin, sin_margin, nce_factor, kl_factor, klt_factor, net_factor, nett_factor,
         nce_weight, kl_weight, net_weight,
         NCE, KL, NET, NCE_SHIFT, KL_SHIFT, NET_SHIFT, CLAMP, POLYNOMIAL,
