@@ -16,7 +16,7 @@ DISK_GB := 12
 
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help train test soak flickr8k lint env clean versions
+.PHONY: help train test soak flickr8k lint env clean versions gpu gpu-test gpu-wheels kernels-bench
 
 help:
 	@echo "make train   the main job: quickstart data, teachers, DALR student, table ($(VENV) is made first)"
@@ -24,6 +24,9 @@ help:
 	@echo "make soak    long counts and full products (hours)"
 	@echo "make flickr8k  the README's real-data table (DALR_DATA=FOLDER; about an hour on 2 cores)"
 	@echo "make lint    ruff and pyright"
+	@echo "make gpu-test  all tests that need a GPU; make gpu: all GPU benchmarks (< 9 minutes each;"
+	@echo "             PYTHON=python3 takes that interpreter as it is and fetches nothing)"
+	@echo "make kernels-bench  the CPU benchmark of the losses (half an hour on 2 cores)"
 
 train: $(STAMP) versions
 	$(BIN)/accelerate launch -m dalr_scale.train $(ARGS)
@@ -36,6 +39,39 @@ soak: $(STAMP) versions
 
 flickr8k: $(STAMP) versions
 	$(BIN)/python tests/soak/flickr8k_wiki.py $(ARGS)
+
+# GPU hosts often have no network but torch already: with PYTHON=... on the command line that
+# interpreter runs as it is, beside what `make gpu-wheels` unpacked; no environment is made.
+ifeq ($(origin PYTHON),command line)
+GPU_PYTHON := $(PYTHON)
+GPU_NEEDS :=
+GPU_INSTALL := :
+GPU_PATH := $(CURDIR):$(CURDIR)/kernels$(if $(wildcard wheels/site),:$(CURDIR)/wheels/site)
+else
+GPU_PYTHON := $(BIN)/python
+GPU_NEEDS := $(STAMP)
+GPU_INSTALL := $(BIN)/python -m pip install --quiet -c constraints.txt -e ".[rivals]"
+GPU_PATH := $(CURDIR):$(CURDIR)/kernels
+endif
+GPU_TESTS = $(shell grep -rlE 'mark\.gpu' tests --include='test_*.py')
+HAS_GPU = $(GPU_PYTHON) -c 'import torch; print(torch.cuda.is_available())'
+gpu gpu-test: export PYTHONPATH := $(GPU_PATH)
+
+gpu-test: $(GPU_NEEDS)
+	@found=$$($(HAS_GPU)); \
+	if [[ $$found != True ]]; then echo "gpu tests skipped: torch sees no CUDA device"; \
+	else timeout --signal=INT 530 $(GPU_PYTHON) -m pytest -m gpu $(GPU_TESTS) $(ARGS); fi
+
+gpu: $(GPU_NEEDS)
+	@$(GPU_INSTALL)
+	@timeout 535 $(GPU_PYTHON) kernels/bench/run.py $(ARGS)
+
+gpu-wheels:
+	kernels/bench/collect_wheels.sh
+
+kernels-bench: $(STAMP)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[bench]"
+	$(BIN)/python kernels/bench/cpu.py $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
