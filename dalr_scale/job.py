@@ -1,0 +1,165 @@
+"""What a job script asks before and after training: may this job start, and start again?
+
+    python -m dalr_scale.job begin --run-dir RUN
+    python -m dalr_scale.job end --run-dir RUN --code 1 --asked no --state RUNNING --lost ""
+
+``begin`` notes the start in RUN/jobs/JOBID.json and refuses a job whose restarts lead nowhere.
+``end`` says on stderr how this start ended and who failed first, and on stdout one word for the
+script: ``requeue`` or ``leave``. The launcher hides how a run ended, so the run's own status file
+decides; what another job, or an earlier start of this one, wrote there says nothing.
+
+Standard library only: it runs beside the training processes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dalr_scale.cli import run_command
+from dalr_scale.errors import UserError
+from dalr_scale.failure import first_failure
+from dalr_scale.runstate import job_identity, read_status, write_durably, write_status
+
+MAX_FRUITLESS_RESTARTS = 3
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m dalr_scale.job", allow_abbrev=False)
+    parser.add_argument("moment", choices=("begin", "end"))
+    parser.add_argument("--run-dir", type=Path, required=True)
+    parser.add_argument("--code", type=int, default=0, help="exit status of srun")
+    parser.add_argument("--asked", choices=("yes", "no"), default="no", help="USR1 came")
+    parser.add_argument("--state", default="", help="JobState of scontrol")
+    parser.add_argument("--lost", default="", help="nodes that no longer answer")
+    args = parser.parse_args(argv)
+    if args.moment == "begin":
+        begin(args.run_dir)
+        return 0
+    again = end(args.run_dir, args.code, args.asked == "yes", args.state, args.lost)
+    print("requeue" if again else "leave")
+    return 0
+
+
+def begin(run_dir: Path) -> None:
+    """Notes this start of the job.
+
+    Raises:
+        UserError: if the first start and `MAX_FRUITLESS_RESTARTS` restarts made no progress.
+    """
+    starts = _read_starts(run_dir)
+    step = newest_step(run_dir)
+    if _fruitless(starts, step) > MAX_FRUITLESS_RESTARTS:
+        raise UserError(_no_progress(run_dir, step))
+    now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+    start = {"restart_count": _identity()[1], "checkpoint_step": step, "time": now}
+    path = _record_path(run_dir)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_durably(path, (json.dumps({"starts": [*starts, start]}, indent=1) + "\n").encode())
+
+
+def end(run_dir: Path, code: int, asked: bool, state: str, lost: str) -> bool:
+    """Tells how this start ended; returns whether the job wants to be submitted again."""
+    status = read_status(run_dir) or {}
+    own = (status.get("job_id"), status.get("restart_count")) == _identity()
+    outcome = str(status.get("outcome")) if own else "unknown"
+    reason = str(status.get("reason") or "") if own else ""
+    if outcome == "running":
+        outcome, reason = "failed", "it ended without a word"
+    if state == "CANCELLED" and outcome != "finished":
+        # for the ranks a cancelled job and a preempted one are the same signal
+        outcome, reason = "stopped", "cancelled (scancel)"
+        _write(run_dir, status, "stopped", reason)
+    again = outcome == "preempted" or (outcome in ("failed", "unknown") and bool(asked or lost))
+    if lost and outcome in ("failed", "unknown"):
+        outcome, reason = "failed", f"node {lost} no longer answers"
+        _write(run_dir, status, "failed", reason)
+    step = newest_step(run_dir)
+    if again and _fruitless(_read_starts(run_dir), step) > MAX_FRUITLESS_RESTARTS:
+        again, outcome, reason = False, "failed", _no_progress(run_dir, step)
+        _write(run_dir, status, "failed", reason)
+    _tell(run_dir, code, outcome, reason, lost)
+    return again
+
+
+def _tell(run_dir: Path, code: int, outcome: str, reason: str, lost: str) -> None:
+    lines = [f"outcome: {outcome}{f' ({reason})' if reason else ''}, exit status {code}"]
+    if lost:
+        lines.append(f"first failure: node {lost}: it no longer answers")
+    elif code and outcome in ("failed", "unknown"):
+        failure = first_failure(run_dir, *_identity())
+        lines += [failure.line()] if failure else []
+        lines += [f"doctor: {problem}" for problem in _doctors_problems(run_dir)]
+    print("\n".join(lines), file=sys.stderr, flush=True)
+
+
+def _doctors_problems(run_dir: Path) -> list[str]:
+    try:
+        found = json.loads((run_dir / "doctor.json").read_bytes())
+        mine = (found["job_id"], found["restart_count"]) == _identity()
+        return list(found["problems"]) if mine else []
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+
+
+def _write(run_dir: Path, status: dict[str, Any], outcome: Any, reason: str) -> None:
+    if status.get("job_id") not in (None, _identity()[0]):
+        return  # another job's word, which may be running in the same folder
+    try:
+        write_status(run_dir, outcome, step=int(status.get("step") or 0), reason=reason)
+    except OSError as error:
+        print(f"status.json not written: {error}", file=sys.stderr)
+
+
+def _no_progress(run_dir: Path, step: int) -> str:
+    return (
+        f"no progress over {MAX_FRUITLESS_RESTARTS} restarts: the newest checkpoint of {run_dir} "
+        f"is still that of step {step}; see {run_dir}/log, then submit the job again"
+    )
+
+
+def newest_step(run_dir: Path) -> int:
+    """Step of the newest committed checkpoint, 0 without one."""
+    steps = [
+        int(path.parent.name.removeprefix("step-"))
+        for path in run_dir.glob("checkpoints/step-*/manifest.json")
+        if path.parent.name.removeprefix("step-").isdigit()
+    ]
+    return max(steps, default=0)
+
+
+def _fruitless(starts: list[dict[str, Any]], step: int) -> int:
+    """How many of the last starts began where the run is now."""
+    count = 0
+    for start in reversed(starts):
+        if start.get("checkpoint_step") != step:
+            break
+        count += 1
+    return count
+
+
+def _identity() -> tuple[str, int]:
+    me = job_identity()
+    return str(me["job_id"]), int(me["restart_count"])
+
+
+def _record_path(run_dir: Path) -> Path:
+    return run_dir / "jobs" / f"{os.environ.get('SLURM_JOB_ID', 'none')}.json"
+
+
+def _read_starts(run_dir: Path) -> list[dict[str, Any]]:
+    try:
+        starts = json.loads(_record_path(run_dir).read_bytes())["starts"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+    return [start for start in starts if isinstance(start, dict)]
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_command(main, None))
