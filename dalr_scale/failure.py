@@ -9,6 +9,7 @@ Standard library only: the job script reads this on a node that trains.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -66,10 +67,8 @@ def record_failure(run_dir: Path, rank: int, error: BaseException) -> None:
     echo = kind != "UserError" and bool(_ECHOES.search(what))
     failure = Failure(node_name(), rank, time.time(), what.strip().splitlines()[0], echo)
     record = dataclasses.asdict(failure) | job_identity()
-    try:
+    with contextlib.suppress(OSError):
         write_durably(_record_path(run_dir, rank), (json.dumps(record) + "\n").encode())
-    except OSError:
-        pass
 
 
 def _record_path(run_dir: Path, rank: int) -> Path:

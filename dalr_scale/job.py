@@ -19,6 +19,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,23 @@ from dalr_scale.runstate import job_identity, read_status, write_durably, write_
 MAX_FRUITLESS_RESTARTS = 3
 
 
+@dataclass(frozen=True)
+class SlurmFacts:
+    """What only the job script can know.
+
+    Attributes:
+        asked: Slurm's signal came, and the script asked the ranks to stop.
+        cause: why it came.
+        state: the job's state now.
+        lost: nodes of the job that no longer answer, joined by commas.
+    """
+
+    asked: bool = False
+    cause: str = ""
+    state: str = "RUNNING"
+    lost: str = ""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m dalr_scale.job", allow_abbrev=False)
     parser.add_argument("moment", choices=("begin", "end"))
@@ -37,12 +55,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--code", type=int, default=0, help="exit status of srun")
     parser.add_argument("--asked", choices=("yes", "no"), default="no", help="USR1 came")
     parser.add_argument("--state", default="", help="JobState of scontrol")
+    parser.add_argument("--cause", default="", help="why Slurm sent the signal")
     parser.add_argument("--lost", default="", help="nodes that no longer answer")
     args = parser.parse_args(argv)
     if args.moment == "begin":
         begin(args.run_dir)
         return 0
-    again = end(args.run_dir, args.code, args.asked == "yes", args.state, args.lost)
+    slurm = SlurmFacts(args.asked == "yes", args.cause, args.state, args.lost)
+    again = end(args.run_dir, args.code, slurm)
     print("requeue" if again else "leave")
     return 0
 
@@ -64,27 +84,35 @@ def begin(run_dir: Path) -> None:
     write_durably(path, (json.dumps({"starts": [*starts, start]}, indent=1) + "\n").encode())
 
 
-def end(run_dir: Path, code: int, asked: bool, state: str, lost: str) -> bool:
-    """Tells how this start ended; returns whether the job wants to be submitted again."""
+def end(run_dir: Path, code: int, slurm: SlurmFacts) -> bool:
+    """Tells how this start ended; returns whether the job wants to be submitted again.
+
+    Args:
+        code: exit status of srun.
+    """
     status = read_status(run_dir) or {}
     own = (status.get("job_id"), status.get("restart_count")) == _identity()
     outcome = str(status.get("outcome")) if own else "unknown"
     reason = str(status.get("reason") or "") if own else ""
     if outcome == "running":
         outcome, reason = "failed", "it ended without a word"
-    if state == "CANCELLED" and outcome != "finished":
+    if outcome == "preempted" and slurm.cause:
+        reason = slurm.cause
+        _write(run_dir, status, "preempted", reason)
+    if slurm.state == "CANCELLED" and outcome != "finished":
         # for the ranks a cancelled job and a preempted one are the same signal
         outcome, reason = "stopped", "cancelled (scancel)"
         _write(run_dir, status, "stopped", reason)
-    again = outcome == "preempted" or (outcome in ("failed", "unknown") and bool(asked or lost))
-    if lost and outcome in ("failed", "unknown"):
-        outcome, reason = "failed", f"node {lost} no longer answers"
+    broken = outcome in ("failed", "unknown")
+    again = outcome == "preempted" or (broken and (slurm.asked or bool(slurm.lost)))
+    if slurm.lost and broken:
+        outcome, reason = "failed", f"node {slurm.lost} no longer answers"
         _write(run_dir, status, "failed", reason)
     step = newest_step(run_dir)
     if again and _fruitless(_read_starts(run_dir), step) > MAX_FRUITLESS_RESTARTS:
         again, outcome, reason = False, "failed", _no_progress(run_dir, step)
         _write(run_dir, status, "failed", reason)
-    _tell(run_dir, code, outcome, reason, lost)
+    _tell(run_dir, code, outcome, reason, slurm.lost)
     return again
 
 

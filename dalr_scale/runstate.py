@@ -241,9 +241,13 @@ def start_status(run_dir: Path, step: int) -> int:
     stuck = died and before.get("started_at_step") == step
     fruitless = int(before.get("starts_without_progress", 0)) + 1 if stuck else 0
     checkpoint = before.get("checkpoint")
-    fresh = {"starts_without_progress": fruitless, "started_at_step": step}
-    fresh["last_stop"] = _last_stop(before)
-    write_durably(run_dir / "status.json", json.dumps(fresh | {"checkpoint": checkpoint}).encode())
+    fresh = {
+        "starts_without_progress": fruitless,
+        "started_at_step": step,
+        "checkpoint": checkpoint,
+        "last_stop": _last_stop(before),
+    }
+    write_durably(run_dir / "status.json", json.dumps(fresh).encode())
     write_status(run_dir, "running", step=step)
     return fruitless
 

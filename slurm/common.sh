@@ -29,10 +29,12 @@ prepare_job() {
   RUN_DIR=${RUN_DIR:-$(run_dir_of "$@")}
   [[ $RUN_DIR == /* ]] || RUN_DIR=$CHECKOUT/$RUN_DIR
   export RUN_DIR
-  export PROCS_PER_NODE=${PROCS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}
+  [[ ${SLURM_GPUS_ON_NODE:-0} != 0 ]] || SLURM_GPUS_ON_NODE=1
+  export PROCS_PER_NODE=${PROCS_PER_NODE:-$SLURM_GPUS_ON_NODE}
   PORT=$((20000 + SLURM_JOB_ID % 12000)) # below the ephemeral range
   HEAD_ADDR=${HEAD_ADDR:-$(head_address)}
-  export PORT HEAD_ADDR
+  NODE_NAMES=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | paste -sd' ')
+  export PORT HEAD_ADDR NODE_NAMES
   # The launcher must pass signals on to the ranks instead of dying of them, and wait for the save.
   export PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1
   export PET_SHUTDOWN_TIMEOUT=${GRACE_SECONDS:-300}
@@ -123,12 +125,20 @@ train() {
   local rc=0 verdict
   on_nodes train_here "$@" || rc=$?
   verdict=$(job_record end --code "$rc" --asked "$asked" --state "$(job_state)" \
-    --lost "$( ((rc == 0)) || lost_nodes)") || verdict=leave
+    --cause "$(stop_cause)" --lost "$( ((rc == 0)) || lost_nodes)") || verdict=leave
   if [[ $verdict == requeue && $(job_state) != PENDING ]]; then
     scontrol requeue "$SLURM_JOB_ID" || exit 85 # saved, not finished: submit it again
     exit 0
   fi
   exit "$rc"
+}
+
+# The processes of a job divide the shards; those that are done are skipped, so it may be repeated.
+store_features() {
+  prepare_job
+  choose_container
+  interrupted=0
+  on_nodes launch dalr_scale.features "$@"
 }
 
 # Reads and writes RUN/jobs/JOBID.json; needs nothing but the standard library.
@@ -143,8 +153,20 @@ job_record() {
   "${command[@]}" "$1" --run-dir "$RUN_DIR" "${@:2}"
 }
 
-job_state() {
-  scontrol show job "$SLURM_JOB_ID" 2>/dev/null | grep -o 'JobState=[A-Z_]*' | head -n 1 | cut -d= -f2 || true
+# job_field NAME: what Slurm says of this job.
+job_field() {
+  scontrol show job "$SLURM_JOB_ID" 2>/dev/null | grep -o "\b$1=[^ ]*" | head -n 1 | cut -d= -f2 || true
+}
+
+job_state() { job_field JobState; }
+
+# Why Slurm signalled this job, as far as it says.
+stop_cause() {
+  [[ $asked == yes ]] || return 0
+  case $(job_field PreemptTime) in
+    None | "") echo "time limit near, or a signal by hand" ;;
+    *) echo "preempted by Slurm" ;;
+  esac
 }
 
 # Names of the job's nodes on which nothing can be started any more. A dead node shows minutes
@@ -200,16 +222,22 @@ enter_environment() {
     fail "no environment on $(node_name): no accelerate in $VENV/bin nor on the PATH; run 'make env', or set VENV or ENV_SETUP"
 }
 
-train_here() {
-  if [[ ${DOCTOR:-yes} != no ]]; then
+check_node() {
+  [[ ${DOCTOR:-yes} == no ]] ||
     python -m dalr_scale.doctor --head "$HEAD_ADDR" --port "$PORT" --nodes "$SLURM_NNODES" \
-      --node-rank "$SLURM_NODEID" --processes "$PROCS_PER_NODE" --run-dir "$RUN_DIR" -- "$@" || return
-  fi
-  # No precision here: the recipe decides.
+      --node-rank "$SLURM_NODEID" --processes "$PROCS_PER_NODE" --run-dir "$RUN_DIR" -- "$@"
+}
+
+# launch MODULE ARGUMENTS: this node's share of the processes. No precision: the recipe decides.
+launch() {
   accelerate launch --use_deepspeed --deepspeed_multinode_launcher standard \
     --num_machines "$SLURM_NNODES" --num_processes "$((SLURM_NNODES * PROCS_PER_NODE))" \
     --machine_rank "$SLURM_NODEID" --main_process_ip "$HEAD_ADDR" --main_process_port "$PORT" \
     --max_restarts 0 --mixed_precision no --dynamo_backend no \
-    --tee 3 --log_dir "$RUN_DIR/log/ranks/node$SLURM_NODEID" \
-    -m dalr_scale.train "$@" --run.dir "$RUN_DIR"
+    --tee 3 --log_dir "$RUN_DIR/log/ranks/node$SLURM_NODEID" -m "$@"
+}
+
+train_here() {
+  check_node "$@" || return
+  launch dalr_scale.train "$@" --run.dir "$RUN_DIR"
 }

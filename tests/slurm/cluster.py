@@ -114,7 +114,7 @@ class Cluster:
             (self.folder / name).mkdir(parents=True)
         self.folder.chmod(0o755)
         # a node may not have fewer devices than it says: terminals stand in for GPUs
-        files = "/dev/tty[0-{}]".format(GPUS_PER_NODE - 1) if GPUS_PER_NODE > 1 else "/dev/tty0"
+        files = f"/dev/tty[0-{GPUS_PER_NODE - 1}]" if GPUS_PER_NODE > 1 else "/dev/tty0"
         (self.folder / "gres.conf").write_text(f"Name=gpu File={files}\n", encoding="utf-8")
         settings = {
             "host": self.host,
