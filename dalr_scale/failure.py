@@ -107,7 +107,8 @@ def _launchers_words(run_dir: Path, job_id: str, restart: int) -> Iterator[Failu
             when, rank, code = found[1], int(found[2]), int(found[3])
             # SIGTERM is how launchers end the ranks that are left
             echo = code == -signal.SIGTERM
-            seconds = time.mktime(time.strptime(when, "%Y-%m-%d_%H:%M:%S"))
+            # launchers cut the fraction off, ranks do not
+            seconds = time.mktime(time.strptime(when, "%Y-%m-%d_%H:%M:%S")) + 1
             yield Failure(starts[-1][3], rank, seconds, _exit_text(code), echo)
 
 

@@ -98,7 +98,7 @@ class Cluster:
         self.host = socket.gethostname().partition(".")[0]
         self.conf = folder / "slurm.conf"
         self.environment = {**os.environ, "SLURM_CONF": str(self.conf), "PATH": SEARCH}
-        self._grace = grace
+        self.grace = grace
 
     # -- up and down ------------------------------------------------------------------------
 
@@ -124,7 +124,7 @@ class Cluster:
             "first": NODE_PORT,
             "last": NODE_PORT + NODES - 1,
             "gpus": GPUS_PER_NODE,
-            "grace": self._grace,
+            "grace": self.grace,
         }
         self.conf.write_text(CONF.format(**settings), encoding="utf-8")
         self._start_munge()

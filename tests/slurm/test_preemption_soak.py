@@ -1,0 +1,90 @@
+"""Ten preemptions of training on eight nodes, at random steps, dropout on: nothing is lost.
+
+make soak ARGS=tests/slurm        writes tests/soak/results/slurm_preemption.json
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from cluster import Cluster
+from common import history, status, weights_hash
+from jobs import START, Job, Jobs, write_recipe
+
+from dalr_scale.versions import version_line
+
+pytestmark = [pytest.mark.slurm, pytest.mark.soak, pytest.mark.timeout(6 * START)]
+RESULTS = Path(__file__).parents[1] / "soak" / "results" / "slurm_preemption.json"
+RUNS, PREEMPTIONS, SOAK_STEPS = 2, 5, 240
+
+
+@pytest.fixture(scope="module")
+def jobs(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Jobs:
+    return Jobs(cluster, tmp_path_factory.mktemp("soak"))
+
+
+@pytest.fixture(scope="module")
+def recipe(tiny_data: Path, jobs: Jobs) -> str:
+    return f"--config={write_recipe(tiny_data, jobs.folder / 'soak.toml', dropout=True)}"
+
+
+@pytest.fixture(scope="module")
+def reference(jobs: Jobs, recipe: str) -> Job:
+    job = jobs.submit("reference", recipe, f"--optim.steps={SOAK_STEPS}")
+    assert job.wait_for_end() == "COMPLETED", job.output[-4000:]
+    return job
+
+
+@pytest.fixture(scope="module")
+def results(jobs: Jobs) -> Iterator[list[dict]]:
+    """What each run went through; written when all of them passed."""
+    runs: list[dict] = []
+    yield runs
+    if len(runs) == RUNS:
+        record = {
+            "what": "one process on each of 8 nodes, ZeRO-2, gloo, fp32, dropout on",
+            "preemptions": RUNS * PREEMPTIONS,
+            "failures": 0,
+            "grace_seconds": jobs.cluster.grace,
+            "steps": SOAK_STEPS,
+            "runs": runs,
+            "host": f"{platform.machine()}, {version_line()}",
+        }
+        RESULTS.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+def test_the_reference_ends(reference: Job) -> None:
+    assert len(history(reference.run)) == SOAK_STEPS
+
+
+@pytest.mark.parametrize("run", range(RUNS))
+def test_preempted_five_times(
+    run: int, jobs: Jobs, recipe: str, reference: Job, results: list[dict]
+) -> None:
+    draw = random.Random(run)
+    job = jobs.submit(f"run{run}", recipe, f"--optim.steps={SOAK_STEPS}")
+    stops, step = [], 0
+    for restart in range(PREEMPTIONS):
+        job.wait_for_steps(step + draw.randint(3, 15), restarts=restart)
+        urgent = jobs.preempt(seconds=1)
+        job.wait_until_requeued(restart + 1)
+        jobs.cluster.wait_for_end(urgent, 60)
+        stopped = status(job.run)
+        assert (stopped["outcome"], stopped["reason"]) == ("preempted", "preempted by Slurm")
+        asked = (job.run / "STOP").stat().st_mtime
+        saved = (job.run / stopped["checkpoint"] / "manifest.json").stat().st_mtime
+        assert step < stopped["step"] < SOAK_STEPS
+        assert 0 < saved - asked < jobs.cluster.grace / 2
+        step = stopped["step"]
+        stops.append({"step": step, "signal_to_checkpoint_seconds": round(saved - asked, 2)})
+    assert job.wait_for_end() == "COMPLETED", job.output[-4000:]
+    assert int(job.field("Restarts")) == PREEMPTIONS
+    assert history(job.run) == history(reference.run)
+    weights = weights_hash(job.run / "final")
+    assert weights == weights_hash(reference.run / "final")
+    results.append({"stops": stops, "differing_steps": 0, "final_weights_sha256": weights})
