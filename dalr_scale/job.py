@@ -1,7 +1,7 @@
 """What a job script asks before and after training: may this job start, and start again?
 
     python -m dalr_scale.job begin --run-dir RUN
-    python -m dalr_scale.job end --run-dir RUN --code 1 --asked no --state RUNNING --lost ""
+    python -m dalr_scale.job end --run-dir RUN --code 1 --asked no --slurm "JobState=..." --lost ""
 
 ``begin`` notes the start in RUN/jobs/JOBID.json and refuses a job whose restarts lead nowhere.
 ``end`` says on stderr how this start ended and who failed first, and on stdout one word for the
@@ -15,7 +15,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -29,23 +31,61 @@ from dalr_scale.failure import first_failure
 from dalr_scale.runstate import job_identity, read_status, write_durably, write_status
 
 MAX_FRUITLESS_RESTARTS = 3
+LAST_SECONDS = 3600.0  # a signal this near to the time limit is taken for its announcement
 
 
 @dataclass(frozen=True)
 class SlurmFacts:
-    """What only the job script can know.
+    """What only Slurm and the job script know.
 
     Attributes:
         asked: Slurm's signal came, and the script asked the ranks to stop.
         cause: why it came.
-        state: the job's state now.
+        cancelled: the job is being ended, and not to be started again.
+        requeued: Slurm has submitted the job again itself.
+        out_of_time: Slurm ends the job because its time is over.
         lost: nodes of the job that no longer answer, joined by commas.
     """
 
     asked: bool = False
     cause: str = ""
-    state: str = "RUNNING"
+    cancelled: bool = False
+    requeued: bool = False
+    out_of_time: bool = False
     lost: str = ""
+
+
+def read_facts(text: str, asked: bool, lost: str) -> SlurmFacts:
+    """Reads `scontrol show job`.
+
+    While Slurm ends a job its state is COMPLETING, whoever wanted that: the other fields tell a
+    requeued job (one more restart) and one whose time is over from a cancelled one.
+    """
+    fields = dict(re.findall(r"(\w+)=(\S*)", text))
+    requeued = int(fields.get("Restarts") or 0) > _identity()[1]
+    left = _seconds(fields.get("TimeLimit", "")) - _seconds(fields.get("RunTime", "0"))
+    ending = fields.get("JobState", "RUNNING") not in ("RUNNING", "PENDING") and not requeued
+    if fields.get("PreemptTime", "None") != "None":
+        cause = "preempted by Slurm"
+    else:
+        cause = "time limit near" if left <= LAST_SECONDS else "signal to the job script"
+    return SlurmFacts(
+        asked=asked,
+        cause=cause if asked else "",
+        cancelled=ending and left > 0,
+        requeued=requeued,
+        out_of_time=ending and left <= 0,
+        lost=lost,
+    )
+
+
+def _seconds(text: str) -> float:
+    """Slurm's [DAYS-]HOURS:MINUTES:SECONDS; infinity for UNLIMITED and what is no time."""
+    match = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d+):(\d+)", text)
+    if not match:
+        return math.inf
+    days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
+    return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -54,15 +94,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--run-dir", type=Path, required=True)
     parser.add_argument("--code", type=int, default=0, help="exit status of srun")
     parser.add_argument("--asked", choices=("yes", "no"), default="no", help="USR1 came")
-    parser.add_argument("--state", default="", help="JobState of scontrol")
-    parser.add_argument("--cause", default="", help="why Slurm sent the signal")
+    parser.add_argument("--slurm", default="", help="what `scontrol show job` says")
     parser.add_argument("--lost", default="", help="nodes that no longer answer")
     args = parser.parse_args(argv)
     if args.moment == "begin":
         begin(args.run_dir)
         return 0
-    slurm = SlurmFacts(args.asked == "yes", args.cause, args.state, args.lost)
-    again = end(args.run_dir, args.code, slurm)
+    again = end(args.run_dir, args.code, read_facts(args.slurm, args.asked == "yes", args.lost))
     print("requeue" if again else "leave")
     return 0
 
@@ -99,12 +137,13 @@ def end(run_dir: Path, code: int, slurm: SlurmFacts) -> bool:
     if outcome == "preempted" and slurm.cause:
         reason = slurm.cause
         _write(run_dir, status, "preempted", reason)
-    if slurm.state == "CANCELLED" and outcome != "finished":
+    if slurm.cancelled and outcome != "finished":
         # for the ranks a cancelled job and a preempted one are the same signal
         outcome, reason = "stopped", "cancelled (scancel)"
         _write(run_dir, status, "stopped", reason)
     broken = outcome in ("failed", "unknown")
-    again = outcome == "preempted" or (broken and (slurm.asked or bool(slurm.lost)))
+    wanted = slurm.asked or slurm.out_of_time or bool(slurm.lost)
+    again = not slurm.requeued and (outcome == "preempted" or (broken and wanted))
     if slurm.lost and broken:
         outcome, reason = "failed", f"node {slurm.lost} no longer answers"
         _write(run_dir, status, "failed", reason)

@@ -124,9 +124,9 @@ train() {
   job_record begin || exit 1
   local rc=0 verdict
   on_nodes train_here "$@" || rc=$?
-  verdict=$(job_record end --code "$rc" --asked "$asked" --state "$(job_state)" \
-    --cause "$(stop_cause)" --lost "$( ((rc == 0)) || lost_nodes)") || verdict=leave
-  if [[ $verdict == requeue && $(job_state) != PENDING ]]; then
+  verdict=$(job_record end --code "$rc" --asked "$asked" --slurm "$(job_facts)" \
+    --lost "$( ((rc == 0)) || lost_nodes)") || verdict=leave
+  if [[ $verdict == requeue ]]; then
     scontrol requeue "$SLURM_JOB_ID" || exit 85 # saved, not finished: submit it again
     exit 0
   fi
@@ -153,26 +153,15 @@ job_record() {
   "${command[@]}" "$1" --run-dir "$RUN_DIR" "${@:2}"
 }
 
-# job_field NAME: what Slurm says of this job.
-job_field() {
-  scontrol show job "$SLURM_JOB_ID" 2>/dev/null | grep -o "\b$1=[^ ]*" | head -n 1 | cut -d= -f2 || true
-}
-
-job_state() { job_field JobState; }
-
-# Why Slurm signalled this job, as far as it says.
-stop_cause() {
-  [[ $asked == yes ]] || return 0
-  case $(job_field PreemptTime) in
-    None | "") echo "time limit near, or a signal by hand" ;;
-    *) echo "preempted by Slurm" ;;
-  esac
+# What Slurm says of this job, without the command line.
+job_facts() {
+  scontrol show job "$SLURM_JOB_ID" 2>/dev/null | grep -vE '^ *(Command|Comment|JobName)=' || true
 }
 
 # Names of the job's nodes on which nothing can be started any more. A dead node shows minutes
 # before Slurm gives it up; until then its job looks like any other failure.
 lost_nodes() {
-  [[ $(job_state) == RUNNING ]] || return 0
+  job_facts | grep -q 'JobState=RUNNING' || return 0
   local all=() node found
   mapfile -t all < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
   found=$(
@@ -218,6 +207,8 @@ node_name() { echo "${SLURMD_NODENAME:-$(hostname)}"; }
 enter_environment() {
   [[ -z ${ENV_SETUP:-} ]] || eval "$ENV_SETUP"
   if [[ $CONTAINER == none && -x $VENV/bin/python ]]; then PATH=$VENV/bin:$PATH; fi
+  # the code is this checkout's, also where packages come from an image
+  export PYTHONPATH=$CHECKOUT:$CHECKOUT/kernels${PYTHONPATH:+:$PYTHONPATH}
   command -v accelerate >/dev/null ||
     fail "no environment on $(node_name): no accelerate in $VENV/bin nor on the PATH; run 'make env', or set VENV or ENV_SETUP"
 }

@@ -274,7 +274,11 @@ def test_a_job_that_was_asked_is_requeued_without_a_word_of_the_run(fakes: Fakes
 
 @pytest.mark.parametrize(
     ("preempt_time", "reason"),
-    [("2026-01-01T00:00:00", "preempted by Slurm"), ("None", "time limit near, or a signal")],
+    [
+        ("2026-01-01T00:00:00", "preempted by Slurm"),
+        ("None RunTime=1-00:56:00 TimeLimit=1-01:00:00", "time limit near"),
+        ("None RunTime=00:56:00 TimeLimit=UNLIMITED", "signal to the job script"),
+    ],
 )
 def test_the_reason_of_the_stop_is_written_down(
     preempt_time: str, reason: str, fakes: Fakes
@@ -290,11 +294,27 @@ def test_the_reason_of_the_stop_is_written_down(
 def test_a_cancelled_job_stays_away(fakes: Fakes) -> None:
     """The ranks take scancel for a preemption; only Slurm knows the difference."""
     fakes.leave_status("preempted")
-    fakes.job_says("JobState=CANCELLED PreemptTime=None")
+    fakes.job_says("JobState=COMPLETING PreemptTime=None RunTime=00:01:00 TimeLimit=1-00:00:00")
     fakes.write("srun", "kill -TERM $PPID; sleep 0.3; exit 1")
     assert fakes.run().returncode == 1
     assert not fakes.requeued
     assert status_of(fakes)["outcome"] == "stopped"
+
+
+@pytest.mark.parametrize(
+    ("fields", "again"),
+    [
+        ("JobState=COMPLETING Restarts=1 TimeLimit=UNLIMITED", False),  # Slurm has done it
+        ("JobState=COMPLETING Restarts=0 RunTime=01:00:05 TimeLimit=01:00:00", True),
+    ],
+)
+def test_a_job_that_slurm_ends_for_other_reasons(fields: str, again: bool, fakes: Fakes) -> None:
+    fakes.leave_status("preempted")
+    fakes.job_says(fields)
+    fakes.write("srun", "kill -TERM $PPID; sleep 0.3; exit 1")
+    fakes.run()
+    assert fakes.requeued == again
+    assert status_of(fakes)["outcome"] == "preempted"
 
 
 def test_a_lost_node_sends_the_job_back(fakes: Fakes) -> None:
