@@ -196,12 +196,13 @@ class Cluster:
         return self.ask("sinfo", "-h", "-N", "-p", "main", "-t", state, "-o", "%N").split()
 
     def processes(self, node: str | None = None, job: str | None = None) -> list[int]:
-        """Living processes that a node runs, or that belong to a job."""
+        """Living processes that Slurm runs: those of one node, of one job, or both."""
         found = []
         for pid, environment in _environments():
-            own_node = environment.get("SLURMD_NODENAME")
-            own_job = environment.get("SLURM_JOB_ID")
-            if (node and own_node == node) or (job and own_job == job and own_node):
+            own = environment.get("SLURMD_NODENAME")
+            same_node = node is None or own == node
+            same_job = job is None or environment.get("SLURM_JOB_ID") == job
+            if own and same_node and same_job:
                 found.append(pid)
         return found
 
