@@ -86,12 +86,9 @@ def _be_examined(args: argparse.Namespace, training: list[str]) -> int:
         )
         return 1
     if good and report.gpus:
-        from dalr_scale.nccl_check import all_reduce
-
-        failure = all_reduce(args.head, args.port, args.nodes, args.node_rank)
-        if failure:
-            print(f"doctor: node {report.node}: {failure}", file=sys.stderr, flush=True)
-            return 1
+        failures = _all_reduce(args)
+        print(*(f"doctor: {f}" for f in failures), sep="\n", file=sys.stderr, flush=True)
+        good = not failures
     return 0 if good else 1
 
 
@@ -178,9 +175,9 @@ def _try_configuration(args: argparse.Namespace, training: list[str]) -> list[st
 
 
 def _all_reduce(args: argparse.Namespace) -> list[str]:
-    from dalr_scale.nccl_check import all_reduce
+    from dalr_scale.dist.nccl_check import all_reduce
 
-    failure = all_reduce(args.head, args.port, args.nodes, 0)
+    failure = all_reduce(args.head, args.port, args.nodes, args.node_rank)
     return [f"node {node_name()}: {failure}"] if failure else []
 
 

@@ -213,7 +213,7 @@ def test_a_clock_that_differs_is_measured(tmp_path: Path) -> None:
 def test_gpus_are_counted_and_sum_over_nccl(tmp_path: Path) -> None:
     import torch
 
-    from dalr_scale.nccl_check import all_reduce
+    from dalr_scale.dist.nccl_check import all_reduce
     from dalr_scale.node_report import examine
 
     count = torch.cuda.device_count()
