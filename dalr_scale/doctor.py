@@ -87,7 +87,8 @@ def _be_examined(args: argparse.Namespace, training: list[str]) -> int:
         return 1
     if good and report.gpus:
         failures = _all_reduce(args)
-        print(*(f"doctor: {f}" for f in failures), sep="\n", file=sys.stderr, flush=True)
+        for failure in failures:
+            print(f"doctor: {failure}", file=sys.stderr, flush=True)
         good = not failures
     return 0 if good else 1
 
