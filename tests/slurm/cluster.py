@@ -19,12 +19,12 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 NODES = 8
 GPUS_PER_NODE = 1
-CONTROLLER_PORT, NODE_PORT = 16817, 17101  # the first node's; below the ports of training
+PORTS = range(10000, 20000, 20)  # where to look for free ones; below the ports of training
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "srun", "scontrol", "munged", "mungekey")
 SEARCH = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
 
@@ -94,11 +94,11 @@ class Cluster:
     """The running cluster; every method that asks Slurm uses this cluster's own settings."""
 
     def __init__(self, folder: Path, *, grace: int = 60) -> None:
+        self.grace = grace
         self.folder = folder
         self.host = socket.gethostname().partition(".")[0]
         self.conf = folder / "slurm.conf"
         self.environment = {**os.environ, "SLURM_CONF": str(self.conf), "PATH": SEARCH}
-        self.grace = grace
 
     # -- up and down ------------------------------------------------------------------------
 
@@ -116,13 +116,14 @@ class Cluster:
         # a node may not have fewer devices than it says: terminals stand in for GPUs
         files = f"/dev/tty[0-{GPUS_PER_NODE - 1}]" if GPUS_PER_NODE > 1 else "/dev/tty0"
         (self.folder / "gres.conf").write_text(f"Name=gpu File={files}\n", encoding="utf-8")
+        port = _free_ports(NODES + 1)  # another cluster may run on this host
         settings = {
             "host": self.host,
             "folder": self.folder,
-            "controller_port": CONTROLLER_PORT,
+            "controller_port": port,
             "nodes": NODES,
-            "first": NODE_PORT,
-            "last": NODE_PORT + NODES - 1,
+            "first": port + 1,
+            "last": port + NODES,
             "gpus": GPUS_PER_NODE,
             "grace": self.grace,
         }
@@ -133,7 +134,7 @@ class Cluster:
             self.start_node(number)
         try:
             self.wait(lambda: len(self.nodes("idle")) == NODES, 60, "all nodes idle")
-        except TimeoutError as error:
+        except (TimeoutError, RuntimeError) as error:
             raise NoSlurm(f"{error}; see {self.folder}/log") from error
 
     def _start_munge(self) -> None:
@@ -248,6 +249,16 @@ class Cluster:
             if time.monotonic() > deadline:
                 raise TimeoutError(f"{what}: not within {seconds:.0f} s")
             time.sleep(0.25)
+
+
+def _free_ports(count: int) -> int:
+    """The first of `count` neighbouring ports that nobody listens on."""
+    for first in PORTS:
+        with ExitStack() as sockets, suppress(OSError):
+            for port in range(first, first + count):
+                sockets.enter_context(socket.create_server(("", port)))
+            return first
+    raise NoSlurm(f"no {count} free ports from {PORTS.start} to {PORTS.stop}")
 
 
 def _environments() -> Iterator[tuple[int, dict[str, str]]]:

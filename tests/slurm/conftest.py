@@ -15,8 +15,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     try:
         install()
         running.start()
+        yield running
     except NoSlurm as error:
-        running.stop()
         pytest.skip(f"no Slurm here: {error}")
-    yield running
-    running.stop()
+    finally:
+        running.stop()
