@@ -16,11 +16,12 @@ DISK_GB := 12
 
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help train test soak flickr8k lint env clean versions gpu gpu-test gpu-wheels kernels-bench
+.PHONY: help train test soak flickr8k lint env clean versions gpu gpu-test gpu-wheels kernels-bench slurm-test
 
 help:
 	@echo "make train   the main job: quickstart data, teachers, DALR student, table ($(VENV) is made first)"
 	@echo "make test    all tests that need no GPU"
+	@echo "make slurm-test  the job scripts on a Slurm cluster of 8 nodes on this host (installs it as root)"
 	@echo "make soak    long counts and full products (hours)"
 	@echo "make flickr8k  the README's real-data table (DALR_DATA=FOLDER; about an hour on 2 cores)"
 	@echo "make lint    ruff and pyright"
@@ -32,7 +33,10 @@ train: $(STAMP) versions
 	$(BIN)/accelerate launch -m dalr_scale.train $(ARGS)
 
 test: $(STAMP) versions
-	$(BIN)/python -m pytest -m "not soak" $(ARGS)
+	$(BIN)/python -m pytest -m "not soak and not slurm" $(ARGS)
+
+slurm-test: $(STAMP) versions
+	$(BIN)/python -m pytest -m "slurm and not soak" tests/slurm $(ARGS)
 
 soak: $(STAMP) versions
 	$(BIN)/python -m pytest -m soak $(ARGS)

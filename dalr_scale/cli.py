@@ -19,6 +19,7 @@ COMMANDS = {
     "evaluate": "score a sentence encoder",
     "export": "a run's encoder as a folder for other tools",
     "plan": "dry run: batch arithmetic, memory, bytes, time",
+    "doctor": "check this node, or all nodes of a job, before training",
 }
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Literal
 
-from dalr_scale.runstate import World
+from dalr_scale.runstate import World, job_identity
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ class StopFlag:
 
     Args:
         run_dir: folder whose file STOP ends the run: empty means `stopped`, the word `requeue`
-            (written by the job script) means `preempted`.
+            (written by the job script, with the job and its restart) means `preempted`.
         limit_seconds: wall-clock limit counted from here; None or 0 for none.
         clock: seconds; replaced in tests.
     """
@@ -114,11 +114,19 @@ class StopFlag:
         self._caught = max(self._caught, code)
 
     def clear_stale(self, world: World) -> None:
-        """Remove a STOP left by an earlier run; all ranks call it once, before the first poll."""
-        if world.rank == 0 and self._path.exists():
+        """Remove a STOP left by an earlier run; all ranks call it once, before the first poll.
+
+        The job script's wish for this very start stays: its signal may come while torch is loading.
+        """
+        if world.rank == 0 and self._path.exists() and not self._is_for_this_start():
             self._path.unlink(missing_ok=True)
             logger.info("removed a STOP file from before this start")
         world.barrier()
+
+    def _is_for_this_start(self) -> bool:
+        me = job_identity()
+        start = f"requeue {me['job_id']} {me['restart_count']}"
+        return me["job_id"] is not None and self._read_file() == start
 
     def poll(self, *, read_file: bool = True) -> StopReason | None:
         """This rank's reason to stop so far, without asking the others (for waits and loops)."""
@@ -147,7 +155,7 @@ class StopFlag:
             word = self._read_file()
         if word is None:
             return 0
-        return StopReason.REQUEUE if word == "requeue" else StopReason.STOP_FILE
+        return StopReason.REQUEUE if word.startswith("requeue") else StopReason.STOP_FILE
 
     def _read_file(self) -> str | None:
         try:

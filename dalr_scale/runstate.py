@@ -213,6 +213,7 @@ def write_status(
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "starts_without_progress": before.get("starts_without_progress", 0),
         "started_at_step": before.get("started_at_step", step),
+        "last_stop": before.get("last_stop"),
         **job_identity(),
     }
     write_durably(run_dir / "status.json", (json.dumps(status, indent=1) + "\n").encode())
@@ -240,10 +241,26 @@ def start_status(run_dir: Path, step: int) -> int:
     stuck = died and before.get("started_at_step") == step
     fruitless = int(before.get("starts_without_progress", 0)) + 1 if stuck else 0
     checkpoint = before.get("checkpoint")
-    fresh = {"starts_without_progress": fruitless, "started_at_step": step}
-    write_durably(run_dir / "status.json", json.dumps(fresh | {"checkpoint": checkpoint}).encode())
+    fresh = {
+        "starts_without_progress": fruitless,
+        "started_at_step": step,
+        "checkpoint": checkpoint,
+        "last_stop": _last_stop(before),
+    }
+    write_durably(run_dir / "status.json", json.dumps(fresh).encode())
     write_status(run_dir, "running", step=step)
     return fruitless
+
+
+def _last_stop(before: dict[str, Any]) -> dict[str, Any] | None:
+    """How the start before this one ended, None on the first one."""
+    if "outcome" not in before:
+        return None
+    stop = {key: before.get(key) for key in ("outcome", "step", "reason", "time", "job_id")}
+    stop["restart_count"] = before.get("restart_count")
+    if before["outcome"] == "running":
+        stop |= {"outcome": "failed", "reason": "ended without a word: killed, or its node failed"}
+    return stop
 
 
 # The run folder belongs to one job

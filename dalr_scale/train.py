@@ -20,12 +20,18 @@ from dalr_scale.cli import calm_threads, run_command
 from dalr_scale.config import Config, load_config, recipe_names
 from dalr_scale.config_text import help_text
 from dalr_scale.errors import UserError
+from dalr_scale.failure import record_failure
 
 log = logging.getLogger("dalr_scale.train")  # not "__main__"
 MAX_FRUITLESS_STARTS = 3
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    return train(configuration(argv))
+
+
+def configuration(argv: Sequence[str] | None = None) -> Config:
+    """The configuration that the command's arguments describe."""
     parser = argparse.ArgumentParser(
         prog="accelerate launch -m dalr_scale.train",
         description="Train a sentence encoder with DALR.",
@@ -37,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--config", help="recipe name, TOML file or run folder (default quickstart)"
     )
     options, overrides = parser.parse_known_args(argv)
-    return train(load_config(options.config, overrides))
+    return load_config(options.config, overrides)
 
 
 def train(config: Config) -> int:
@@ -59,12 +65,13 @@ def train(config: Config) -> int:
                 return _train_in_world(config, world)
             except UserError as error:
                 return _refuse(error, config, world)
-            except Exception:
+            except Exception as error:
                 # a rank that dies silently leaves the others waiting: leave at once, and say why
+                record_failure(config.run_dir, world.rank, error)
                 log.exception("rank %d failed", world.rank)
                 if world.rank != 0:  # whose log goes to its file only
                     traceback.print_exc()
-                _record_failure(config, world)
+                _mark_failed(config, world)
                 sys.stderr.flush()
                 os._exit(1)
     finally:
@@ -76,13 +83,14 @@ def _refuse(error: UserError, config: Config, world: Any) -> int:
     who = "" if world.rank == 0 else f" on rank {world.rank}"
     print(f"error{who}: {error}", file=sys.stderr, flush=True)
     log.debug("refused: %s", error)
-    _record_failure(config, world)
+    record_failure(config.run_dir, world.rank, error)
+    _mark_failed(config, world)
     if world.size > 1:
         os._exit(2)
     return 2
 
 
-def _record_failure(config: Config, world: Any) -> None:
+def _mark_failed(config: Config, world: Any) -> None:
     """Marks the run as failed, if it is this process that the status file calls running."""
     from dalr_scale.runstate import read_status, write_status
 

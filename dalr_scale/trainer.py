@@ -267,7 +267,7 @@ class Trainer:
             return False
         self._check_continuable(checkpoint)
         self._arm("loading")
-        self.engine.load(checkpoint.path)
+        self.engine.load(checkpoint.path, checkpoint.manifest.world_size)
         state = checkpoint.state
         self.step, self._saved_step = state.step, state.step
         self.best_score, self.best_step = state.best_score, state.best_step
@@ -286,10 +286,12 @@ class Trainer:
                 "objective.tail=drop in a new run"
             )
         saved = checkpoint.manifest.world_size
-        if saved != self.world.size and self.config.engine.kind != "ddp":
-            raise UserError(
-                f"{checkpoint.path} was saved by {saved} ranks and this run has "
-                f"{self.world.size}: ZeRO states are cut by rank; start {saved} processes"
+        if saved != self.world.size and self.world.rank == 0:
+            log.warning(
+                "saved by %d ranks, going on with %d: the same batches in the same order; losses "
+                "to rounding, dropout masks are others",
+                saved,
+                self.world.size,
             )
 
     def _state(self) -> RunState:

@@ -22,15 +22,21 @@ PACKAGES = (
 )
 
 
-def version_line() -> str:
-    """Python, processors and package versions in one line."""
-    parts = [f"python {platform.python_version()}", f"{len(os.sched_getaffinity(0))} cores"]
+def versions() -> dict[str, str]:
+    """Python and package versions by name, "absent" for what is not installed; imports nothing."""
+    found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
-            parts.append(f"{name} {metadata.version(name)}")
+            found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
-            parts.append(f"{name} absent")
-    return ", ".join(parts)
+            found[name] = "absent"
+    return found
+
+
+def version_line() -> str:
+    """Python, processors and package versions in one line."""
+    parts = [f"{name} {version}" for name, version in versions().items()]
+    return ", ".join([parts[0], f"{len(os.sched_getaffinity(0))} cores", *parts[1:]])
 
 
 if __name__ == "__main__":

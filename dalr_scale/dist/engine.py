@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from dalr_scale.config import Config
 from dalr_scale.dist.ds_config import ds_config
+from dalr_scale.dist.reshard import load_resharded
 from dalr_scale.dist.world import World
 from dalr_scale.errors import UserError
 from dalr_scale.optim import set_learning_rate
@@ -46,7 +47,7 @@ class Engine(Protocol):
     def backward(self, loss: Tensor) -> None: ...
     def step(self, lr: float) -> StepResult: ...
     def save(self, folder: Path) -> None: ...
-    def load(self, folder: Path) -> None: ...
+    def load(self, folder: Path, saved_ranks: int) -> None: ...
     def full_state(self, prefix: str) -> dict[str, Tensor]: ...
 
 
@@ -124,9 +125,13 @@ class DeepSpeedEngine:
         """Engine state of all ranks; called by all ranks."""
         self.engine.save_checkpoint(str(folder), tag="engine")
 
-    def load(self, folder: Path) -> None:
+    def load(self, folder: Path, saved_ranks: int) -> None:
         """Restores all ranks' state from `folder` without running anything stored in it."""
         allow_deepspeed_globals()
+        if saved_ranks != self.world.size:
+            rank, size = self.world.rank, self.world.size
+            load_resharded(self.engine, folder / "engine", saved_ranks, rank, size)
+            return
         path, _ = self.engine.load_checkpoint(str(folder), tag="engine")
         if path is None:
             raise UserError(f"{folder} holds no engine state; choose another checkpoint")
@@ -215,7 +220,8 @@ class PlainEngine:
             state = {"model": self.module.state_dict(), "optimizer": self.optimizer.state_dict()}
             torch.save(state, folder / "engine.pt")
 
-    def load(self, folder: Path) -> None:
+    def load(self, folder: Path, saved_ranks: int) -> None:
+        del saved_ranks  # every rank holds everything
         state = torch.load(folder / "engine.pt", map_location=self.world.device, weights_only=True)
         self.module.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])

@@ -377,24 +377,6 @@ def test_the_exported_encoder_loads_in_other_tools(sharded: Path) -> None:
     assert ours.std() > 0.01
 
 
-def test_sharded_states_name_the_number_of_ranks_they_need(
-    launch: Launch, sharded: Path, folder: Path
-) -> None:
-    shutil.copytree(sharded, folder / "cut")
-    (folder / "cut" / "status.json").unlink()
-    words = (
-        "--engine.kind=zero3",
-        "--batch.micro_size=5",
-        "--optim.steps=6",
-        "--eval.every=1",
-        "--optim.lr=0.3",
-    )
-    refused = launch("cut", *words)
-    assert refused.codes == (2,), refused.output
-    assert "saved by 2 ranks and this run has 1" in refused.output
-    assert "start 2 processes" in refused.output and "Traceback" not in refused.output
-
-
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this launch is right on a GPU host")
 def test_a_launch_that_would_start_one_process_is_refused(launch: Launch, folder: Path) -> None:
     words = ("-m", "dalr_scale.train", f"--config={folder / 'tiny.toml'}")

@@ -445,3 +445,29 @@ def test_state_survives_json() -> None:
 def test_states_that_make_no_sense_are_refused(change: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=f"run state: {next(iter(change))}"):
         runstate.RunState.from_json(state_at(1).to_json() | change)
+
+
+def test_the_status_tells_how_the_start_before_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.delenv("SLURM_RESTART_COUNT", raising=False)
+    start_status(tmp_path, 0)
+    assert read_status(tmp_path)["last_stop"] is None  # type: ignore[index]
+    write_status(tmp_path, "preempted", step=5, reason="preempted by Slurm")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    start_status(tmp_path, 5)
+    write_status(tmp_path, "running", step=6)  # a checkpoint does not forget it
+    status = read_status(tmp_path) or {}
+    assert (status["restart_count"], status["last_stop"]["restart_count"]) == (1, 0)
+    last = {key: status["last_stop"][key] for key in ("outcome", "step", "reason", "job_id")}
+    assert last == {
+        "outcome": "preempted",
+        "step": 5,
+        "reason": "preempted by Slurm",
+        "job_id": "7",
+    }
+    start_status(tmp_path, 6)  # it was killed
+    last = (read_status(tmp_path) or {})["last_stop"]
+    assert (last["outcome"], last["restart_count"]) == ("failed", 1)
+    assert "without a word" in last["reason"]

@@ -89,6 +89,28 @@ def test_stale_stop_file_is_removed_at_start(tmp_path: Path) -> None:
     assert flag.agree(WORLD) is None
 
 
+@pytest.mark.parametrize(
+    ("job", "restarts", "word", "kept"),
+    [
+        ("7", "1", "requeue 7 1\n", True),
+        ("7", "2", "requeue 7 1\n", False),
+        ("8", "1", "requeue 7 1\n", False),
+        ("7", "1", "", False),
+        ("", "", "requeue None 0\n", False),
+    ],
+)
+def test_a_wish_for_this_very_start_stays(
+    job: str, restarts: str, word: str, kept: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The job script's signal may come while torch is loading, before this is looked at."""
+    for name, value in (("SLURM_JOB_ID", job), ("SLURM_RESTART_COUNT", restarts)):
+        monkeypatch.setenv(name, value) if value else monkeypatch.delenv(name, raising=False)
+    (tmp_path / "STOP").write_text(word)
+    flag = StopFlag(tmp_path)
+    flag.clear_stale(WORLD)
+    assert flag.agree(WORLD) == (StopReason.REQUEUE if kept else None)
+
+
 def test_time_limit(tmp_path: Path) -> None:
     now = [100.0]
     flag = StopFlag(tmp_path, limit_seconds=60, clock=lambda: now[0])

@@ -42,6 +42,7 @@ def train(
     ranks: int = 1,
     end_at: tuple[int, str] | None = None,
     environment: Mapping[str, str] | None = None,
+    patience: float = 120,
 ) -> Outcome:
     """Runs the training command in `ranks` fresh processes and waits for them.
 
@@ -51,6 +52,7 @@ def train(
         end_at: after this many steps, ``"STOP"`` touches the file and ``"SIGTERM"`` sends the
             signal to the last rank.
         environment: further variables.
+        patience: seconds that a process may take.
     """
     base = {"OMP_NUM_THREADS": "1", **(environment or {})}
     base |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
@@ -63,7 +65,7 @@ def train(
         processes.append(process)
     try:
         for process in processes:
-            process.join(timeout=120)
+            process.join(timeout=patience)
     finally:
         for process in processes:
             if process.is_alive():

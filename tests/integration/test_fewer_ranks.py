@@ -1,0 +1,37 @@
+"""A ZeRO run goes on with another number of ranks: same batches, same losses to rounding."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from common import history, records, status, tiny_config, write_config
+from launching import train
+
+NO_DROPOUT = (
+    "--model.architecture.hidden_dropout_prob=0.0",
+    "--model.architecture.attention_probs_dropout_prob=0.0",
+)
+
+
+@pytest.mark.parametrize("kind", ["zero1", "zero2", "zero3"])
+def test_two_ranks_then_three_then_one(kind: str, tiny_data: Path, tmp_path: Path) -> None:
+    """Adam's states and the fp32 weights are cut anew twice, in both directions."""
+    file = write_config(tiny_config(tiny_data, {"data.workers": 0}), tmp_path / "tiny.toml")
+    words = [f"--config={file}", f"--engine.kind={kind}", "--eval.every=0", *NO_DROPOUT]
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    outcome = train([*words, f"--run.dir={whole}"], tmp_path / "whole.log", ranks=2)
+    assert outcome.codes == (0, 0), outcome.output
+    words.append(f"--run.dir={run}")
+    for ranks, end in ((2, (4, "STOP")), (3, (8, "STOP")), (1, None)):
+        outcome = train(words, tmp_path / f"{ranks}.log", ranks=ranks, end_at=end)
+        assert set(outcome.codes) == {0}, outcome.output
+    assert "saved by 3 ranks, going on with 1" in outcome.output
+    assert status(run)["outcome"] == "finished"
+    found, wanted = history(run), history(whole)
+    assert [line[:3] for line in found] == [line[:3] for line in wanted]
+    assert found[:4] == wanted[:4]
+    for one, other in zip(found, wanted, strict=True):
+        assert float.fromhex(one[3]) == pytest.approx(float.fromhex(other[3]), rel=1e-5)
+    norms = [[r["grad_norm"] for r in records(folder)] for folder in (run, whole)]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4)

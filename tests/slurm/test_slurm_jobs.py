@@ -1,0 +1,273 @@
+"""The job scripts on a real Slurm with eight nodes: finished, preempted, cancelled, out of time,
+with a node killed, on fewer nodes, and wrong from the start.
+
+The tests stand in the order in which they run: one run, `chain`, is disturbed in four ways one
+after the other and must end as the undisturbed one. Dropout is off, so that the same holds on four
+nodes; with dropout it is shown by `test_preemption_soak.py`.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path
+
+import pytest
+from cluster import Cluster
+from common import history, records, status, tiny_config, weights_hash
+from jobs import REPOSITORY, SECRET, START, STEPS, Job, Jobs, files_with, write_recipe
+from launching import train
+
+from dalr_scale.assembly import build_streams
+
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(2 * START)]
+FAIL_WITHIN = 60  # seconds from the start of a job that cannot work
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("jobs")
+
+
+@pytest.fixture(scope="module")
+def jobs(cluster: Cluster, folder: Path) -> Jobs:
+    return Jobs(cluster, folder)
+
+
+@pytest.fixture(scope="module")
+def recipe(tiny_data: Path, folder: Path) -> str:
+    return f"--config={write_recipe(tiny_data, folder / 'tiny.toml')}"
+
+
+@pytest.fixture(scope="module")
+def reference(jobs: Jobs, recipe: str) -> Job:
+    """The undisturbed run on eight nodes."""
+    job = jobs.submit("reference", recipe)
+    assert job.wait_for_end() == "COMPLETED", job.output[-4000:]
+    return job
+
+
+@pytest.fixture(scope="module")
+def chain(jobs: Jobs, recipe: str, reference: Job) -> Iterator[list[Job]]:
+    """The jobs of the disturbed run so far, newest last."""
+    chain: list[Job] = []
+    yield chain
+    for job in chain:
+        if job.field("JobState") in ("RUNNING", "PENDING"):
+            jobs.cluster.ask("scancel", job.number)
+
+
+def same_until_now(run: Path, reference: Path) -> None:
+    """Every step so far has the reference's batch and, to the last bit, its loss."""
+    found = history(run)
+    assert found == history(reference)[: len(found)]
+
+
+# -- an undisturbed run ---------------------------------------------------------------------------
+
+
+def test_eight_nodes_train_like_eight_processes(reference: Job, recipe: str, folder: Path) -> None:
+    log = folder / "host.log"
+    host = train([recipe, f"--run.dir={folder / 'host'}"], log, ranks=8, patience=START)
+    assert set(host.codes) == {0}, host.output[-4000:]
+    for rank in range(8):
+        assert f"rank {rank}: rank {rank} of a world of 8 on cpu" in reference.output
+        assert (reference.run / "log" / f"rank{rank}.log").is_file()
+    found, wanted = history(reference.run), history(folder / "host")
+    assert [line[:3] for line in found] == [line[:3] for line in wanted]
+    assert len(found) == STEPS
+    losses = [[float.fromhex(line[3]) for line in lines] for lines in (found, wanted)]
+    difference = max(abs(a - b) for a, b in zip(*losses, strict=True))
+    print(f"largest difference of a step's loss: {difference:.1e}")
+    assert difference <= 1e-6
+    assert status(reference.run)["outcome"] == "finished"
+
+
+def test_the_nodes_were_checked_and_leave_no_cache(reference: Job) -> None:
+    assert "doctor: 8 nodes agree" in reference.output
+    scratch = Path(os.environ.get("TMPDIR", "/tmp"))
+    assert not list(scratch.glob(f"dalr-{reference.number}-*"))
+    assert "outcome: finished" in reference.output
+
+
+# -- one run, disturbed again and again -----------------------------------------------------------
+
+
+def test_a_cancelled_job_ends_cleanly(jobs: Jobs, recipe: str, chain: list[Job], reference: Job):
+    job = jobs.submit("chain", recipe)
+    chain.append(job)
+    job.wait_for_steps(12)
+    jobs.cluster.ask("scancel", job.number)
+    assert job.wait_for_end(90) == "CANCELLED"
+    job.wait_until_gone()
+    after = status(job.run)
+    assert (after["outcome"], after["reason"]) == ("stopped", "cancelled (scancel)")
+    assert after["checkpoint"] == f"checkpoints/step-{after['step']}" and after["step"] >= 12
+    time.sleep(15)  # longer than Slurm holds a requeued job back
+    assert job.field("JobState") == "CANCELLED" and job.field("Restarts") == "0"
+    same_until_now(job.run, reference.run)
+
+
+def test_a_preempted_job_saves_in_time_and_runs_again(
+    jobs: Jobs, recipe: str, chain: list[Job], reference: Job
+) -> None:
+    before = status(chain[-1].run)["step"]
+    job = jobs.submit("chain", recipe)
+    chain.append(job)
+    job.wait_for_steps(before + 8)
+    urgent = jobs.preempt()
+    job.wait_until_requeued(1)
+    assert jobs.cluster.wait_for_end(urgent, 60) == "COMPLETED"
+    stopped = status(job.run)
+    assert (stopped["outcome"], stopped["reason"]) == ("preempted", "preempted by Slurm")
+    asked = (job.run / "STOP").stat().st_mtime  # the signal; the checkpoint is older than this
+    saved = (job.run / stopped["checkpoint"] / "manifest.json").stat().st_mtime
+    print(f"checkpoint {saved - asked:.1f} s after the signal, grace {jobs.cluster.grace} s")
+    assert 0 < saved - asked < jobs.cluster.grace / 2
+    assert before < stopped["step"] < STEPS
+    same_until_now(job.run, reference.run)
+    job.wait_for_steps(stopped["step"] + 8, restarts=1)
+    now = status(job.run)
+    assert now["restart_count"] == 1 and now["outcome"] == "running"
+    last = now["last_stop"]
+    assert (last["outcome"], last["reason"]) == ("preempted", "preempted by Slurm")
+    assert (last["step"], last["restart_count"]) == (stopped["step"], 0)
+    assert f"resumed at step {stopped['step']}" in job.output
+
+
+def test_a_job_out_of_time_saves_and_runs_again(
+    jobs: Jobs, chain: list[Job], reference: Job
+) -> None:
+    """The limit is put so near that Slurm's next look, within half a minute, sends the signal."""
+    job = chain[-1]
+    frozen = job.rank_process("n8")
+    os.kill(frozen, signal.SIGSTOP)  # the run must not be over by then
+    try:
+        running = time.time() - datetime.fromisoformat(job.field("StartTime")).timestamp()
+        minutes = int(running // 60) + 3  # the script's signal comes 5 minutes before the end
+        jobs.cluster.ask("scontrol", "update", f"jobid={job.number}", f"timelimit={minutes}")
+        jobs.cluster.wait((job.run / "STOP").exists, 90, "the signal")
+    finally:
+        os.kill(frozen, signal.SIGCONT)
+    job.wait_until_requeued(2)
+    stopped = status(job.run)
+    assert stopped["outcome"] == "preempted" and "time limit near" in stopped["reason"]
+    asked = (job.run / "STOP").stat().st_mtime
+    saved = (job.run / stopped["checkpoint"] / "manifest.json").stat().st_mtime
+    assert 0 < saved - asked < 60
+    jobs.cluster.ask("scontrol", "update", f"jobid={job.number}", "timelimit=UNLIMITED")
+    same_until_now(job.run, reference.run)
+
+
+def test_a_killed_node_sends_the_job_back(jobs: Jobs, chain: list[Job], reference: Job) -> None:
+    job = chain[-1]
+    job.wait_for_steps(status(job.run)["step"] + 8, restarts=2)
+    assert jobs.cluster.kill_node(3) >= 3  # launcher, rank and shell
+    job.wait_until_requeued(3)
+    job.wait_until_gone()
+    assert "first failure: node n3: it no longer answers" in job.output
+    assert status(job.run)["outcome"] == "failed"
+    same_until_now(job.run, reference.run)
+
+
+def test_fewer_nodes_go_on_where_eight_were(
+    jobs: Jobs, recipe: str, chain: list[Job], reference: Job, tiny_data: Path
+) -> None:
+    """While n3 is away: another job takes a copy of the run to its end, on four nodes."""
+    run = shutil.copytree(chain[-1].run, jobs.folder / "four")
+    for name in ("status.json", ".lock"):  # the copy belongs to nobody yet
+        (run / name).unlink(missing_ok=True)
+    job = jobs.submit("four", recipe, options=("--nodes=4",))
+    assert job.wait_for_end() == "COMPLETED", job.output[-4000:]
+    assert "rank 3 of a world of 4" in job.output
+    assert "saved by 8 ranks, going on with 4" in job.output
+    found, wanted = history(run), history(reference.run)
+    assert [line[:3] for line in found] == [line[:3] for line in wanted]
+    pairs = [(float.fromhex(a[3]), float.fromhex(b[3])) for a, b in zip(found, wanted, strict=True)]
+    worst = max(abs(one - other) for one, other in pairs)
+    print(f"largest difference of a step's loss on four nodes: {worst:.1e}")
+    assert worst <= 1e-5
+    plan = build_streams(tiny_config(tiny_data)).plan
+    for kind, batches in (("text", plan.n_text), ("pair", plan.n_pair)):
+        steps = [s for s in range(len(found)) if plan.kind(s) == kind]
+        for start in range(0, len(steps) - batches + 1, batches):  # every whole pass
+            items = [int(i) for s in steps[start : start + batches] for i in plan.batch_ids(s)]
+            assert len(items) == len(set(items)) == batches * 24
+
+
+def test_the_disturbed_run_ends_as_the_undisturbed_one(
+    jobs: Jobs, chain: list[Job], reference: Job
+) -> None:
+    jobs.cluster.start_node(3)
+    job = chain[-1]
+    assert job.wait_for_end() == "COMPLETED", job.output[-4000:]
+    assert int(job.field("Restarts")) == 3
+    assert status(job.run)["outcome"] == "finished" and status(job.run)["restart_count"] == 3
+    assert history(job.run) == history(reference.run)
+    assert weights_hash(job.run / "final") == weights_hash(reference.run / "final")
+
+
+# -- jobs that cannot work ------------------------------------------------------------------------
+
+
+def test_the_rank_that_failed_first_is_named(jobs: Jobs, recipe: str) -> None:
+    """Killed as the kernel kills what takes too much memory; its peer's error is an echo."""
+    job = jobs.submit("killed", recipe, options=("--nodes=2",))
+    job.wait_for_steps(3)
+    node = jobs.cluster.ask("scontrol", "show", "hostnames", job.field("NodeList")).split()[1]
+    os.kill(job.rank_process(node), signal.SIGKILL)
+    assert job.wait_for_end(120) == "FAILED"
+    job.wait_until_gone()
+    assert f"first failure: node {node}, rank 1: killed by SIGKILL" in job.output
+
+
+@pytest.fixture(scope="module")
+def other_version(folder: Path) -> dict[str, str]:
+    """Node n5 finds another version of accelerate before the installed one."""
+    info = folder / "other" / "accelerate-1.15.99.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: accelerate\nVersion: 1.15.99\n")
+    path = f"{folder / 'other'}:$PYTHONPATH"
+    return {"ENV_SETUP": f'if [[ $SLURMD_NODENAME == n5 ]]; then export PYTHONPATH="{path}"; fi'}
+
+
+MISTAKES = {
+    "wrong-config": (("--optim.lr_rate=1",), {}, "unknown key in [optim] 'lr_rate'"),
+    "wrong-batch": (("--batch.global_size=25",), {}, "equal shares for 8 ranks"),
+    "missing-shards": (("--data.pairs=/no/such/train-*.tar",), {}, "/no/such/train-*.tar"),
+    "no-output": ((), {"RUN_DIR": "/proc/none/run"}, "run folder /proc/none/run cannot be made"),
+    "other-version": ((), None, "node n5: accelerate is 1.15.99, on the other nodes "),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_ends_the_job_at_once(
+    name: str, jobs: Jobs, recipe: str, other_version: dict[str, str]
+) -> None:
+    words, environment, reason = MISTAKES[name]
+    environment = other_version if environment is None else environment
+    job = jobs.submit(name, recipe, *words, environment=environment)
+    assert job.wait_for_end(120) == "FAILED"
+    print(f"{name}: failed after {job.seconds():.0f} s")
+    assert job.seconds() < FAIL_WITHIN
+    assert reason in "\n".join(job.output.splitlines()[-4:]), job.output[-3000:]
+    job.wait_until_gone()
+    assert job.field("Restarts") == "0"
+
+
+# -- at the very end ------------------------------------------------------------------------------
+
+
+def test_no_secret_was_written(jobs: Jobs, reference: Job) -> None:
+    """Slurm keeps its users' environment in its own state folder; nothing of ours does."""
+    assert files_with(jobs.cluster.folder / "state", SECRET)  # control: it was there to be found
+    assert files_with(jobs.folder, SECRET) == []
+    for path in REPOSITORY.iterdir():
+        if path.is_dir() and path.name not in (".git", ".venv", "tests"):
+            assert files_with(path, SECRET) == []
+    assert not (REPOSITORY / ".deepspeed_env").exists()
+    assert {r["kind"] for r in records(reference.run)} == {"train"}  # and the scan saw a run
