@@ -23,6 +23,8 @@ BLOCK = 512
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 SHARD_EXTENSIONS = frozenset((*IMAGE_EXTENSIONS, "txt", "json", "npy"))
 FEATURE_SUFFIX = ".features.tar"
+TOKENS_SUFFIX = ".tokens.tar"
+BESIDE_SUFFIXES = (FEATURE_SUFFIX, TOKENS_SUFFIX)  # tars that belong to a shard, and are none
 
 _ZERO_BLOCK = bytes(BLOCK)
 _LONG_NAME_LIMIT = 4096  # bytes of a GNU long name
@@ -283,8 +285,8 @@ def _checked_name(raw: bytes) -> str:
 def expand_shards(patterns: Sequence[str], root: Path | None = None) -> list[Path]:
     """Expand files, folders, globs and brace ranges to a sorted list of shard files.
 
-    ``data/pairs-{000000..000006}.tar``, ``data/*.tar`` and ``data`` are all understood. Feature
-    shards (``*.features.tar``) are left out of folders and globs.
+    ``data/pairs-{000000..000006}.tar``, ``data/*.tar`` and ``data`` are all understood. What
+    lies beside a shard (``*.features.tar``, ``*.tokens.tar``) is left out of folders and globs.
 
     Args:
         patterns: what to expand.
@@ -317,7 +319,7 @@ def _match(text: str, root: Path | None) -> list[Path]:
         candidates = [path]
     else:
         raise UserError(f"{path}: no such file; check the path")
-    return [p for p in candidates if p.is_file() and not p.name.endswith(FEATURE_SUFFIX)]
+    return [p for p in candidates if p.is_file() and not p.name.endswith(BESIDE_SUFFIXES)]
 
 
 def _expand_braces(pattern: str) -> list[str]:

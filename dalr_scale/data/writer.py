@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, BinaryIO
 
 from dalr_scale.data.index import index_path
-from dalr_scale.data.shards import FEATURE_SUFFIX, SHARD_EXTENSIONS
+from dalr_scale.data.shards import BESIDE_SUFFIXES, SHARD_EXTENSIONS
 from dalr_scale.errors import UserError
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ class ShardSetWriter:
             output: folder of the shards, created when missing.
             prefix: start of the file names; letters, digits, ``-`` and ``_``.
             samples_per_shard: samples in every shard but the last.
-            overwrite: replace an earlier set of the same prefix, with its indexes and features.
+            overwrite: replace an earlier set of the same prefix, with all that lies beside it.
 
         Raises:
             UserError: the set exists and ``overwrite`` is off, or an argument is unusable.
@@ -132,8 +132,9 @@ class ShardSetWriter:
     def _publish(self) -> None:
         for old in self._existing() if self._overwrite else []:
             index_path(old).unlink(missing_ok=True)
-            for features in old.parent.glob(f"{old.stem}.*{FEATURE_SUFFIX}"):
-                features.unlink()
+            for suffix in BESIDE_SUFFIXES:
+                for beside in old.parent.glob(f"{old.stem}.*{suffix}"):
+                    beside.unlink()
             if old.name not in self._names:
                 old.unlink()
         for name in self._names:
