@@ -44,6 +44,11 @@ class OnlineTeachers:
     num_tokens: int = 0
     student_ids: bool = False
 
+    @property
+    def read_sentences(self) -> bool:
+        """Whether a teacher reads sentences rather than the student's token ids."""
+        return bool(self.texts) and not self.student_ids
+
     def batch(self, batch: Batch, *, with_text: bool) -> TeacherBatch:
         """The frozen features of a batch, stored ones as they are, the others computed here.
 

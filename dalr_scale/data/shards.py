@@ -297,7 +297,7 @@ def expand_shards(patterns: Sequence[str], root: Path | None = None) -> list[Pat
     """
     found: dict[Path, None] = {}
     for pattern in patterns:
-        matches = [path for text in _expand_braces(pattern) for path in _match(text, root)]
+        matches = [path for text in expand_braces(pattern) for path in _match(text, root)]
         if not matches:
             raise UserError(f"no shard matches {pattern!r}; check the path (root: {root or '.'})")
         found.update(dict.fromkeys(matches))
@@ -309,7 +309,7 @@ def expand_shards(patterns: Sequence[str], root: Path | None = None) -> list[Pat
 def _match(text: str, root: Path | None) -> list[Path]:
     # Streaming readers run commands and open URLs given as file names; this list takes files only.
     if text == "-" or re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", text):
-        raise UserError(f"{text!r} is a URL or a command; download it first and name the file")
+        raise UserError(f"{text!r} is a URL or a command; name a file")
     path = (root or Path()) / text
     if path.is_dir():
         candidates = sorted(path.glob("*.tar"))
@@ -322,7 +322,7 @@ def _match(text: str, root: Path | None) -> list[Path]:
     return [p for p in candidates if p.is_file() and not p.name.endswith(BESIDE_SUFFIXES)]
 
 
-def _expand_braces(pattern: str) -> list[str]:
+def expand_braces(pattern: str) -> list[str]:
     """Expand the innermost brace first: ``{a,b}`` lists and ``{000..010}`` ranges."""
     found = re.search(r"\{([^{}]*)\}", pattern)
     if not found:
@@ -336,4 +336,4 @@ def _expand_braces(pattern: str) -> list[str]:
     else:
         choices = found[1].split(",")
     head, tail = pattern[: found.start()], pattern[found.end() :]
-    return [text for choice in choices for text in _expand_braces(head + choice + tail)]
+    return [text for choice in choices for text in expand_braces(head + choice + tail)]

@@ -172,6 +172,21 @@ class Source:
         """Pickle without open files; a spawned worker opens its own."""
         return {**self.__dict__, "_cache": OrderedDict()}
 
+    def quarantine(self) -> list[str]:
+        """Name the damaged lines and samples that the indexes have set aside."""
+        listed = [file for file in self._files if file.header.aside]
+        return [line for file in listed for line in file.load().quarantine(incomplete=False)]
+
+    def used_samples(self) -> np.ndarray:
+        """Return which samples have an item, bool [num_samples]; the others are set aside."""
+        return np.concatenate([_used(file) for file in self._files])
+
+    def use_ids(self, encoding: Encoding) -> None:
+        """Read token ids too where all shards have them stored (see ``has_ids``)."""
+        self._encoding = encoding
+        self.has_ids = self._find_ids()
+        self._cache.clear()
+
     def feature_dim(self, role: str) -> int:
         """Return the width of a role's features.
 
@@ -368,6 +383,8 @@ class Source:
         for file in self._files:
             missing = file.header.samples - file.header.images
             if missing:
+                missing = int((_used(file) & (file.load().samples["image_size"] == 0)).sum())
+            if missing:
                 raise UserError(
                     f"{file.shard}: {missing} of {file.header.samples} samples have no picture; "
                     "prepare the shard from pictures, or use stored features"
@@ -397,8 +414,15 @@ def _starts(counts: list[int]) -> np.ndarray:
     return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]).astype(np.int64)
 
 
+def _used(file: IndexFile) -> np.ndarray:
+    """Which samples of a shard have an item: bool [samples]."""
+    return np.bincount(file.load().items["sample"], minlength=file.header.samples) > 0
+
+
 def _fingerprint(files: list[IndexFile], feature_sums: list[str]) -> str:
     lines = [f"{file.header.sha256} {file.header.items} {file.header.samples}" for file in files]
+    aside = [file for file in files if file.header.aside]
+    lines += [f"aside {file.load().aside.tobytes().hex()}" for file in aside]
     return hashlib.sha256("\n".join(["source 1", *lines, *feature_sums]).encode()).hexdigest()
 
 

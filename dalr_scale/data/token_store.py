@@ -38,7 +38,7 @@ from dalr_scale.errors import UserError
 SCHEMA = 1
 STORED_TOKENS = 512  # ids kept of one item; longer ones are cut by every loader anyway
 
-_ARRAYS = frozenset(("values", "offsets", "crc32"))
+TOKEN_ARRAYS = frozenset(("values", "offsets", "crc32"))
 _REMEDY = "remove it and run dalr-scale tokens again"
 _PROBES = 256
 _BLOCK = 4096
@@ -190,7 +190,7 @@ def open_tokens(
     path = tokens_path(shard, tokenizer_sha256)
     if not path.exists():
         return None
-    packed = PackedTar(path, _ARRAYS, _REMEDY)
+    packed = PackedTar(path, TOKEN_ARRAYS, _REMEDY)
     manifest = packed.manifest
     header = header or ensure_index(shard).header
     if manifest.get("schema") != SCHEMA or manifest.get("tokenizer_sha256") != tokenizer_sha256:
