@@ -29,6 +29,7 @@ from dalr_scale.data.packed import (
     changed_rows,
     digest,
     gather_rows,
+    peek_manifest,
     row_sums,
     write_packed,
 )
@@ -232,6 +233,28 @@ def open_features(shard: Path, name: str, header: IndexHeader | None = None) -> 
     if sums is not None and len(sums) != rows:
         raise packed.malformed(f"has {len(sums)} checksums for {rows} rows")
     return FeatureTable(path, level, dim, rows, manifest, values, offsets, sums)
+
+
+def feature_facts(shard: Path, name: str, header: IndexHeader) -> tuple[str, int, str]:
+    """Return level, width and SHA-256 of a feature set from its manifest alone.
+
+    For lists of thousands of shards; the arrays are checked when the set is opened.
+
+    Raises:
+        UserError: as ``open_features``, as far as the manifest shows it.
+    """
+    path = features_path(shard, name)
+    try:
+        manifest = peek_manifest(path)
+    except UserError:
+        manifest = None
+    if manifest is not None and manifest.get("shard_sha256") == header.sha256:
+        facts = manifest.get("level"), manifest.get("dim"), manifest.get("values_sha256")
+        level, dim, sha256 = facts
+        if isinstance(level, str) and isinstance(dim, int) and isinstance(sha256, str):
+            return level, dim, sha256
+    table = open_features(shard, name, header)
+    return table.level, table.dim, table.manifest["values_sha256"]
 
 
 def _checked_manifest(packed: PackedTar, name: str) -> dict[str, Any]:

@@ -210,12 +210,19 @@ def index_path(shard: Path) -> Path:
 
 def current_index(shard: Path) -> IndexFile | None:
     """Return the index beside the shard if it is there, whole, and of this state of the shard."""
-    path = index_path(shard)
-    if not path.exists():
-        return None
-    header = read_header(path)
-    if header is None or header.file_size != _status(path).st_size:
-        return None
+    path = f"{shard}.idx"  # thousands of shards pass here: strings are faster than paths
+    try:
+        descriptor = open_regular(path)
+    except UserError as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            return None
+        raise
+    try:
+        header = IndexHeader.unpack(read_exactly(descriptor, _HEADER.size, 0))
+        if header is None or header.file_size != os.fstat(descriptor).st_size:
+            return None
+    finally:
+        os.close(descriptor)
     status = _status(shard)
     if header.shard_size != status.st_size or header.mtime_ns != status.st_mtime_ns:
         return None

@@ -73,7 +73,7 @@ def sample_key(name: str) -> str:
     return "".join(c if c.isprintable() and c not in ".\\" else "_" for c in plain)
 
 
-def open_regular(path: Path) -> int:
+def open_regular(path: Path | str) -> int:
     """Open a regular file for reading and return its descriptor; pipes and devices are refused."""
     try:
         # O_NONBLOCK: opening a named pipe would otherwise wait for a writer for ever.
@@ -122,12 +122,15 @@ def walk_tar(
     """
     descriptor = open_regular(path)
     try:
-        yield from _walk(descriptor, path, extensions)
+        yield from walk_descriptor(descriptor, path, extensions)
     finally:
         os.close(descriptor)
 
 
-def _walk(descriptor: int, path: Path, extensions: frozenset[str] | None) -> Iterator[Member]:
+def walk_descriptor(
+    descriptor: int, path: Path, extensions: frozenset[str] | None
+) -> Iterator[Member]:
+    """``walk_tar`` of an open file."""
     file_size = os.fstat(descriptor).st_size
     _refuse_foreign_formats(descriptor, path)
     seen: set[str] = set()
@@ -303,7 +306,7 @@ def expand_shards(patterns: Sequence[str], root: Path | None = None) -> list[Pat
         found.update(dict.fromkeys(matches))
     if not found:
         raise UserError("no shards were named; give at least one file, folder or pattern")
-    return sorted(found)
+    return sorted(found, key=str)
 
 
 def _match(text: str, root: Path | None) -> list[Path]:
@@ -314,12 +317,12 @@ def _match(text: str, root: Path | None) -> list[Path]:
     if path.is_dir():
         candidates = sorted(path.glob("*.tar"))
     elif glob.has_magic(text):
-        candidates = sorted(Path(name) for name in glob.glob(str(path)))
+        candidates = [Path(name) for name in sorted(glob.glob(str(path)))]
     elif path.exists():
         candidates = [path]
     else:
         raise UserError(f"{path}: no such file; check the path")
-    return [p for p in candidates if p.is_file() and not p.name.endswith(BESIDE_SUFFIXES)]
+    return [p for p in candidates if not p.name.endswith(BESIDE_SUFFIXES) and os.path.isfile(p)]
 
 
 def expand_braces(pattern: str) -> list[str]:

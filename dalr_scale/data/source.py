@@ -18,7 +18,12 @@ from typing import TypeVar
 
 import numpy as np
 
-from dalr_scale.data.features_store import FeatureTable, open_features
+from dalr_scale.data.features_store import (
+    FeatureTable,
+    feature_facts,
+    features_path,
+    open_features,
+)
 from dalr_scale.data.index import IndexFile, ShardIndex, ensure_index
 from dalr_scale.data.packed import places
 from dalr_scale.data.shards import open_regular, read_exactly
@@ -34,6 +39,7 @@ from dalr_scale.errors import UserError
 
 TOKENS = "tokens"  # the role whose features are one vector per token
 _IMAGE_ROLES = ("image", "caption")
+_OPENED_AT_START = 128  # shards whose feature sets are checked in full before the first batch
 _MAPS = 20_000  # memory maps of one process; the kernel's usual limit is 65,530
 _RETRY_SECONDS = (1.0, 5.0)  # before the second and the third try of a read that failed
 _NO_FEATURES: Mapping[str, str] = MappingProxyType({})
@@ -370,7 +376,8 @@ class Source:
         if self._encoding is None or self._encoding.max_length > STORED_TOKENS:
             return False
         sha256 = self._encoding.tokenizer_sha256
-        missing = [shard for shard in self.shards if not tokens_path(shard, sha256).exists()]
+        names = {folder: set(os.listdir(folder)) for folder in {s.parent for s in self.shards}}
+        missing = [s for s in self.shards if tokens_path(s, sha256).name not in names[s.parent]]
         if missing and len(missing) < len(self.shards):
             _log.warning(
                 "%d of %d shards have no stored token ids (%s ...): tokenising while reading; "
@@ -391,22 +398,28 @@ class Source:
                 )
 
     def _audit_features(self) -> tuple[dict[str, int], list[str]]:
-        """Open every feature set once: equal widths over the shards, levels that fit the roles."""
+        """Look at every feature set: equal widths over the shards, levels that fit the roles.
+
+        The sets of the first shards are opened as a whole, those of a long list when they are read.
+        """
         dims: dict[str, int] = {}
         sums: list[str] = []
-        for file in self._files:
-            for role, name in sorted(self._features.items()):
-                table = open_features(file.shard, name, file.header)
-                if (table.level == "token") != (role == TOKENS):
+        roles = sorted(self._features.items())
+        for number, file in enumerate(self._files):
+            for role, name in roles:
+                if number < _OPENED_AT_START:
+                    open_features(file.shard, name, file.header)
+                level, dim, sha256 = feature_facts(file.shard, name, file.header)
+                if (level == "token") != (role == TOKENS):
+                    path = features_path(file.shard, name)
+                    raise UserError(f"{path}: level {level} cannot serve as {role!r} features")
+                if dims.setdefault(role, dim) != dim:
+                    path = features_path(file.shard, name)
                     raise UserError(
-                        f"{table.path}: level {table.level} cannot serve as {role!r} features"
-                    )
-                if dims.setdefault(role, table.dim) != table.dim:
-                    raise UserError(
-                        f"{table.path}: width {table.dim}, but {dims[role]} in other shards; "
+                        f"{path}: width {dim}, but {dims[role]} in other shards; "
                         "compute these features again with one model"
                     )
-                sums.append(f"{role} {table.manifest['values_sha256']}")
+                sums.append(f"{role} {sha256}")
         return dims, sums
 
 
