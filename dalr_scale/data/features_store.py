@@ -5,7 +5,7 @@ The feature set NAME of ``X.tar`` is ``X.NAME.features.tar`` with three members:
     00000000.manifest.json  what the values are and which state of the shard they belong to
     00000000.values.npy     float16, C order
     00000000.offsets.npy    int64 [rows + 1], level ``token`` only
-    00000000.crc32.npy      uint32 [rows], the checksum of each row (absent in the oldest files)
+    00000000.sums.npy       uint32 [rows], the checksum of each row (absent in the oldest files)
 
 A row is a sample of the shard (level ``sample``) or an item of it (``item``, ``token``). At level
 ``token`` the values of row i are ``values[offsets[i]:offsets[i + 1]]``. The values are
@@ -39,7 +39,7 @@ from dalr_scale.errors import UserError
 LEVELS = ("sample", "item", "token")
 SCHEMA = 1
 
-_ARRAYS = frozenset(("values", "offsets", "crc32"))
+_ARRAYS = frozenset(("values", "offsets", "sums"))
 _REMEDY = "compute these features again"
 _HALF = np.dtype("<f2")
 
@@ -196,7 +196,7 @@ def write_features(
         "values_sha256": _digest(half, offsets),
     }
     arrays = {"values": half} | ({} if offsets is None else {"offsets": offsets})
-    write_packed(path, manifest, arrays | {"crc32": row_sums(half, offsets)})
+    write_packed(path, manifest, arrays | {"sums": row_sums(half, offsets)})
     return path
 
 
@@ -229,7 +229,7 @@ def open_features(shard: Path, name: str, header: IndexHeader | None = None) -> 
     _check_shape(path, values, level, offsets, header.samples, header.items)
     if values.shape[1] != dim or rows != (header.samples if level == "sample" else header.items):
         raise packed.malformed("has a manifest that disagrees with its values")
-    sums = packed.array("crc32", CRC, 1) if packed.has("crc32") else None
+    sums = packed.array("sums", CRC, 1) if packed.has("sums") else None
     if sums is not None and len(sums) != rows:
         raise packed.malformed(f"has {len(sums)} checksums for {rows} rows")
     return FeatureTable(path, level, dim, rows, manifest, values, offsets, sums)

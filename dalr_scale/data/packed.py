@@ -1,9 +1,9 @@
 """Packed records: one small WebDataset tar of whole arrays beside a shard.
 
-Such a tar holds one sample: a manifest and a few ``.npy`` members, with a row for every item (or
-sample) of the shard. The arrays are memory-mapped where they lie in the tar, so that a batch costs
-a few array operations and not a few Python calls per row. Nothing is unpickled, and every size is
-compared with the file before anything is mapped.
+Such a tar holds one sample: a manifest (its first member) and a few ``.npy`` members, with a row
+for every item (or sample) of the shard. The arrays are memory-mapped where they lie in the tar, so
+that a batch costs a few array operations and not a few Python calls per row. Nothing is unpickled,
+and every size is compared with the file before anything is mapped.
 """
 
 from __future__ import annotations

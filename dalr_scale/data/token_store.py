@@ -5,7 +5,7 @@
     00000000.manifest.json  tokenizer, special tokens, and which state of the shard
     00000000.values.npy     uint16 (uint32 for vocabularies beyond 65,536), the ids of all items
     00000000.offsets.npy    int64 [items + 1]
-    00000000.crc32.npy      uint32 [items], the checksum of each row
+    00000000.sums.npy       uint32 [items], the checksum of each row
 
 Ids are stored without special tokens and before any truncation, so that one set serves every
 ``max_length``: a row is PREFIX + its first ids + SUFFIX, which is what the tokenizer gives.
@@ -38,7 +38,7 @@ from dalr_scale.errors import UserError
 SCHEMA = 1
 STORED_TOKENS = 512  # ids kept of one item; longer ones are cut by every loader anyway
 
-TOKEN_ARRAYS = frozenset(("values", "offsets", "crc32"))
+TOKEN_ARRAYS = frozenset(("values", "offsets", "sums"))
 _REMEDY = "remove it and run dalr-scale tokens again"
 _PROBES = 256
 _BLOCK = 4096
@@ -174,7 +174,7 @@ def write_tokens(
         "values_sha256": digest([values, offsets]),
     }
     path = tokens_path(shard, tokenizer_sha256)
-    arrays = {"values": values, "offsets": offsets, "crc32": row_sums(values, offsets)}
+    arrays = {"values": values, "offsets": offsets, "sums": row_sums(values, offsets)}
     write_packed(path, manifest, arrays)
     return path
 
@@ -203,7 +203,7 @@ def open_tokens(
     prefix, suffix = (tuple(part or ()) for part in special)
     dtype = _LONG if packed.itemsize("values") == _LONG.itemsize else _SHORT
     values = packed.array("values", dtype, 1)
-    offsets, sums = packed.array("offsets", OFFSET, 1), packed.array("crc32", CRC, 1)
+    offsets, sums = packed.array("offsets", OFFSET, 1), packed.array("sums", CRC, 1)
     rising = bool(np.all(np.diff(offsets) >= 0)) and offsets[0] == 0
     if not rising or offsets[-1] != len(values):
         raise packed.malformed("has offsets that do not rise from 0 to the number of ids")
