@@ -14,9 +14,10 @@ import torch
 import webdataset as wds
 from PIL import Image
 
+from dalr_scale.data.batch import Batch
 from dalr_scale.data.features_store import write_features
 from dalr_scale.data.index import ensure_index
-from dalr_scale.data.loader import Batch, make_loader
+from dalr_scale.data.loader import make_loader
 from dalr_scale.data.order import StreamPlan
 from dalr_scale.data.source import Source
 from dalr_scale.data.token_store import Encoding, write_tokens

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from dalr_scale.config import Config
+from dalr_scale.data.batch import Batch
 from dalr_scale.data.features_store import open_features
-from dalr_scale.data.loader import Batch
 from dalr_scale.data.source import Source
 from dalr_scale.dist.gather import pad_to_common_length
 from dalr_scale.errors import UserError

@@ -26,7 +26,8 @@ from dalr_scale.checkpoint import (
 from dalr_scale.config import Config
 from dalr_scale.config_text import to_toml
 from dalr_scale.data.augment import Augment
-from dalr_scale.data.loader import Batch, make_loader
+from dalr_scale.data.batch import Batch
+from dalr_scale.data.loader import make_loader
 from dalr_scale.data.order import ORDER_VERSION
 from dalr_scale.dist.engine import Engine, StepResult
 from dalr_scale.dist.gradcache import StepInputs, backward_global_batch

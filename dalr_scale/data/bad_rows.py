@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 
-from dalr_scale.data.loader import BadRow
+from dalr_scale.data.batch import BadRow
 from dalr_scale.errors import UserError
 from dalr_scale.runstate import World
 

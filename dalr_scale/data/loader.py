@@ -12,8 +12,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -23,70 +22,13 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase
 
 from dalr_scale.data.augment import Augment, sample_rng
+from dalr_scale.data.batch import BadRow, Batch, PackedBatch, pack
 from dalr_scale.data.images import decode_image
-from dalr_scale.data.order import Kind, StreamPlan
+from dalr_scale.data.order import StreamPlan
 from dalr_scale.data.source import Records, Source
 from dalr_scale.errors import UserError
 
 ImageTransform = Callable[[Image.Image], Tensor]
-
-
-class BadRow(NamedTuple):
-    """An item that could not be used, and why, in words that name shard and sample."""
-
-    kind: Kind
-    item: int
-    why: str
-
-
-@dataclass
-class Batch:
-    """The rows of one rank for one step; b rows, L tokens, T teacher tokens.
-
-    Attributes:
-        step: number of the step.
-        kind: ``text`` or ``pair``.
-        item_ids: int64 [b], item numbers within the stream.
-        sentences: b strings; empty where nothing reads them.
-        input_ids: int64 [b, L].
-        attention_mask: int64 [b, L].
-        image_ids: int64 [b]; -1 where there is no image.
-        features: by role, float32 [b, dim].
-        tokens: float32 [b, T, dim] or None.
-        token_mask: bool [b, T] or None.
-        images: [b, 3, H, W] as the image transform gives them, or None.
-        bad: rows that could not be used, each with its item number and what was wrong with it;
-            another item stands in their place (``StreamPlan.substitute``).
-    """
-
-    step: int
-    kind: Kind
-    item_ids: Tensor
-    sentences: list[str]
-    input_ids: Tensor
-    attention_mask: Tensor
-    image_ids: Tensor
-    features: dict[str, Tensor]
-    tokens: Tensor | None = None
-    token_mask: Tensor | None = None
-    images: Tensor | None = None
-    bad: tuple[BadRow, ...] = ()
-
-    def map_tensors(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        """Return a copy with every tensor replaced by ``change(tensor)``."""
-        changed: dict[str, Any] = {
-            name: change(value) for name, value in vars(self).items() if isinstance(value, Tensor)
-        }
-        features = {role: change(value) for role, value in self.features.items()}
-        return replace(self, features=features, **changed)
-
-    def to(self, device: torch.device | str) -> Batch:
-        """Return the batch on a device; the copy does not block when the batch is pinned."""
-        return self.map_tensors(lambda tensor: tensor.to(device, non_blocking=True))
-
-    def pin_memory(self) -> Batch:
-        """Return the batch in page-locked memory (the name ``DataLoader`` looks for)."""
-        return self.map_tensors(Tensor.pin_memory)
 
 
 def tokenize(
@@ -237,7 +179,7 @@ class StepLoader(DataLoader):
             for batch in super().__iter__():
                 if isinstance(batch, UserError):
                     raise batch
-                yield batch
+                yield batch.unpack() if isinstance(batch, PackedBatch) else batch
         except (ConnectionError, EOFError) as error:
             # The queue broke before the worker's death was reported. The report interrupts this
             # sleep with an error that names the process.
@@ -321,6 +263,7 @@ def make_loader(
         batch_size=None,
         sampler=range(start_step, total_steps),
         num_workers=num_workers,
+        collate_fn=pack if num_workers else None,
         worker_init_fn=_start_worker,
         in_order=True,
         persistent_workers=num_workers > 0,

@@ -15,7 +15,8 @@ from test_data_loader import digest, small_tokenizer, to_tensor
 from dalr_scale.data import order as order_module
 from dalr_scale.data.augment import Augment, sample_rng
 from dalr_scale.data.bad_rows import BadRows
-from dalr_scale.data.loader import BadRow, Batch, make_loader
+from dalr_scale.data.batch import BadRow, Batch
+from dalr_scale.data.loader import make_loader
 from dalr_scale.data.order import Part, StreamPlan, epoch_order, share_rows
 from dalr_scale.data.source import Source
 from dalr_scale.data.writer import ShardSetWriter, write_text_shards
