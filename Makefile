@@ -16,13 +16,14 @@ DISK_GB := 12
 
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help train test soak flickr8k lint env clean versions
+.PHONY: help train test soak flickr8k data-bench lint env clean versions
 
 help:
 	@echo "make train   the main job: quickstart data, teachers, DALR student, table ($(VENV) is made first)"
 	@echo "make test    all tests that need no GPU"
 	@echo "make soak    long counts and full products (hours)"
 	@echo "make flickr8k  the README's real-data table (DALR_DATA=FOLDER; about an hour on 2 cores)"
+	@echo "make data-bench  the loader against stock WebDataset, and its other goals (minutes)"
 	@echo "make lint    ruff and pyright"
 
 train: $(STAMP) versions
@@ -36,6 +37,10 @@ soak: $(STAMP) versions
 
 flickr8k: $(STAMP) versions
 	$(BIN)/python tests/soak/flickr8k_wiki.py $(ARGS)
+
+data-bench: $(STAMP) versions
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev,bench]"
+	$(BIN)/python benchmarks/loader.py $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
