@@ -4,7 +4,8 @@
 
 Everything runs in one go on this machine: samples/s per core of equal batches, time to the first
 batch of 10,000 shards, memory of 100 million rows, preparing and indexing, and the share of a real
-training step that waits for data. Results go to ``benchmarks/results`` as JSON, table and plot.
+training step that waits for data. Results go to ``benchmarks/results`` as JSON, table and plot; of
+a run with fewer ``--parts`` only these are replaced, each with the date it was measured.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ import argparse
 import json
 import os
 import platform
-import resource
 import shutil
 import statistics
 import subprocess
@@ -67,12 +67,17 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         work = args.work or Path(temporary)
         work.mkdir(parents=True, exist_ok=True)
-        record: Record = {"date": str(date.today()), "host": host(), "data": _kind(data)}
+        record = _previous(args.results) | {"host": host(), "data": _kind(data)}
         for part in args.parts:
             print(f"-- {part}", flush=True)
-            record[part] = PART[part](work, data)
+            record[part] = PART[part](work, data) | {"measured": str(date.today())}
             print(json.dumps(record[part], indent=1), flush=True)
-    write_results(record, args.results)
+            write_results(record, args.results)
+
+
+def _previous(folder: Path) -> Record:
+    path = folder / "loader.json"
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def host() -> str:
@@ -282,7 +287,6 @@ def python(script: str, *words: Any) -> str:
 
 def write_results(record: Record, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    record["peak_megabytes"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000)
     (folder / "loader.json").write_text(json.dumps(record, indent=1) + "\n")
     text = table(record)
     (folder / "loader.md").write_text(text)
@@ -292,7 +296,8 @@ def write_results(record: Record, folder: Path) -> None:
 
 
 def table(record: Record) -> str:
-    lines = [f"{record['date']}, {record['host']}; {record['data']}.", ""]
+    dates = sorted({record[part]["measured"] for part in PARTS if part in record})
+    lines = [f"{', '.join(dates)}; {record['host']}; {record['data']}.", ""]
     lines += ["| what | measured | goal | met |", "|---|---|---|---|"]
 
     def row(what: str, shown: str, goal: str, met: bool) -> None:
@@ -318,10 +323,14 @@ def table(record: Record) -> str:
         found = record["prepare"]
         row("Flickr8k prepared", f"{found['prepare_seconds']} s", "60 s", True)
         row("Flickr8k indexed", f"{found['index_seconds']} s", "5 s", found["index_seconds"] <= 5)
-    for name, found in record.get("stall", {}).items():
+    for name, found in _cases_of(record.get("stall", {})):
         shown = f"{found['stall_percent']} % of {found['step_ms']} ms"
         row(f"{name}: waiting for data", shown, "1 %", found["stall_percent"] < 1)
     return "\n".join(lines) + "\n"
+
+
+def _cases_of(part: Record) -> list[tuple[str, Record]]:
+    return [(name, found) for name, found in part.items() if isinstance(found, dict)]
 
 
 def plot(record: Record, path: Path) -> None:
@@ -331,7 +340,7 @@ def plot(record: Record, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, panels = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
-    names = list(record["throughput"])
+    names = [name for name, _ in _cases_of(record["throughput"])]
     titles = {"per_core": "in one process, per core", "one_worker": "through one worker, wall"}
     for axes, (kind, title) in zip(panels, titles.items(), strict=True):
         for shift, side in ((-0.2, "stock"), (0.2, "ours")):
