@@ -100,7 +100,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--name", required=True, help="name of the feature set, as configurations refer to it")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument(
-        "--image-teacher", metavar="PATH", help="open_clip folder or ARCH@FILE.safetensors"
+        "--image-teacher",
+        metavar="PATH",
+        help="open_clip folder, ARCH@FILE.safetensors or ARCH@TAG",
     )
     what.add_argument(
         "--caption-teacher", metavar="PATH", help="open_clip model whose text tower reads captions"
