@@ -55,7 +55,7 @@ class Encoding:
     """How a loader wants its ids.
 
     Attributes:
-        tokenizer_sha256: the tokenizer (``models.tokenizer.tokenizer_hash``).
+        tokenizer_sha256: the tokenizer (``models.teachers.tokenizer_hash``).
         max_length: tokens kept of a sentence, special tokens included.
         pad_id: what fills shorter rows.
     """
