@@ -16,7 +16,7 @@ DISK_GB := 12
 
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help train test soak flickr8k lint env clean versions gpu gpu-test gpu-wheels kernels-bench slurm-test
+.PHONY: help train test soak flickr8k lint env clean versions gpu gpu-test gpu-wheels kernels-bench slurm-test data-bench batch-bench
 
 help:
 	@echo "make train   the main job: quickstart data, teachers, DALR student, table ($(VENV) is made first)"
@@ -24,6 +24,8 @@ help:
 	@echo "make slurm-test  the job scripts on a Slurm cluster of 8 nodes on this host (installs it as root)"
 	@echo "make soak    long counts and full products (hours)"
 	@echo "make flickr8k  the README's real-data table (DALR_DATA=FOLDER; about an hour on 2 cores)"
+	@echo "make data-bench  the loader against stock WebDataset, and its other goals (minutes)"
+	@echo "make batch-bench  memory and time of the global batch on one process (minutes to hours)"
 	@echo "make lint    ruff and pyright"
 	@echo "make gpu-test  all tests that need a GPU; make gpu: all GPU benchmarks (< 9 minutes each;"
 	@echo "             PYTHON=python3 takes that interpreter as it is and fetches nothing)"
@@ -76,6 +78,13 @@ gpu-wheels:
 kernels-bench: $(STAMP)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[bench]"
 	$(BIN)/python kernels/bench/cpu.py $(ARGS)
+batch-bench: $(STAMP) versions
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev,bench]"
+	$(BIN)/python benchmarks/global_batch.py $(ARGS)
+
+data-bench: $(STAMP) versions
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev,bench]"
+	$(BIN)/python benchmarks/loader.py $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -17,14 +17,18 @@ from typing import Any
 import torch
 
 from dalr_scale.config import Config
-from dalr_scale.data.order import StreamPlan, Tail
+from dalr_scale.data.bad_rows import BadRows
+from dalr_scale.data.order import Part, StreamPlan, Tail, share_rows
+from dalr_scale.data.remote import RemoteShards
 from dalr_scale.data.shards import expand_shards
 from dalr_scale.data.source import Source
+from dalr_scale.data.token_store import Encoding
 from dalr_scale.dist.world import World
 from dalr_scale.errors import UserError
 from dalr_scale.models.dalr import DalrModel, FeatureWidths, LossSpec
 from dalr_scale.models.encoder import SentenceEncoder
 from dalr_scale.models.row_dropout import install_row_dropout
+from dalr_scale.models.teachers import tokenizer_hash
 from dalr_scale.models.tokenizer import first_line, load_tokenizer
 from dalr_scale.objective import Needs, needs_of
 from dalr_scale.online_teachers import (
@@ -45,6 +49,7 @@ class Streams:
     pairs: Source | None
     plan: StreamPlan
     total_steps: int
+    bad_rows: BadRows
 
     @property
     def fingerprint(self) -> str:
@@ -107,10 +112,12 @@ def build_streams(config: Config, world_size: int = 1) -> Streams:
             f"objective {config.objective.preset} learns from pictures: name their shards in "
             "data.pairs, or set --objective.preset=simcse"
         )
-    pairs = _source(config, config.data.pairs, _pair_roles(config, needs), needs)
+    data, size = config.data, config.batch.global_size
+    roles = _pair_roles(config, needs)
+    pairs = _source(config, data.pairs, data.pair_weights, roles, needs)
     roles = _text_roles(config, needs) if config.objective.distil_text_batches else {}
-    text = _source(config, config.data.text, roles, None)
-    fraction = config.data.pair_fraction
+    text = _source(config, data.text, data.text_weights, roles, None)
+    fraction = data.pair_fraction
     plan = StreamPlan(
         seed=config.run.seed,
         global_batch=config.batch.global_size,
@@ -119,19 +126,57 @@ def build_streams(config: Config, world_size: int = 1) -> Streams:
         alternation="proportional" if fraction else config.objective.alternation,
         pair_fraction=Fraction(str(fraction)) if fraction else None,
         tail=tail_rule(config, world_size),
+        text_parts=_parts(text, data.text_weights, size),
+        pair_parts=_parts(pairs, data.pair_weights, size),
     )
     steps = config.optim.steps or math.ceil(config.optim.epochs * plan.steps_per_epoch)
-    return Streams(text, pairs, plan, steps)
+    given = {name: s for name, s in (("text", text), ("pair", pairs)) if s is not None}
+    bad_rows = BadRows(
+        {name: source.num_items for name, source in given.items()},
+        {name: source.quarantine() for name, source in given.items()},
+        data.max_bad_fraction,
+    )
+    return Streams(text, pairs, plan, steps, bad_rows)
 
 
 def _source(
-    config: Config, patterns: tuple[str, ...], roles: Mapping[str, str], needs: Needs | None
+    config: Config,
+    patterns: tuple[str, ...],
+    weights: tuple[float, ...],
+    roles: Mapping[str, str],
+    needs: Needs | None,
 ) -> Source | None:
+    if weights and len(weights) != len(patterns):
+        raise UserError(
+            f"{len(weights)} weights for {len(patterns)} sources; "
+            "give each entry of data.pairs or data.text one weight"
+        )
     if not patterns:
         return None
-    shards = expand_shards([str(config.path(p)) for p in patterns])
+    groups = [(pattern,) for pattern in patterns] if weights else [patterns]
+    parts = [_expand(config, group, tuple(roles.values())) for group in groups]
+    shards = [shard for part in parts for shard in part]
     online = needs is not None and needs.image and _online(config.teachers.image)
-    return Source(shards, features=roles, with_images=bool(online))
+    return Source(
+        shards,
+        features=roles,
+        with_images=bool(online),
+        part_sizes=[len(part) for part in parts],
+    )
+
+
+def _expand(config: Config, patterns: tuple[str, ...], features: tuple[str, ...]) -> list[Path]:
+    """The shard files of some patterns; remote ones are copied to the cache first."""
+    remote = RemoteShards(config.data.remote, config.data.cache, features)
+    local = [str(path) for pattern in patterns for path in remote.localise(pattern, config.path)]
+    return expand_shards(local)
+
+
+def _parts(source: Source | None, weights: tuple[float, ...], size: int) -> tuple[Part, ...]:
+    if source is None or not weights:
+        return ()
+    rows = share_rows(size, weights)
+    return tuple(Part(n, r) for n, r in zip(source.part_items, rows, strict=True))
 
 
 def _pair_roles(config: Config, needs: Needs) -> dict[str, str]:
@@ -225,12 +270,22 @@ def build_model(config: Config, streams: Streams, world: World) -> ModelParts:
     encoder = build_encoder(config)
     needs = needs_of(config.objective)
     teachers = build_online_teachers(config, needs, encoder.tokenizer, world.device)
+    _use_stored_ids(config, streams, encoder.tokenizer)
     if streams.pairs is not None and needs.text:
         check_stored_tokenizers(config, streams.pairs, encoder.tokenizer)
     widths = _widths(config, streams, teachers, needs)
     spec = LossSpec(config.objective, text_weights(config), config.run.seed)
     model = DalrModel(encoder, config.model, spec, widths)
     return ModelParts(model, teachers, encoder.tokenizer)
+
+
+def _use_stored_ids(config: Config, streams: Streams, tokenizer: Any) -> None:
+    encoding = Encoding(
+        tokenizer_hash(tokenizer), config.data.max_length, tokenizer.pad_token_id or 0
+    )
+    for source in (streams.text, streams.pairs):
+        if source is not None:
+            source.use_ids(encoding)
 
 
 def build_encoder(config: Config) -> SentenceEncoder:
@@ -309,5 +364,6 @@ def open_held_out(config: Config) -> Source | None:
             "eval.retrieval reads stored picture features: set teachers.image = features:NAME, or "
             "leave eval.retrieval empty"
         )
-    shards = expand_shards([str(config.path(p)) for p in config.eval.retrieval])
-    return Source(shards, features={"image": config.teachers.image.removeprefix(STORED)})
+    name = config.teachers.image.removeprefix(STORED)
+    shards = _expand(config, config.eval.retrieval, (name,))
+    return Source(shards, features={"image": name})

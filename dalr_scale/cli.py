@@ -15,6 +15,7 @@ COMMANDS = {
     "prepare": "raw pictures, captions and text to shards",
     "index": "build or check the index beside each shard",
     "features": "teacher features into shards",
+    "tokens": "token ids into shards, so that training need not tokenise",
     "train": "train on this process alone (many: accelerate launch -m dalr_scale.train)",
     "evaluate": "score a sentence encoder",
     "export": "a run's encoder as a folder for other tools",

@@ -69,6 +69,19 @@ class DataConfig:
     )
     max_length: int = opt(32, "longest sentence in tokens, special tokens included")
     workers: int = opt(1, "loader processes per rank; 0: in the training process")
+    pair_weights: tuple[float, ...] = opt(
+        (), "weight of each entry of `pairs` in a paired batch; empty: by their sizes"
+    )
+    text_weights: tuple[float, ...] = opt((), "the same for `text`")
+    max_bad_fraction: float = opt(
+        0.01, "stop when more than this share of a stream's items cannot be used"
+    )
+    crop_area: float = opt(
+        1.0, "pictures read online: smallest share of the area that a random crop keeps; 1: off"
+    )
+    flip: float = opt(0.0, "pictures read online: probability of the mirror image")
+    remote: tuple[str, ...] = opt((), "URL schemes that shards may have: https, s3, hf, ...")
+    cache: str = opt("", "folder for remote shards; empty: ~/.cache/dalr_scale")
 
 
 @dataclass(frozen=True)

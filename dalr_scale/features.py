@@ -100,7 +100,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--name", required=True, help="name of the feature set, as configurations refer to it")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument(
-        "--image-teacher", metavar="PATH", help="open_clip folder or ARCH@FILE.safetensors"
+        "--image-teacher",
+        metavar="PATH",
+        help="open_clip folder, ARCH@FILE.safetensors or ARCH@TAG",
     )
     what.add_argument(
         "--caption-teacher", metavar="PATH", help="open_clip model whose text tower reads captions"
@@ -169,8 +171,11 @@ def _image_maker(spec: str, batch_size: int, device: str) -> Maker:
 
     def make(shard: Path, step: Step) -> Computed:
         source = Source([shard], with_images=True)
-        values = np.empty((source.num_samples, teacher.width), np.float16)
-        for rows in _blocks(source.num_samples, batch_size):
+        # samples that are set aside keep zeros: no item refers to them
+        values = np.zeros((source.num_samples, teacher.width), np.float16)
+        used = np.flatnonzero(source.used_samples())
+        for block in _blocks(len(used), batch_size):
+            rows = used[block]
             pixels = [
                 _pixels(teacher.transform, data, shard, int(row))
                 for row, data in zip(rows, source.read_images(rows), strict=True)
@@ -190,7 +195,8 @@ def _pixels(
     except ValueError as error:
         key = ensure_index(shard).load().key(row)
         raise UserError(
-            f"{shard}: the picture of sample {key!r} {error}; prepare the shard again without it"
+            f"{shard}: the picture of sample {key!r} {error}; set it aside with dalr-scale index "
+            "--deep"
         ) from error
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import glob
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,8 +18,12 @@ from dalr_scale.data.index import (
     index_path,
     read_header,
 )
-from dalr_scale.data.shards import expand_shards
+from dalr_scale.data.packed import PackedTar
+from dalr_scale.data.shards import TOKENS_SUFFIX, expand_shards
+from dalr_scale.data.token_store import TOKEN_ARRAYS, open_tokens, verify_tokens
 from dalr_scale.errors import UserError
+
+_SHOWN = 20
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,20 +38,33 @@ def main(argv: Sequence[str] | None = None) -> int:
         action="store_true",
         help="write nothing; read every byte and compare it with the index and the feature sums",
     )
+    parser.add_argument(
+        "--deep", action="store_true", help="decode every picture; set aside those that cannot be"
+    )
     args = parser.parse_args(argv)
     shards = expand_shards(args.shards)
-    return _check(shards) if args.check else _build(shards)
+    return _check(shards) if args.check else _build(shards, args.deep)
 
 
-def _build(shards: list[Path]) -> int:
+def _build(shards: list[Path], deep: bool) -> int:
     rows: list[tuple[Path, str, IndexHeader]] = []
     for shard in tqdm(shards, desc="shards", unit="", disable=None):
         state = "rebuilt" if index_path(shard).exists() else "built"
-        if current_index(shard) is not None:
+        current = current_index(shard)
+        if current is not None and current.header.deep >= deep:
             state = "up to date"
-        rows.append((shard, state, ensure_index(shard).header))
+        rows.append((shard, state, ensure_index(shard, deep=deep).header))
     _print_table(rows)
+    _print_quarantine([row[0] for row in rows if row[2].aside])
     return 0
+
+
+def _print_quarantine(shards: list[Path]) -> None:
+    found = [line for shard in shards for line in ensure_index(shard).load().quarantine()]
+    for line in found[:_SHOWN]:
+        print(f"set aside: {line}")
+    if len(found) > _SHOWN:
+        print(f"set aside: ... and {len(found) - _SHOWN} more")
 
 
 def _print_table(rows: list[tuple[Path, str, IndexHeader]]) -> None:
@@ -78,10 +96,25 @@ def _check(shards: list[Path]) -> int:
                 open_features(shard, name, read_header(index_path(shard))).verify()
             except UserError as error:
                 faults.append(str(error))
+        faults += [] if found else _token_faults(shard)
     for fault in faults:
         print(fault)
     print(f"{len(shards)} shards checked, {len(faults)} faults")
     return 1 if faults else 0
+
+
+def _token_faults(shard: Path) -> list[str]:
+    """Compare every set of stored token ids with its checksums."""
+    faults = []
+    for path in sorted(shard.parent.glob(f"{glob.escape(shard.stem)}.ids-*{TOKENS_SUFFIX}")):
+        try:
+            sha256 = PackedTar(path, TOKEN_ARRAYS, "remove it").manifest.get("tokenizer_sha256")
+            table = open_tokens(shard, str(sha256), read_header(index_path(shard)))
+            if table is not None:
+                verify_tokens(table)
+        except UserError as error:
+            faults.append(str(error))
+    return faults
 
 
 if __name__ == "__main__":

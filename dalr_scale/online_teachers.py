@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from dalr_scale.config import Config
+from dalr_scale.data.batch import Batch
 from dalr_scale.data.features_store import open_features
-from dalr_scale.data.loader import Batch
 from dalr_scale.data.source import Source
 from dalr_scale.dist.gather import pad_to_common_length
 from dalr_scale.errors import UserError
@@ -43,6 +43,11 @@ class OnlineTeachers:
     num_text: int = 0
     num_tokens: int = 0
     student_ids: bool = False
+
+    @property
+    def read_sentences(self) -> bool:
+        """Whether a teacher reads sentences rather than the student's token ids."""
+        return bool(self.texts) and not self.student_ids
 
     def batch(self, batch: Batch, *, with_text: bool) -> TeacherBatch:
         """The frozen features of a batch, stored ones as they are, the others computed here.

@@ -4,7 +4,8 @@ Pictures with captions:
 
     dalr-scale prepare images/ --captions captions.csv --output shards/
 
-Text, one sentence a line:
+COCO (``captions_train2017.json``) and Karpathy's files (``dataset_flickr30k.json``, one set of
+shards per split) are caption files too. Text, one sentence a line:
 
     dalr-scale prepare sentences.txt.xz --output shards/
 """
@@ -42,13 +43,21 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         type=Path,
         help="with --captions: folders or tars of JPEG, PNG or WebP pictures; without: text files "
-        "with one sentence a line (.txt, .jsonl, also .gz and .xz) or folders of them",
+        "with one sentence a line (.txt, .jsonl, also .gz, .xz, .zst) or folders of them",
     )
     parser.add_argument("--output", required=True, type=Path, help="folder for the shards")
     parser.add_argument(
         "--captions",
         type=Path,
-        help="CSV or TSV with the columns image and caption, Flickr token file, or JSON lines",
+        help="CSV or TSV with the columns image and caption, Flickr token file, JSON lines, COCO's "
+        "captions_*.json, or Karpathy's dataset_*.json",
+    )
+    parser.add_argument(
+        "--split",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="take these splits of a Karpathy file as one set (default: a set for each split)",
     )
     parser.add_argument("--images", type=Path, help="file naming the only pictures to take")
     parser.add_argument("--exclude", type=Path, help="file naming pictures to leave out")
@@ -84,8 +93,8 @@ def _prepare(args: argparse.Namespace) -> Report:
         if not source.exists():
             raise UserError(f"{source}: no such file or folder; check the path")
     if args.captions is None:
-        if args.images or args.exclude:
-            raise UserError("--images and --exclude choose pictures; give --captions too")
+        if args.images or args.exclude or args.split:
+            raise UserError("--images, --exclude and --split choose pictures; give --captions too")
         return prepare_text(
             _text_files(args.source),
             args.output,
@@ -103,6 +112,7 @@ def _prepare(args: argparse.Namespace) -> Report:
         prefix=args.prefix or "pairs",
         samples_per_shard=args.samples_per_shard or _PAIRS_PER_SHARD,
         overwrite=args.overwrite,
+        splits=tuple(args.split),
     )
     return prepare_pairs(args.source, args.captions, args.output, options)
 
@@ -115,7 +125,7 @@ def _text_files(sources: Sequence[Path]) -> list[Path]:
             inside = sorted(path for path in source.iterdir() if is_text_file(path))
             if not inside or _has_pictures(source):
                 raise UserError(
-                    f"{source}: has pictures or no text file (.txt, .jsonl, .gz, .xz); "
+                    f"{source}: has pictures or no text file (.txt, .jsonl, .gz, .xz, .zst); "
                     "for pictures give their captions with --captions FILE"
                 )
             files += inside
@@ -123,8 +133,8 @@ def _text_files(sources: Sequence[Path]) -> list[Path]:
             files.append(source)
         else:
             raise UserError(
-                f"{source}: is no text file (.txt, .jsonl, .gz, .xz); for pictures give their "
-                "captions with --captions FILE; finished shards only need dalr-scale index"
+                f"{source}: is no text file (.txt, .jsonl, .gz, .xz, .zst); for pictures give "
+                "their captions with --captions FILE; finished shards only need dalr-scale index"
             )
     return files
 

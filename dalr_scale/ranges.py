@@ -43,6 +43,11 @@ SHARE = Range(high=1)
 # Every number that is not named here must be finite and not negative.
 RANGES = {
     "data.pair_fraction": SHARE,
+    "data.pair_weights": POSITIVE,
+    "data.text_weights": POSITIVE,
+    "data.max_bad_fraction": SHARE,
+    "data.crop_area": Range(high=1, open_low=True),
+    "data.flip": SHARE,
     "data.max_length": Range(3),  # the two special tokens and one of the sentence
     "model.grounding_width": COUNT,
     "model.consistency_width": COUNT,

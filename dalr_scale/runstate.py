@@ -19,8 +19,8 @@ import math
 import os
 import socket
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Protocol
@@ -77,6 +77,7 @@ class RunState:
         tail_rule: what happens to the incomplete last batch of a pass.
         dataset_fingerprint: identity of the shards.
         best_score: best dev score so far, None before the first evaluation.
+        bad_items: stream name to the numbers of items that could not be used.
     """
 
     order_version: int
@@ -88,6 +89,7 @@ class RunState:
     dataset_fingerprint: str
     best_score: float | None = None
     best_step: int | None = None
+    bad_items: Mapping[str, Sequence[int]] = field(default_factory=dict)
     schema: int = STATE_SCHEMA
 
     def __post_init__(self) -> None:
@@ -106,6 +108,10 @@ class RunState:
         _require(good, "best_score", "a finite number or null", best)
         good = self.best_step is None or _is_count(self.best_step)
         _require(good, "best_step", "an integer >= 0 or null", self.best_step)
+        _require(isinstance(self.bad_items, Mapping), "bad_items", "a table", self.bad_items)
+        for name, numbers in self.bad_items.items():
+            good = isinstance(numbers, list | tuple) and all(map(_is_count, numbers))
+            _require(good, f"bad_items.{name}", "integers >= 0", numbers)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values only; `from_json` gives an equal state back."""
@@ -121,7 +127,7 @@ class RunState:
             ValueError: for a missing, unknown or malformed field, naming it.
         """
         _require(isinstance(plain, dict), "state", "a table", plain)
-        names = {field.name for field in dataclasses.fields(cls)}
+        names = {entry.name for entry in dataclasses.fields(cls)}
         different = sorted(names.symmetric_difference(plain))
         _require(not different, "state", "exactly the known fields", different)
         streams = plain["streams"]

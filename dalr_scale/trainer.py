@@ -25,7 +25,9 @@ from dalr_scale.checkpoint import (
 )
 from dalr_scale.config import Config
 from dalr_scale.config_text import to_toml
-from dalr_scale.data.loader import Batch, make_loader
+from dalr_scale.data.augment import Augment
+from dalr_scale.data.batch import Batch
+from dalr_scale.data.loader import make_loader
 from dalr_scale.data.order import ORDER_VERSION
 from dalr_scale.dist.engine import Engine, StepResult
 from dalr_scale.dist.gradcache import StepInputs, backward_global_batch
@@ -42,7 +44,10 @@ log = logging.getLogger(__name__)
 
 # Keys that may change between a run and its continuation: they do not touch the result.
 FREE_SECTIONS = ("log", "save", "run")
-FREE_KEYS = {"data": ("root", "shards", "workers"), "engine": ("timeout_minutes", "threads")}
+FREE_KEYS = {
+    "data": ("root", "shards", "workers", "max_bad_fraction", "remote", "cache"),
+    "engine": ("timeout_minutes", "threads"),
+}
 
 
 MAX_SKIPPED = 3
@@ -86,6 +91,7 @@ class Trainer:
         """
         reason = stop.agree(self.world)
         for batch, waited in self._batches(reason):
+            self.streams.bad_rows.count(batch.bad, self.world)
             values, result = self.train_step(batch)
             self._report(run_log, batch, values, result, waited)
             reason = stop.agree(self.world)
@@ -145,6 +151,8 @@ class Trainer:
             num_workers=self.config.data.workers,
             pin_memory=self.world.device.type == "cuda",
             image_transform=getattr(self.parts.teachers.image, "transform", None),
+            augment=Augment(self.config.data.crop_area, self.config.data.flip),
+            with_text=self.parts.teachers.read_sentences,
         )
         iterator = iter(loader)
         while True:
@@ -271,6 +279,7 @@ class Trainer:
         state = checkpoint.state
         self.step, self._saved_step = state.step, state.step
         self.best_score, self.best_step = state.best_score, state.best_step
+        self.streams.bad_rows.restore(state.bad_items)
         return True
 
     def _check_continuable(self, checkpoint: Checkpoint) -> None:
@@ -296,11 +305,8 @@ class Trainer:
 
     def _state(self) -> RunState:
         plan = self.streams.plan
-        text, pair = plan.batches_before(self.step)
-        counts = {"text": (text, plan.n_text), "pair": (pair, plan.n_pair)}
-        streams = {
-            name: StreamState(*divmod(done, size)) for name, (done, size) in counts.items() if size
-        }
+        positions = plan.sources_before(self.step)
+        streams = {name: StreamState(*position) for name, position in positions.items()}
         return RunState(
             order_version=ORDER_VERSION,
             seed=self.config.run.seed,
@@ -311,6 +317,7 @@ class Trainer:
             dataset_fingerprint=self.streams.fingerprint,
             best_score=self.best_score,
             best_step=self.best_step,
+            bad_items=self.streams.bad_rows.state(),
         )
 
     def _fingerprint(self) -> dict[str, Any]:

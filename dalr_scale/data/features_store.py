@@ -5,18 +5,15 @@ The feature set NAME of ``X.tar`` is ``X.NAME.features.tar`` with three members:
     00000000.manifest.json  what the values are and which state of the shard they belong to
     00000000.values.npy     float16, C order
     00000000.offsets.npy    int64 [rows + 1], level ``token`` only
+    00000000.sums.npy       uint32 [rows], the checksum of each row (absent in the oldest files)
 
 A row is a sample of the shard (level ``sample``) or an item of it (``item``, ``token``). At level
 ``token`` the values of row i are ``values[offsets[i]:offsets[i + 1]]``. The values are
-memory-mapped where they lie in the tar.
+memory-mapped where they lie in the tar (see ``packed``).
 """
 
 from __future__ import annotations
 
-import hashlib
-import io
-import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,20 +22,26 @@ from typing import Any
 import numpy as np
 
 from dalr_scale.data.index import IndexHeader, ensure_index
-from dalr_scale.data.shards import FEATURE_SUFFIX, Member, open_regular, read_exactly, walk_tar
-from dalr_scale.data.writer import open_tar_writer
+from dalr_scale.data.packed import (
+    CRC,
+    OFFSET,
+    PackedTar,
+    changed_rows,
+    digest,
+    gather_rows,
+    peek_manifest,
+    row_sums,
+    write_packed,
+)
+from dalr_scale.data.shards import FEATURE_SUFFIX
 from dalr_scale.errors import UserError
-from dalr_scale.runstate import process_name
 
 LEVELS = ("sample", "item", "token")
 SCHEMA = 1
 
-_EXTENSIONS = frozenset(("manifest.json", "values.npy", "offsets.npy"))
-_KEY = "00000000"
-_MANIFEST_LIMIT = 1 << 20
-_NPY_HEADER_LIMIT = 10_000
+_ARRAYS = frozenset(("values", "offsets", "sums"))
+_REMEDY = "compute these features again"
 _HALF = np.dtype("<f2")
-_INT64 = np.dtype("<i8")
 
 
 def features_path(shard: Path, name: str) -> Path:
@@ -70,6 +73,7 @@ class FeatureTable:
         manifest: everything that was recorded with the values.
         values: float16 [rows, dim], or [tokens, dim] at level ``token``; memory-mapped.
         offsets: int64 [rows + 1] at level ``token``, else None.
+        sums: CRC-32 of each row's bytes, uint32 [rows]; None in the oldest files.
     """
 
     path: Path
@@ -79,33 +83,55 @@ class FeatureTable:
     manifest: dict[str, Any]
     values: np.ndarray
     offsets: np.ndarray | None
+    sums: np.ndarray | None = None
 
     def read(self, rows: np.ndarray) -> np.ndarray:
         """Return the vectors of some rows: float32 [len(rows), dim] (levels sample and item).
 
-        Raises:
-            UserError: a value is not finite.
+        What is wrong with a row is ``faults``'s to say.
         """
         if self.offsets is not None:
             raise ValueError(f"{self.path}: holds token features; use read_tokens")
-        found = self.values[rows].astype(np.float32)
-        self._require_finite(found, rows)
-        return found
+        return self.values[rows].astype(np.float32)
 
-    def read_tokens(self, rows: np.ndarray) -> list[np.ndarray]:
-        """Return float32 [tokens of the row, dim] for each of some rows (level token).
+    def read_tokens(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the token vectors of some rows (level token), one row after the other.
 
-        Raises:
-            UserError: a value is not finite.
+        Returns:
+            float32 [tokens of all rows, dim], and the tokens of each row, int64 [len(rows)].
         """
         if self.offsets is None:
             raise ValueError(f"{self.path}: holds one vector a row; use read")
-        found = []
-        for row in rows.tolist():
-            part = self.values[self.offsets[row] : self.offsets[row + 1]].astype(np.float32)
-            self._require_finite(part, np.full(len(part), row))
-            found.append(part)
-        return found
+        starts = self.offsets[rows]
+        lengths = self.offsets[rows + 1] - starts
+        return gather_rows(self.values, starts, lengths).astype(np.float32), lengths
+
+    def faults(self, rows: np.ndarray, found: np.ndarray) -> dict[int, str]:
+        """Say what is wrong with rows that were read: bytes that changed, values not finite.
+
+        Args:
+            rows: as given to ``read`` or ``read_tokens``.
+            found: the values that it returned.
+
+        Returns:
+            Position within ``rows`` -> fault; empty when all is well.
+        """
+        bad: dict[int, str] = {}
+        # One sum is much cheaper than a test per value, and any NaN or infinity shows in it;
+        # finite halves cannot overflow it.
+        if not np.isfinite(found.sum()):
+            wrong = np.flatnonzero(~np.isfinite(found).all(axis=1))
+            if self.offsets is not None:
+                lengths = self.offsets[rows + 1] - self.offsets[rows]
+                wrong = np.unique(np.repeat(np.arange(len(rows)), lengths)[wrong])
+            bad |= {int(n): f"{self._name(int(rows[n]))} is not finite; {_REMEDY}" for n in wrong}
+        if self.sums is not None:
+            for n in changed_rows(self.values, self.sums, rows, self.offsets).tolist():
+                bad[n] = f"{self._name(int(rows[n]))} has changed; {_REMEDY}"
+        return bad
+
+    def _name(self, row: int) -> str:
+        return f"{self.path}: the feature of {_row_word(self.level)} {row}"
 
     def verify(self) -> None:
         """Compare the stored values with their SHA-256.
@@ -114,16 +140,7 @@ class FeatureTable:
             UserError: they have changed.
         """
         if _digest(self.values, self.offsets) != self.manifest["values_sha256"]:
-            raise UserError(f"{self.path}: the values have changed; compute these features again")
-
-    def _require_finite(self, values: np.ndarray, rows: np.ndarray) -> None:
-        # One sum is much cheaper than a test per value, and any NaN or infinity shows in it.
-        if not np.isfinite(values.sum(dtype=np.float64)):
-            row = rows[np.flatnonzero(~np.isfinite(values).all(axis=1))[0]]
-            raise UserError(
-                f"{self.path}: the feature of {_row_word(self.level)} {row} is not finite; "
-                "compute these features again"
-            )
+            raise UserError(f"{self.path}: the values have changed; {_REMEDY}")
 
 
 def write_features(
@@ -160,7 +177,7 @@ def write_features(
     with np.errstate(over="ignore"):  # reported below, with its row
         half = np.ascontiguousarray(values, _HALF)
     if offsets is not None:
-        offsets = np.ascontiguousarray(offsets, _INT64)
+        offsets = np.ascontiguousarray(offsets, OFFSET)
     _check_values(path, half, level, offsets, header.samples, header.items)
     manifest = {
         "schema": SCHEMA,
@@ -178,19 +195,8 @@ def write_features(
         "shard_sha256": header.sha256,
         "values_sha256": _digest(half, offsets),
     }
-    members = {
-        "manifest.json": json.dumps(manifest, sort_keys=True, indent=1).encode(),
-        "values.npy": _npy_bytes(half),
-    }
-    if offsets is not None:
-        members["offsets.npy"] = _npy_bytes(offsets)
-    temporary = path.with_name(f"{path.name}.tmp-{process_name()}")
-    try:
-        with temporary.open("wb") as stream, open_tar_writer(stream) as writer:
-            writer.write({"__key__": _KEY, **members})
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    arrays = {"values": half} | ({} if offsets is None else {"offsets": offsets})
+    write_packed(path, manifest, arrays | {"sums": row_sums(half, offsets)})
     return path
 
 
@@ -212,69 +218,56 @@ def open_features(shard: Path, name: str, header: IndexHeader | None = None) -> 
         raise UserError(
             f"{path}: missing; compute the feature set {name!r} with dalr-scale features {shard}"
         )
-    members = {member.name: member for member in walk_tar(path, extensions=_EXTENSIONS)}
-    for part in ("manifest.json", "values.npy"):
-        if f"{_KEY}.{part}" not in members:
-            raise _malformed(path, f"has no member {_KEY}.{part}")
-    manifest = _read_manifest(path, members[f"{_KEY}.manifest.json"], name)
+    packed = PackedTar(path, _ARRAYS, _REMEDY)
+    manifest = _checked_manifest(packed, name)
     header = header or ensure_index(shard).header
     if manifest["shard_sha256"] != header.sha256:
-        raise UserError(
-            f"{path}: was made from another state of {shard.name}; compute these features again"
-        )
-    values = _map_npy(path, members[f"{_KEY}.values.npy"], _HALF, 2)
-    offsets = None
-    if manifest["level"] == "token":
-        if f"{_KEY}.offsets.npy" not in members:
-            raise _malformed(path, f"has no member {_KEY}.offsets.npy")
-        offsets = _map_npy(path, members[f"{_KEY}.offsets.npy"], _INT64, 1)
+        raise packed.malformed(f"was made from another state of {shard.name}")
+    values = packed.array("values", _HALF, 2)
+    offsets = packed.array("offsets", OFFSET, 1) if manifest["level"] == "token" else None
     level, rows, dim = manifest["level"], manifest["rows"], manifest["dim"]
     _check_shape(path, values, level, offsets, header.samples, header.items)
     if values.shape[1] != dim or rows != (header.samples if level == "sample" else header.items):
-        raise _malformed(path, "has a manifest that disagrees with its values")
-    return FeatureTable(path, level, dim, rows, manifest, values, offsets)
+        raise packed.malformed("has a manifest that disagrees with its values")
+    sums = packed.array("sums", CRC, 1) if packed.has("sums") else None
+    if sums is not None and len(sums) != rows:
+        raise packed.malformed(f"has {len(sums)} checksums for {rows} rows")
+    return FeatureTable(path, level, dim, rows, manifest, values, offsets, sums)
 
 
-def _read_manifest(path: Path, member: Member, name: str) -> dict[str, Any]:
-    if member.size > _MANIFEST_LIMIT:
-        raise _malformed(path, f"has a manifest of {member.size} bytes")
+def feature_facts(shard: Path, name: str, header: IndexHeader) -> tuple[str, int, str]:
+    """Return level, width and SHA-256 of a feature set from its manifest alone.
+
+    For lists of thousands of shards; the arrays are checked when the set is opened.
+
+    Raises:
+        UserError: as ``open_features``, as far as the manifest shows it.
+    """
+    path = features_path(shard, name)
     try:
-        manifest = json.loads(_read_member(path, member))
-    except (ValueError, RecursionError):
+        manifest = peek_manifest(path)
+    except UserError:
         manifest = None
-    if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA:
-        raise _malformed(path, f"has no manifest of schema {SCHEMA}")
+    if manifest is not None and manifest.get("shard_sha256") == header.sha256:
+        facts = manifest.get("level"), manifest.get("dim"), manifest.get("values_sha256")
+        level, dim, sha256 = facts
+        if isinstance(level, str) and isinstance(dim, int) and isinstance(sha256, str):
+            return level, dim, sha256
+    table = open_features(shard, name, header)
+    return table.level, table.dim, table.manifest["values_sha256"]
+
+
+def _checked_manifest(packed: PackedTar, name: str) -> dict[str, Any]:
+    manifest = packed.manifest
+    if manifest.get("schema") != SCHEMA:
+        raise packed.malformed(f"has no manifest of schema {SCHEMA}")
     if manifest.get("name") != name or manifest.get("level") not in LEVELS:
-        raise _malformed(path, "has a manifest with a wrong name or level")
+        raise packed.malformed("has a manifest with a wrong name or level")
     if not all(isinstance(manifest.get(key), int) for key in ("rows", "dim")):
-        raise _malformed(path, "has a manifest without rows and dim")
+        raise packed.malformed("has a manifest without rows and dim")
     if not all(isinstance(manifest.get(key), str) for key in ("shard_sha256", "values_sha256")):
-        raise _malformed(path, "has a manifest without checksums")
+        raise packed.malformed("has a manifest without checksums")
     return manifest
-
-
-def _map_npy(path: Path, member: Member, dtype: np.dtype, dimensions: int) -> np.ndarray:
-    """Map the array of a ``.npy`` member after checking type, order, shape and size."""
-    start = io.BytesIO(_read_member(path, member._replace(size=min(member.size, 16_384))))
-    try:
-        version = np.lib.format.read_magic(start)
-        read = {
-            (1, 0): np.lib.format.read_array_header_1_0,
-            (2, 0): np.lib.format.read_array_header_2_0,
-        }[version]
-        shape, fortran, found = read(start, max_header_size=_NPY_HEADER_LIMIT)
-    except (ValueError, KeyError) as error:
-        raise _malformed(path, f"has an unreadable array in {member.name}") from error
-    if found != dtype or fortran or len(shape) != dimensions:
-        raise _malformed(
-            path, f"has {found} {shape} in {member.name}, not a {dimensions}-d {dtype.name} array"
-        )
-    count = 1
-    for extent in shape:  # Python integers: a product of absurd extents cannot wrap around
-        count *= int(extent)
-    if min(shape) < 1 or count * dtype.itemsize != member.size - start.tell():
-        raise _malformed(path, f"has an array of shape {shape} in {member.size} bytes")
-    return np.memmap(path, dtype, "r", member.offset + start.tell(), shape)
 
 
 def _check_values(
@@ -310,26 +303,9 @@ def _row_word(level: str) -> str:
     return "sample" if level == "sample" else "item"
 
 
-def _read_member(path: Path, member: Member) -> bytes:
-    descriptor = open_regular(path)
-    try:
-        return read_exactly(descriptor, member.size, member.offset)
-    finally:
-        os.close(descriptor)
-
-
-def _npy_bytes(array: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    np.lib.format.write_array(buffer, array, version=(1, 0), allow_pickle=False)
-    return buffer.getvalue()
-
-
 def _digest(values: np.ndarray, offsets: np.ndarray | None) -> str:
-    digest = hashlib.sha256(np.ascontiguousarray(values).data)
-    if offsets is not None:
-        digest.update(np.ascontiguousarray(offsets).data)
-    return digest.hexdigest()
+    return digest([values] if offsets is None else [values, offsets])
 
 
 def _malformed(path: Path, why: str) -> UserError:
-    return UserError(f"{path}: {why}; compute these features again")
+    return UserError(f"{path}: {why}; {_REMEDY}")

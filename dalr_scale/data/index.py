@@ -1,13 +1,17 @@
 """The index beside a shard: where every item is, and the checksum of its bytes.
 
-``X.tar.idx`` is a fixed header and three arrays that are memory-mapped as they are:
+``X.tar.idx`` is a fixed header and four arrays that are memory-mapped as they are:
 
     header   magic, version, shard size and modification time, counts, SHA-256, checksums
     items    one row per caption or sentence (``ITEM``), in shard order
     samples  one row per sample (``SAMPLE``), in shard order
+    aside    one row per line or sample that cannot be used (``ASIDE``): the quarantine list
     keys     the sample keys, one after the other, UTF-8
 
-An item is one non-blank line of a ``.txt`` member, without the blanks around it. The index belongs
+An item is one non-blank line of a ``.txt`` member, without the blanks around it. What is set aside
+has no item, so training never sees it; the list is part of the data's fingerprint. A fault of the
+archive itself (a header, the end marker, a torn sample) is no matter of one sample: the shard is
+refused, because nobody can say what is missing from it. The index belongs
 to one state of the shard: its size, modification time and SHA-256 are recorded, a change is
 noticed, and the index is built again.
 """
@@ -21,12 +25,13 @@ import os
 import struct
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
 
 import numpy as np
 
+from dalr_scale.data.images import check_image
 from dalr_scale.data.shards import (
     IMAGE_EXTENSIONS,
     Member,
@@ -55,14 +60,30 @@ SAMPLE = np.dtype(
     ]
 )
 
-_MAGIC = b"DALRIDX\x01"
-_HEADER = struct.Struct("<8sQqQQQQ32sII")
+ASIDE = np.dtype([("sample", "<u4"), ("line", "<u4"), ("reason", "<u4")])
+REASONS = (
+    "has no caption",
+    "is not UTF-8",
+    "has two members of one kind",
+    "has several pictures",
+    "has an empty or huge picture",
+    "has a huge text",
+    "has a picture that cannot be decoded",
+)
+NO_CAPTION = 0  # an incomplete pair rather than a damaged one
+WHOLE = 0xFFFFFFFF  # in place of a line: the sample with all its lines
+
+_MAGIC = b"DALRIDX\x02"
+_HEADER = struct.Struct("<8sQqQQQQQI32sII")
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class IndexHeader:
-    """Counts and identity of an indexed shard; sizes in bytes, time in nanoseconds."""
+    """Counts and identity of an indexed shard; sizes in bytes, time in nanoseconds.
+
+    ``aside`` counts the quarantine list; ``deep`` says that every picture was decoded for it.
+    """
 
     shard_size: int
     mtime_ns: int
@@ -72,6 +93,8 @@ class IndexHeader:
     key_bytes: int
     sha256: str
     body_crc32: int
+    aside: int = 0
+    deep: bool = False
 
     def pack(self) -> bytes:
         """Return the header as it stands in the file, its own checksum last."""
@@ -83,6 +106,8 @@ class IndexHeader:
             self.samples,
             self.images,
             self.key_bytes,
+            self.aside,
+            int(self.deep),
             bytes.fromhex(self.sha256),
             self.body_crc32,
             0,
@@ -94,26 +119,33 @@ class IndexHeader:
         """Return the header, or None when it is of another version or damaged."""
         if len(data) != _HEADER.size:
             return None
-        magic, size, mtime, items, samples, images, keys, sha, body_crc, crc = _HEADER.unpack(data)
+        magic, size, mtime, items, samples, images, keys, aside, deep, sha, body_crc, crc = (
+            _HEADER.unpack(data)
+        )
         if magic != _MAGIC or crc != zlib.crc32(data[:-4]):
             return None
-        return cls(size, mtime, items, samples, images, keys, sha.hex(), body_crc)
+        return cls(
+            size, mtime, items, samples, images, keys, sha.hex(), body_crc, aside, bool(deep)
+        )
 
     @property
     def file_size(self) -> int:
         """Bytes that the whole index file must have."""
         arrays = self.items * ITEM.itemsize + self.samples * SAMPLE.itemsize
+        arrays += self.aside * ASIDE.itemsize
         return _HEADER.size + arrays + self.key_bytes
 
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """The arrays of one index: ``items`` (dtype ITEM), ``samples`` (dtype SAMPLE) and the keys."""
+    """The arrays of one index: ``items`` (dtype ITEM), ``samples`` (SAMPLE), ``aside`` (ASIDE)
+    and the keys."""
 
     shard: Path
     header: IndexHeader
     items: np.ndarray
     samples: np.ndarray
+    aside: np.ndarray
     key_block: memoryview
 
     def key(self, sample: int) -> str:
@@ -125,6 +157,16 @@ class ShardIndex:
     def keys(self) -> list[str]:
         """Return the keys of all samples, in shard order."""
         return [self.key(sample) for sample in range(len(self.samples))]
+
+    def quarantine(self, *, incomplete: bool = True) -> list[str]:
+        """Return the quarantine list, a sentence each, with or without incomplete pairs."""
+        found = []
+        for sample, line, reason in self.aside.tolist():
+            if incomplete or reason != NO_CAPTION:
+                where = "" if line == WHOLE else f"line {line + 1} of "
+                what = f"{where}sample {self.key(sample)!r}"
+                found.append(f"{self.shard}: {what} {REASONS[reason]}")
+        return found
 
 
 @dataclass(frozen=True)
@@ -154,7 +196,9 @@ class IndexFile:
         items = np.frombuffer(view, ITEM, header.items, _HEADER.size)
         at = _HEADER.size + items.nbytes
         samples = np.frombuffer(view, SAMPLE, header.samples, at)
-        index = ShardIndex(self.shard, header, items, samples, view[at + samples.nbytes :])
+        at += samples.nbytes
+        aside = np.frombuffer(view, ASIDE, header.aside, at)
+        index = ShardIndex(self.shard, header, items, samples, aside, view[at + aside.nbytes :])
         _check_bounds(index)
         return index
 
@@ -166,12 +210,19 @@ def index_path(shard: Path) -> Path:
 
 def current_index(shard: Path) -> IndexFile | None:
     """Return the index beside the shard if it is there, whole, and of this state of the shard."""
-    path = index_path(shard)
-    if not path.exists():
-        return None
-    header = read_header(path)
-    if header is None or header.file_size != _status(path).st_size:
-        return None
+    path = f"{shard}.idx"  # thousands of shards pass here: strings are faster than paths
+    try:
+        descriptor = open_regular(path)
+    except UserError as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            return None
+        raise
+    try:
+        header = IndexHeader.unpack(read_exactly(descriptor, _HEADER.size, 0))
+        if header is None or header.file_size != os.fstat(descriptor).st_size:
+            return None
+    finally:
+        os.close(descriptor)
     status = _status(shard)
     if header.shard_size != status.st_size or header.mtime_ns != status.st_mtime_ns:
         return None
@@ -187,8 +238,10 @@ def read_header(path: Path) -> IndexHeader | None:
         os.close(descriptor)
 
 
-def ensure_index(shard: Path) -> IndexFile:
+def ensure_index(shard: Path, *, deep: bool = False) -> IndexFile:
     """Return the index of a shard; build and write it when it is missing, damaged or stale.
+
+    With ``deep`` every picture is decoded, and those that cannot be are set aside.
 
     Several processes may do this at once: each writes its own temporary file and renames it. In a
     folder that cannot be written to, the index stays in memory.
@@ -197,11 +250,13 @@ def ensure_index(shard: Path) -> IndexFile:
         UserError: the shard is not a valid WebDataset tar of samples, or holds none.
     """
     found = current_index(shard)
-    if found is not None:
+    if found is not None and found.header.deep >= deep:
         return found
-    if index_path(shard).exists():
+    if found is None and index_path(shard).exists():
         _log.warning("%s: the index is damaged or older than the shard; building it again", shard)
-    header, blob = build_index(shard)
+    header, blob = build_index(shard, deep=deep)
+    if header.aside:
+        _log.warning("%s: %d lines or samples are set aside", shard, header.aside)
     try:
         write_index(shard, blob)
     except OSError as error:
@@ -221,51 +276,118 @@ def write_index(shard: Path, blob: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def build_index(shard: Path) -> tuple[IndexHeader, bytes]:
+def build_index(shard: Path, *, deep: bool = False) -> tuple[IndexHeader, bytes]:
     """Read a shard from end to end and return the header and the bytes of its index.
 
+    Args:
+        shard: the shard.
+        deep: decode every picture too.
+
     Raises:
-        UserError: the tar is irregular (see ``walk_tar``), a sample is torn apart or has two
-            pictures or an empty one, a caption is not UTF-8, the shard has no sample with a
-            caption, or it changed while it was read.
+        UserError: the tar is irregular (see ``walk_tar``), a sample is torn apart, no sample can
+            be used, or the shard changed while it was read.
     """
     before = _status(shard)
-    items: list[tuple[int, int, int, int, int]] = []
-    samples: list[tuple[int, int, int, int, int, int]] = []
-    keys = bytearray()
+    rows = _Rows()
     descriptor = open_regular(shard)
     try:
         for key, members in _grouped(shard):
-            image = _image_row(descriptor, shard, key, members)
-            raw_key = key.encode("utf-8")
-            samples.append((len(keys), len(raw_key), image[2], image[0], image[1], len(items)))
-            keys += raw_key
-            if "txt" in members:
-                items += _item_rows(descriptor, shard, key, members["txt"], len(samples) - 1)
+            rows.add(descriptor, key, members, deep)
         with open(descriptor, "rb", closefd=False) as file:
             file.seek(0)
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     finally:
         os.close(descriptor)
-    if not items:
+    if not rows.items:
         raise UserError(
             f"{shard}: no usable sample; a sample needs a .txt member with one caption per line"
+            + rows.first_fault()
         )
     after = _status(shard)
     if (after.st_size, after.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
         raise UserError(f"{shard}: changed while it was indexed; wait until it has been written")
-    body = np.array(items, ITEM).tobytes() + np.array(samples, SAMPLE).tobytes() + bytes(keys)
+    body = rows.pack()
     header = IndexHeader(
         shard_size=after.st_size,
         mtime_ns=after.st_mtime_ns,
-        items=len(items),
-        samples=len(samples),
-        images=sum(row[4] > 0 for row in samples),
-        key_bytes=len(keys),
+        items=len(rows.items),
+        samples=len(rows.samples),
+        images=sum(row[4] > 0 for row in rows.samples),
+        key_bytes=len(rows.keys),
         sha256=sha256,
         body_crc32=zlib.crc32(body),
+        aside=len(rows.aside),
+        deep=deep,
     )
     return header, header.pack() + body
+
+
+class _SetAside(Exception):
+    """A sample cannot be used; the argument is the number of its reason."""
+
+
+@dataclass
+class _Rows:
+    """The tables of an index while they are being filled."""
+
+    items: list[tuple[int, int, int, int, int]] = field(default_factory=list)
+    samples: list[tuple[int, int, int, int, int, int]] = field(default_factory=list)
+    aside: list[tuple[int, int, int]] = field(default_factory=list)
+    keys: bytearray = field(default_factory=bytearray)
+
+    def add(self, descriptor: int, key: str, members: list[Member], deep: bool) -> None:
+        """Append one sample with its items; or without, when it has to be set aside."""
+        number, first = len(self.samples), len(self.items)
+        image = 0, 0, 0
+        try:
+            by_extension = _by_extension(members)
+            image = _image_row(descriptor, by_extension, deep)
+            if "txt" in by_extension:
+                self._add_lines(descriptor, by_extension["txt"], number)
+            if len(self.items) == first and not any(row[0] == number for row in self.aside[-1:]):
+                raise _SetAside(NO_CAPTION)
+        except _SetAside as fault:
+            self.aside.append((number, WHOLE, fault.args[0]))
+        raw_key = key.encode("utf-8")
+        self.samples.append((len(self.keys), len(raw_key), image[2], image[0], image[1], first))
+        self.keys += raw_key
+
+    def _add_lines(self, descriptor: int, member: Member, sample: int) -> None:
+        """Append a row for each line that is not blank."""
+        if member.size > MEMBER_LIMIT:
+            raise _SetAside(5)
+        start = member.offset
+        lines = read_exactly(descriptor, member.size, start).split(b"\n")
+        for number, line in enumerate(lines):
+            text = line.strip()
+            if text:
+                try:
+                    text = _cut(text)
+                except UnicodeDecodeError:
+                    self.aside.append((sample, number, 1))
+                else:
+                    offset = start + len(line) - len(line.lstrip())
+                    self.items.append((offset, len(text), zlib.crc32(text), sample, number))
+            start += len(line) + 1
+
+    def first_fault(self) -> str:
+        if not self.aside:
+            return ""
+        sample, line, reason = self.aside[0]
+        start, size = self.samples[sample][:2]
+        key = self.keys[start : start + size].decode()
+        where = "" if line == WHOLE else f"line {line + 1} of "
+        return f" ({where}sample {key!r} {REASONS[reason]})"
+
+    def pack(self) -> bytes:
+        return b"".join(
+            (
+                np.array(self.items, ITEM).tobytes(),
+                np.array(self.samples, SAMPLE).tobytes(),
+                np.array(self.aside, ASIDE).tobytes(),
+                bytes(self.keys),
+            )
+        )
 
 
 def check_shard(shard: Path) -> list[str]:
@@ -282,7 +404,7 @@ def check_shard(shard: Path) -> list[str]:
     try:
         arrays = IndexFile(shard, old).load()
         faults = [f"{shard}: {text}" for text in _crc_faults(arrays)]
-        new, _ = build_index(shard)
+        new, _ = build_index(shard, deep=old.deep)
     except UserError as error:
         return [str(error)]
     if replace(new, mtime_ns=0) != replace(old, mtime_ns=0) and not faults:
@@ -305,7 +427,7 @@ def _crc_faults(index: ShardIndex) -> Iterator[str]:
         os.close(descriptor)
 
 
-def _grouped(shard: Path) -> Iterator[tuple[str, dict[str, Member]]]:
+def _grouped(shard: Path) -> Iterator[tuple[str, list[Member]]]:
     """Group the members into samples; the members of a sample stand together."""
     seen: set[str] = set()
     for key, group in groupby(walk_tar(shard), key=lambda member: split_name(member.name)[0]):
@@ -315,58 +437,33 @@ def _grouped(shard: Path) -> Iterator[tuple[str, dict[str, Member]]]:
                 "write the shard again with its names sorted"
             )
         seen.add(key)
-        members: dict[str, Member] = {}
-        for member in group:
-            extension = split_name(member.name)[1]
-            if extension in members:
-                raise UserError(f"{shard}: sample {key!r} has two .{extension} members; keep one")
-            members[extension] = member
-        yield key, members
+        yield key, list(group)
 
 
-def _image_row(
-    descriptor: int, shard: Path, key: str, members: dict[str, Member]
-) -> tuple[int, int, int]:
+def _by_extension(members: list[Member]) -> dict[str, Member]:
+    found = {split_name(member.name)[1]: member for member in members}
+    if len(found) < len(members):
+        raise _SetAside(2)
+    return found
+
+
+def _image_row(descriptor: int, members: dict[str, Member], deep: bool) -> tuple[int, int, int]:
     """Return (offset, size, crc32) of the sample's picture, zeros where it has none."""
     pictures = [members[extension] for extension in IMAGE_EXTENSIONS if extension in members]
     if not pictures:
         return 0, 0, 0
     if len(pictures) > 1:
-        raise UserError(f"{shard}: sample {key!r} has {len(pictures)} pictures; keep one")
+        raise _SetAside(3)
     picture = pictures[0]
     if not 0 < picture.size <= MEMBER_LIMIT:
-        raise UserError(
-            f"{shard}: the picture of sample {key!r} has {picture.size} bytes "
-            f"(1 to {MEMBER_LIMIT} are allowed); leave it out and write the shard again"
-        )
+        raise _SetAside(4)
     data = read_exactly(descriptor, picture.size, picture.offset)
+    if deep:
+        try:
+            check_image(data)
+        except ValueError as error:
+            raise _SetAside(6) from error
     return picture.offset, picture.size, zlib.crc32(data)
-
-
-def _item_rows(
-    descriptor: int, shard: Path, key: str, member: Member, sample: int
-) -> Iterator[tuple[int, int, int, int, int]]:
-    """Yield a row for each line that is not blank."""
-    if member.size > MEMBER_LIMIT:
-        raise UserError(
-            f"{shard}: the text of sample {key!r} has {member.size} bytes, more than "
-            f"{MEMBER_LIMIT}; spread it over more samples"
-        )
-    start = member.offset
-    lines = read_exactly(descriptor, member.size, start).split(b"\n")
-    for number, line in enumerate(lines):
-        text = line.strip()
-        if text:
-            try:
-                text = _cut(text)
-            except UnicodeDecodeError:
-                raise UserError(
-                    f"{shard}: line {number + 1} of sample {key!r} is not UTF-8; "
-                    "prepare the shard again"
-                ) from None
-            offset = start + len(line) - len(line.lstrip())
-            yield offset, len(text), zlib.crc32(text), sample, number
-        start += len(line) + 1
 
 
 def _cut(text: bytes) -> bytes:
@@ -413,6 +510,8 @@ def _check_bounds(index: ShardIndex) -> None:
         and inside(samples["image"], samples["image_size"], header.shard_size)
         and inside(samples["key"], samples["key_size"], header.key_bytes)
         and bool(np.all(items["sample"] < header.samples))
+        and bool(np.all(index.aside["sample"] < header.samples))
+        and bool(np.all(index.aside["reason"] < len(REASONS)))
         and bool(np.all(items["size"] <= CAPTION_LIMIT))
         and bool(np.all(samples["image_size"] <= MEMBER_LIMIT))
     )

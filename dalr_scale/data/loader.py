@@ -6,13 +6,13 @@ never change what a step sees, and a resumed run simply starts at its step.
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -21,59 +21,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase
 
+from dalr_scale.data.augment import Augment, sample_rng
+from dalr_scale.data.batch import BadRow, Batch, PackedBatch, pack
 from dalr_scale.data.images import decode_image
-from dalr_scale.data.order import Kind, StreamPlan
-from dalr_scale.data.source import Source
+from dalr_scale.data.order import StreamPlan
+from dalr_scale.data.source import Records, Source
 from dalr_scale.errors import UserError
 
 ImageTransform = Callable[[Image.Image], Tensor]
-
-
-@dataclass
-class Batch:
-    """The rows of one rank for one step; b rows, L tokens, T teacher tokens.
-
-    Attributes:
-        step: number of the step.
-        kind: ``text`` or ``pair``.
-        item_ids: int64 [b], item numbers within the stream.
-        sentences: b strings.
-        input_ids: int64 [b, L].
-        attention_mask: int64 [b, L].
-        image_ids: int64 [b]; -1 where there is no image.
-        features: by role, float32 [b, dim].
-        tokens: float32 [b, T, dim] or None.
-        token_mask: bool [b, T] or None.
-        images: [b, 3, H, W] as the image transform gives them, or None.
-    """
-
-    step: int
-    kind: Kind
-    item_ids: Tensor
-    sentences: list[str]
-    input_ids: Tensor
-    attention_mask: Tensor
-    image_ids: Tensor
-    features: dict[str, Tensor]
-    tokens: Tensor | None = None
-    token_mask: Tensor | None = None
-    images: Tensor | None = None
-
-    def map_tensors(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        """Return a copy with every tensor replaced by ``change(tensor)``."""
-        changed: dict[str, Any] = {
-            name: change(value) for name, value in vars(self).items() if isinstance(value, Tensor)
-        }
-        features = {role: change(value) for role, value in self.features.items()}
-        return replace(self, features=features, **changed)
-
-    def to(self, device: torch.device | str) -> Batch:
-        """Return the batch on a device; the copy does not block when the batch is pinned."""
-        return self.map_tensors(lambda tensor: tensor.to(device, non_blocking=True))
-
-    def pin_memory(self) -> Batch:
-        """Return the batch in page-locked memory (the name ``DataLoader`` looks for)."""
-        return self.map_tensors(Tensor.pin_memory)
 
 
 def tokenize(
@@ -117,6 +72,8 @@ class StepDataset(Dataset):
     world_size: int
     total_steps: int
     image_transform: ImageTransform | None = None
+    with_text: bool = True
+    augment: Augment | None = None
 
     def __len__(self) -> int:
         """Return the number of steps of the whole run."""
@@ -135,36 +92,77 @@ class StepDataset(Dataset):
         assert source is not None
         whole = self.plan.batch_ids(step)
         rows = len(whole) // self.world_size
-        ids = whole[self.rank * rows : (self.rank + 1) * rows]
-        records = source.read(ids)
-        input_ids, mask = tokenize(self.tokenizer, records.sentences, self.max_length)
+        ids = whole[self.rank * rows : (self.rank + 1) * rows].copy()
+        bad: list[BadRow] = []
+        stand_ins = self.plan.substitutes(kind)
+        for attempt in itertools.count(1):
+            records = source.read(ids, text=self._reads_text(source), strict=False)
+            images, faults = self._decode(step, source, ids, records)
+            if not faults:
+                return self._batch(step, ids, records, images, tuple(bad))
+            bad += [BadRow(kind, int(ids[row]), why) for row, why in sorted(faults.items())]
+            if attempt > stand_ins:
+                raise UserError(bad[-1].why)
+            for row in faults:
+                ids[row] = self.plan.substitute(step, self.rank * rows + row, attempt)
+        raise AssertionError("unreachable")
+
+    def _reads_text(self, source: Source) -> bool:
+        return self.with_text or not source.has_ids
+
+    def _batch(
+        self,
+        step: int,
+        ids: np.ndarray,
+        records: Records,
+        images: Tensor | None,
+        bad: tuple[BadRow, ...],
+    ) -> Batch:
+        if records.encoded is not None:
+            input_ids, mask = map(torch.from_numpy, records.encoded)
+        else:
+            input_ids, mask = tokenize(self.tokenizer, records.sentences, self.max_length)
         tokens, token_mask = records.tokens or (None, None)
         return Batch(
             step=step,
-            kind=kind,
-            item_ids=torch.from_numpy(ids.copy()),
-            sentences=records.sentences,
+            kind=self.plan.kind(step),
+            item_ids=torch.from_numpy(ids),
+            sentences=records.sentences if self.with_text else [],
             input_ids=input_ids,
             attention_mask=mask,
             image_ids=torch.from_numpy(records.image_ids),
             features={role: torch.from_numpy(rows) for role, rows in records.features.items()},
             tokens=None if tokens is None else torch.from_numpy(tokens),
             token_mask=None if token_mask is None else torch.from_numpy(token_mask),
-            images=self._decode(source, ids, records.images),
+            images=images,
+            bad=bad,
         )
 
-    def _decode(self, source: Source, ids: np.ndarray, images: list[bytes] | None) -> Tensor | None:
-        if images is None or self.image_transform is None:
-            return None
+    def _decode(
+        self, step: int, source: Source, ids: np.ndarray, records: Records
+    ) -> tuple[Tensor | None, dict[int, str]]:
+        """Decode the pictures of the rows that are sound; return them and all faults."""
+        faults = dict(records.faults)
+        if records.images is None or self.image_transform is None:
+            return None, faults
         decoded = []
-        for item, data in zip(ids.tolist(), images, strict=True):
+        for row, (item, data) in enumerate(zip(ids.tolist(), records.images, strict=True)):
+            if row in faults:
+                continue
             try:
-                decoded.append(self.image_transform(decode_image(data)))
+                decoded.append(self._picture(step, item, data))
             except ValueError as error:
-                raise UserError(
-                    f"{source.describe(item)}: the picture {error}; prepare the shard again"
-                ) from error
-        return torch.stack(decoded)
+                where = source.describe(item)
+                faults[row] = f"{where}: the picture {error}; prepare the shard again"
+        return None if faults else torch.stack(decoded), faults
+
+    def _picture(self, step: int, item: int, data: bytes) -> Tensor:
+        assert self.image_transform is not None
+        picture = decode_image(data)
+        if self.augment is not None:
+            kind, epoch, _ = self.plan.position(step)
+            picture = self.augment(picture, sample_rng(self.plan.seed, kind, epoch, item))
+        return self.image_transform(picture)
 
 
 class StepLoader(DataLoader):
@@ -181,7 +179,7 @@ class StepLoader(DataLoader):
             for batch in super().__iter__():
                 if isinstance(batch, UserError):
                     raise batch
-                yield batch
+                yield batch.unpack() if isinstance(batch, PackedBatch) else batch
         except (ConnectionError, EOFError) as error:
             # The queue broke before the worker's death was reported. The report interrupts this
             # sleep with an error that names the process.
@@ -202,6 +200,8 @@ def make_loader(
     max_length: int,
     num_workers: int,
     image_transform: ImageTransform | None = None,
+    augment: Augment | None = None,
+    with_text: bool = True,
     pin_memory: bool = False,
     prefetch: int = 4,
 ) -> StepLoader:
@@ -219,6 +219,8 @@ def make_loader(
         max_length: tokens kept of a sentence, special tokens included.
         num_workers: worker processes; 0 reads in this process.
         image_transform: picture to tensor, for sources that read images.
+        augment: changes a picture before the transform, by random numbers of its own.
+        with_text: give the sentences too; stored token ids make them superfluous otherwise.
         pin_memory: put batches into page-locked memory.
         prefetch: batches each worker reads ahead.
 
@@ -241,6 +243,8 @@ def make_loader(
     for source, items in ((text, plan.text_items), (pairs, plan.pair_items)):
         if (source.num_items if source else 0) != items:
             raise ValueError("the plan was made for other sources")
+    if num_workers and start_step < total_steps:
+        plan.prepare(start_step)  # once here; the workers inherit it
     dataset = StepDataset(
         plan,
         text,
@@ -251,12 +255,15 @@ def make_loader(
         world_size,
         total_steps,
         image_transform,
+        with_text,
+        augment,
     )
     return StepLoader(
         dataset,
         batch_size=None,
         sampler=range(start_step, total_steps),
         num_workers=num_workers,
+        collate_fn=pack if num_workers else None,
         worker_init_fn=_start_worker,
         in_order=True,
         persistent_workers=num_workers > 0,

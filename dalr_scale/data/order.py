@@ -8,9 +8,10 @@ same global batches at any number of ranks and workers.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import lru_cache
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -23,6 +24,9 @@ Kind = Literal["text", "pair"]
 Alternation = Literal["proportional", "reference"]
 Tail = Literal["drop", "keep"]
 
+MAX_SUBSTITUTES = 8  # a row whose next eight stand-ins are bad too is no accident
+_CHUNK = 1 << 22
+
 
 def epoch_order(seed: int, epoch: int, num_items: int, *, stream: str) -> np.ndarray:
     """Return the item numbers of one pass over a stream in the order they are used.
@@ -30,7 +34,7 @@ def epoch_order(seed: int, epoch: int, num_items: int, *, stream: str) -> np.nda
     The random bits come straight from the Philox bit generator, whose output numpy guarantees to
     keep; ``Generator.permutation`` may change between numpy releases. Each word carries the item
     number in its low bits, so that sorting it in place gives the permutation, needs 8 bytes an
-    item, and has no ties whose order could depend on the sorting routine.
+    item in all, and has no ties whose order could depend on the sorting routine.
 
     Args:
         seed: seed of the run.
@@ -48,7 +52,9 @@ def epoch_order(seed: int, epoch: int, num_items: int, *, stream: str) -> np.nda
     low_bits = (1 << max(num_items - 1, 0).bit_length()) - 1
     words = np.random.Philox(key=key).random_raw(num_items)
     words &= np.uint64(~low_bits & 0xFFFFFFFFFFFFFFFF)
-    words |= np.arange(num_items, dtype=np.uint64)
+    for start in range(0, num_items, _CHUNK):  # all numbers at once would double the memory
+        stop = min(start + _CHUNK, num_items)
+        words[start:stop] |= np.arange(start, stop, dtype=np.uint64)
     words.sort()
     words &= np.uint64(low_bits)
     order = words.view(np.int64)
@@ -56,8 +62,16 @@ def epoch_order(seed: int, epoch: int, num_items: int, *, stream: str) -> np.nda
     return order
 
 
-# Two streams, the current pass and the next one.
-_cached_order = lru_cache(maxsize=4)(epoch_order)
+_latest: dict[tuple[int, int, str], tuple[int, np.ndarray]] = {}
+
+
+def _cached_order(seed: int, epoch: int, num_items: int, *, stream: str) -> np.ndarray:
+    """``epoch_order``, of which the last pass of each stream is kept: steps only move forward."""
+    key = (seed, num_items, stream)
+    if key not in _latest or _latest[key][0] != epoch:
+        _latest.pop(key, None)  # before the next one is made: two would be twice the memory
+        _latest[key] = epoch, epoch_order(seed, epoch, num_items, stream=stream)
+    return _latest[key][1]
 
 
 def exact_fraction(value: float | str | Fraction) -> Fraction:
@@ -69,6 +83,36 @@ def exact_fraction(value: float | str | Fraction) -> Fraction:
     if not 0 <= fraction <= 1:
         raise UserError(f"pair fraction {value!r} is not between 0 and 1")
     return fraction
+
+
+@dataclass(frozen=True)
+class Part:
+    """A weighted part of a stream: its items, and the rows of each batch that come from it."""
+
+    items: int
+    rows: int
+
+
+def share_rows(global_batch: int, weights: Sequence[float]) -> list[int]:
+    """Cut the rows of a batch by weight, to whole rows (largest remainder).
+
+    Raises:
+        UserError: a weight is not positive, or a part would get no row.
+    """
+    if not weights or not all(0 < weight < float("inf") for weight in weights):
+        raise UserError(f"weights {list(weights)}: each must be a number above 0")
+    exact = [Fraction(str(weight)) for weight in weights]
+    wanted = [global_batch * weight / sum(exact) for weight in exact]
+    rows = [int(share) for share in wanted]
+    by_rest = sorted(range(len(rows)), key=lambda n: (rows[n] - wanted[n], n))
+    for number in by_rest[: global_batch - sum(rows)]:
+        rows[number] += 1
+    if min(rows) < 1:
+        raise UserError(
+            f"weights {list(weights)} leave a source without a row in a batch of {global_batch}; "
+            "enlarge the batch, or the smallest weight"
+        )
+    return rows
 
 
 @dataclass(frozen=True)
@@ -90,6 +134,9 @@ class StreamPlan:
         pair_fraction: share of paired steps (``proportional`` only); None means N_pair's share.
         tail: what happens to the last, shorter batch of a pass. ``drop`` leaves it out, ``keep``
             uses it when it has two items or more (one process only).
+        text_parts, pair_parts: weighted parts of the streams, numbered one after the other; empty:
+            one part. Every batch takes the same number of rows from each part, and each part is
+            passed at its own pace, its own tail dropped.
     """
 
     seed: int
@@ -99,6 +146,8 @@ class StreamPlan:
     alternation: Alternation = "proportional"
     pair_fraction: Fraction | None = None
     tail: Tail = "drop"
+    text_parts: tuple[Part, ...] = ()
+    pair_parts: tuple[Part, ...] = ()
 
     def __post_init__(self) -> None:
         if self.global_batch < 1:
@@ -120,6 +169,26 @@ class StreamPlan:
                     f"{self.global_batch}; lower the global batch or add shards"
                 )
         self._check_fraction()
+        for kind in ("text", "pair"):
+            self._check_parts(kind)
+
+    def _check_parts(self, kind: Kind) -> None:
+        parts = self.text_parts if kind == "text" else self.pair_parts
+        if not parts:
+            return
+        items = self.text_items if kind == "text" else self.pair_items
+        if sum(p.items for p in parts) != items or sum(p.rows for p in parts) != self.global_batch:
+            raise ValueError(f"parts {parts} do not make {items} items, {self.global_batch} rows")
+        if self.tail == "keep":
+            raise UserError(
+                "a shorter last batch cannot be kept of weighted sources; drop the tail"
+            )
+        for number, part in enumerate(parts):
+            if part.items < part.rows:
+                raise UserError(
+                    f"source {number + 1} of the {kind} stream has {part.items} items, fewer than "
+                    f"the {part.rows} rows that each batch takes from it; lower its weight"
+                )
 
     def _check_fraction(self) -> None:
         """A configured fraction must not ask for a stream that is not there."""
@@ -193,7 +262,108 @@ class StreamPlan:
         """
         if step < 0:
             raise ValueError(f"step {step} is negative")
-        kind, epoch, batch = self.position(step)
-        items = self.text_items if kind == "text" else self.pair_items
-        order = _cached_order(self.seed, epoch, items, stream=kind)
-        return order[batch * self.global_batch : (batch + 1) * self.global_batch]
+        kind = self.kind(step)
+        parts = self._parts(kind)
+        if len(parts) == 1:
+            return self._part_ids(kind, 0, step)
+        ids = np.empty(self.global_batch, np.int64)
+        layout = self._layout(kind)
+        for number in range(len(parts)):
+            ids[layout == number] = self._part_ids(kind, number, step)
+        return ids
+
+    def prepare(self, step: int) -> None:
+        """Make the orders of both streams' current passes, so that forked workers share them."""
+        first = {self.kind(step): step}
+        other = step + 1
+        while len(first) < bool(self.n_text) + bool(self.n_pair) and other < step + 1000:
+            first.setdefault(self.kind(other), other)
+            other += 1
+        for number in first.values():
+            self.batch_ids(number)
+
+    def _part_ids(self, kind: Kind, number: int, step: int) -> np.ndarray:
+        epoch, batch = self._part_position(kind, number, step)
+        rows = self._parts(kind)[number].rows
+        order = self._part_order(kind, number, epoch)
+        return order[batch * rows : (batch + 1) * rows] + self._part_start(kind, number)
+
+    def _part_order(self, kind: Kind, number: int, epoch: int) -> np.ndarray:
+        parts = self._parts(kind)
+        name = kind if len(parts) == 1 else f"{kind}[{number}]"
+        return _cached_order(self.seed, epoch, parts[number].items, stream=name)
+
+    def _part_start(self, kind: Kind, number: int) -> int:
+        return sum(part.items for part in self._parts(kind)[:number])
+
+    def _part_position(self, kind: Kind, number: int, step: int) -> tuple[int, int]:
+        """Return (pass over the part, batch within it) of a step of this kind."""
+        parts = self._parts(kind)
+        if len(parts) == 1:
+            return self.position(step)[1:]
+        text, pair = self.batches_before(step)
+        done = text if kind == "text" else pair
+        return divmod(done, parts[number].items // parts[number].rows)
+
+    def _parts(self, kind: Kind) -> tuple[Part, ...]:
+        if kind == "text":
+            return self.text_parts or (Part(self.text_items, self.global_batch),)
+        return self.pair_parts or (Part(self.pair_items, self.global_batch),)
+
+    def _layout(self, kind: Kind) -> np.ndarray:
+        return self._layouts[kind]
+
+    @cached_property
+    def _layouts(self) -> dict[Kind, np.ndarray]:
+        """Which part each row of a batch comes from: evenly mixed, so that ranks share them."""
+        layouts: dict[Kind, np.ndarray] = {}
+        kinds: tuple[Kind, Kind] = ("text", "pair")
+        for kind in kinds:
+            rows = [part.rows for part in self._parts(kind)]
+            part = np.repeat(np.arange(len(rows)), rows)
+            place = np.concatenate([(np.arange(n) + 0.5) / n for n in rows])
+            layouts[kind] = part[np.argsort(place, kind="stable")]
+        return layouts
+
+    def sources_before(self, step: int) -> dict[str, tuple[int, int]]:
+        """Return (passes, batches of the current pass) of every source, before ``step``.
+
+        Streams with parts have an entry for each, ``pair[0]``, ``pair[1]`` ...
+        """
+        text, pair = self.batches_before(step)
+        found: dict[str, tuple[int, int]] = {}
+        for kind, done, per_pass, parts in (
+            ("text", text, self.n_text, self.text_parts),
+            ("pair", pair, self.n_pair, self.pair_parts),
+        ):
+            if per_pass:
+                found[kind] = divmod(done, per_pass)
+            for number, part in enumerate(parts):
+                found[f"{kind}[{number}]"] = divmod(done, part.items // part.rows)
+        return found
+
+    def substitutes(self, kind: Kind) -> int:
+        """Return how many stand-ins a bad row has."""
+        shortest = min(part.items // part.rows for part in self._parts(kind))
+        return min(shortest - 1, MAX_SUBSTITUTES)
+
+    def substitute(self, step: int, row: int, attempt: int) -> int:
+        """Return the item that stands in for a bad row: the same row, some batches later.
+
+        It is never an item of the batch itself, no other bad row of the batch gets the same one,
+        and it depends on nothing but the order, so that all ranks and resumes agree on it.
+
+        Args:
+            step: the step.
+            row: row of the global batch.
+            attempt: 1 for the first stand-in, up to ``substitutes``.
+        """
+        kind = self.kind(step)
+        layout = self._layout(kind)
+        number = int(layout[row])
+        part = self._parts(kind)[number]
+        epoch, batch = self._part_position(kind, number, step)
+        place = int((layout[:row] == number).sum()) + (batch + attempt) * part.rows
+        place %= part.items // part.rows * part.rows
+        order = self._part_order(kind, number, epoch)
+        return int(order[place]) + self._part_start(kind, number)

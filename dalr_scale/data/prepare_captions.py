@@ -1,4 +1,4 @@
-"""Caption files as users have them: CSV, Flickr token files, TSV and JSON lines."""
+"""Caption files as users have them: CSV, TSV, Flickr token files, JSON lines, COCO, Karpathy."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import csv
 import io
 import json
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from dalr_scale.data.prepare_report import Report
 from dalr_scale.data.shards import IMAGE_EXTENSIONS
@@ -16,12 +18,26 @@ IMAGE_COLUMNS = ("image", "image_name", "file_name", "filename", "file", "filepa
 CAPTION_COLUMNS = ("caption", "captions", "comment", "text", "sentence")
 
 
-def read_captions(path: Path, report: Report, *, max_chars: int) -> dict[str, list[str]]:
-    """Read a caption file to image name -> captions, both in the order of the file.
+@dataclass
+class Captions:
+    """What a caption file says.
+
+    Attributes:
+        texts: image name -> captions, both in the order of the file.
+        splits: image name -> split, for files that have splits (Karpathy's); else empty.
+    """
+
+    texts: dict[str, list[str]] = field(default_factory=dict)
+    splits: dict[str, str] = field(default_factory=dict)
+
+
+def read_captions(path: Path, report: Report, *, max_chars: int) -> Captions:
+    """Read a caption file.
 
     Understood are: a CSV or TSV with a header (``image,caption``) or with the image name in its
     first column; a Flickr token file (``name.jpg#0<TAB>caption``); JSON lines with ``image`` and
-    ``caption`` or ``captions``. Which one it is shows in the first line, not in the file's suffix.
+    ``caption`` or ``captions``; COCO's ``captions_*.json``; Karpathy's ``dataset_*.json``. Which
+    one it is shows in the content, not in the file's suffix.
 
     Args:
         path: the file, UTF-8.
@@ -35,18 +51,20 @@ def read_captions(path: Path, report: Report, *, max_chars: int) -> dict[str, li
     first = text.lstrip().split("\n", 1)[0]
     if not first:
         raise UserError(f"{path}: is empty; give a file with a caption in each line")
-    if first.startswith("{"):
-        pairs = _from_json_lines(path, text)
-    else:
+    captions = Captions()
+    if not first.startswith("{"):
         pairs = _from_table(path, text, "\t" if "\t" in first else ",")
-    captions: dict[str, list[str]] = {}
+    elif (document := _json_document(text)) is not None:
+        pairs = _from_document(path, document, captions.splits)
+    else:
+        pairs = _from_json_lines(path, text)
     for image, caption in pairs:
         line = clean(caption, max_chars)
         if line:
-            captions.setdefault(image, []).append(line)
+            captions.texts.setdefault(image, []).append(line)
         else:
             report.skip("blank captions", image)
-    if not captions:
+    if not captions.texts:
         raise UserError(f"{path}: has no caption; give a file with a caption in each line")
     return captions
 
@@ -76,6 +94,42 @@ def read_names(path: Path) -> list[str]:
 def clean(text: str, max_chars: int) -> str:
     """Reduce white space, line breaks included, to single spaces, and cut to ``max_chars``."""
     return " ".join(text[: 4 * max_chars].split())[:max_chars].rstrip()
+
+
+def _json_document(text: str) -> dict[str, Any] | None:
+    """The file as one JSON object with a list of images; None when it is anything else."""
+    try:
+        document = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    listed = isinstance(document, dict) and isinstance(document.get("images"), list)
+    return document if listed else None
+
+
+def _from_document(
+    path: Path, document: dict[str, Any], splits: dict[str, str]
+) -> Iterator[tuple[str, str]]:
+    """Yield (image, caption) of COCO's layout or of Karpathy's, whose splits are noted."""
+    try:
+        if "annotations" in document:
+            names = {image["id"]: image["file_name"] for image in document["images"]}
+            pairs = [(names[a["image_id"]], a["caption"]) for a in document["annotations"]]
+        else:
+            pairs = []
+            for image in document["images"]:
+                folder = image.get("filepath", "")
+                name = f"{folder}/{image['filename']}" if folder else image["filename"]
+                splits[name] = image["split"]
+                pairs += [(name, sentence["raw"]) for sentence in image["sentences"]]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{path}: is JSON, but neither like COCO's captions_*.json (images, annotations) nor "
+            f"like Karpathy's dataset_*.json (images with filename, split, sentences): {error!r}"
+        ) from error
+    for image, caption in pairs:
+        if not isinstance(image, str) or not isinstance(caption, str):
+            raise UserError(f"{path}: has a name or caption that is no text, {image!r}")
+        yield image, caption
 
 
 def _from_json_lines(path: Path, text: str) -> Iterator[tuple[str, str]]:

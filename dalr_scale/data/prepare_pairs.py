@@ -6,7 +6,7 @@ import hashlib
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from dalr_scale.data.images import check_image
 from dalr_scale.data.index import MEMBER_LIMIT, ensure_index
-from dalr_scale.data.prepare_captions import read_captions, read_names
+from dalr_scale.data.prepare_captions import Captions, read_captions, read_names
 from dalr_scale.data.prepare_report import Report
 from dalr_scale.data.shards import (
     IMAGE_EXTENSIONS,
@@ -59,6 +59,7 @@ class PairOptions:
         prefix: start of the shard names.
         samples_per_shard: pictures in a shard.
         overwrite: replace an earlier set of the same prefix.
+        splits: the only splits to take, of a caption file that has some, all in one set.
     """
 
     images: Path | None = None
@@ -68,6 +69,7 @@ class PairOptions:
     prefix: str = "pairs"
     samples_per_shard: int = 1000
     overwrite: bool = False
+    splits: tuple[str, ...] = ()
 
 
 def prepare_pairs(
@@ -77,7 +79,9 @@ def prepare_pairs(
 
     A sample is one picture, stored byte for byte as it is, and its captions, one a line. Pictures
     are decoded once to find damaged ones. Samples are written in an order drawn from a hash of
-    their keys, so that every shard is a mixture and the bytes are the same each time.
+    their keys, so that every shard is a mixture and the bytes are the same each time. Where the
+    caption file has splits and none is chosen, each becomes a set of its own, ``PREFIX-SPLIT``.
+    An interrupted run is taken up at its last complete shard.
 
     Args:
         sources: folders (searched through) and uncompressed tars of pictures.
@@ -89,34 +93,94 @@ def prepare_pairs(
         UserError: no picture, no caption, lists that do not match, or nothing readable.
     """
     report = Report()
-    writer = ShardSetWriter(
+    writers = {"": _writer(output, options)}  # refuses an existing set before anything is read
+    found = read_captions(captions, report, max_chars=options.max_chars)
+    if found.splits and not options.splits:
+        names = sorted(set(found.splits.values()))
+        sets = {name: replace(options, prefix=f"{options.prefix}-{name}") for name in names}
+        writers = {name: _writer(output, own) for name, own in sets.items()}
+    pictures = list_pictures(sources)
+    texts = _join(pictures, found.texts, captions, sources, report)
+    lookup = _Lookup(pictures)
+    chosen = _choose(texts, lookup, options, report)
+    split_of = _splits(found, lookup, options, captions)
+    chosen = [picture for picture in chosen if split_of is None or picture in split_of]
+    for name, writer in writers.items():
+        mine = [p for p in chosen if not name or (split_of and split_of[p] == name)]
+        if mine or not name:
+            _write_set(writer, mine, texts, options, report, sources)
+    for shard in report.shards:
+        ensure_index(shard)
+    return report
+
+
+def _writer(output: Path, options: PairOptions) -> ShardSetWriter:
+    return ShardSetWriter(
         output,
         options.prefix,
         samples_per_shard=options.samples_per_shard,
         overwrite=options.overwrite,
     )
-    found = read_captions(captions, report, max_chars=options.max_chars)
-    pictures = list_pictures(sources)
-    texts = _join(pictures, found, captions, sources, report)
-    chosen = _choose(texts, _Lookup(pictures), options, report)
+
+
+def _splits(
+    found: Captions, lookup: _Lookup, options: PairOptions, captions: Path
+) -> dict[Picture, str] | None:
+    """The split of each picture that is wanted; None for files without splits."""
+    known = set(found.splits.values())
+    for name in options.splits:
+        if name not in known:
+            has = ", ".join(sorted(known)) or "no splits"
+            raise UserError(f"{captions}: has no split {name!r}, but {has}")
+    if not known:
+        return None
+    wanted = set(options.splits) or known
+    pairs = ((lookup.find(name), split) for name, split in found.splits.items() if split in wanted)
+    return {picture: split for picture, split in pairs if picture is not None}
+
+
+def _write_set(
+    writer: ShardSetWriter,
+    chosen: list[Picture],
+    texts: Mapping[Picture, list[str]],
+    options: PairOptions,
+    report: Report,
+    sources: Sequence[Path],
+) -> None:
+    """Write one set of shards, going on where an interrupted run of the same set stopped."""
     keys = _unique_keys(chosen)
     order = sorted(chosen, key=lambda picture: _shuffle_key(keys[picture]))[: options.limit]
-    with writer:
-        for picture, data, extension in _verified(order, report):
+    own = Report()
+    with writer.resuming(_job_hash(order, keys, texts)):
+        done = int(writer.progress.get("pictures_seen", 0))
+        own.restore(writer.progress.get("report", {}))
+        for seen, (picture, data, extension) in _verified(order, done, own):
             lines = "".join(f"{text}\n" for text in texts[picture])
             members = {extension: data, "txt": lines.encode("utf-8", "replace")}
             writer.write(keys[picture], members)
-            report.written["pictures"] += 1
-            report.written["captions"] += len(texts[picture])
-        if not report.written["pictures"]:
+            own.written["pictures"] += 1
+            own.written["captions"] += len(texts[picture])
+            if writer.is_full:
+                writer.commit({"pictures_seen": seen, "report": own.counts()})
+        if not own.written["pictures"]:
             raise UserError(
                 f"{sources[0]}: none of the {len(order)} chosen pictures can be read; "
                 "give JPEG, PNG or WebP pictures"
             )
-    report.shards = writer.shards
-    for shard in report.shards:
-        ensure_index(shard)
-    return report
+    report.add(own)
+    report.shards += writer.shards
+
+
+def _job_hash(
+    order: Sequence[Picture], keys: Mapping[Picture, str], texts: Mapping[Picture, list[str]]
+) -> str:
+    """Changes with everything that decides the bytes of a set, as far as it shows unopened."""
+    times = {path: path.stat().st_mtime_ns for path in {picture.path for picture in order}}
+    found = hashlib.sha256()
+    for picture in order:
+        row = keys[picture], picture.name, picture.size, times[picture.path], texts[picture]
+        found.update(repr(row).encode("utf-8", "replace"))
+    return found.hexdigest()
 
 
 def list_pictures(sources: Sequence[Path]) -> list[Picture]:
@@ -143,8 +207,12 @@ def _is_picture(name: str) -> bool:
 
 
 def _in_folder(folder: Path) -> Iterator[Picture]:
+    inside = folder.resolve()
     for path in folder.rglob("*"):
         if _is_picture(path.name) and path.is_file():
+            # A link may lead anywhere; what it leads to outside was not given as a source.
+            if path.is_symlink() and not path.resolve().is_relative_to(inside):
+                continue
             name = path.relative_to(folder).as_posix()
             yield Picture(name, path, 0, path.stat().st_size)
 
@@ -257,26 +325,28 @@ def _shuffle_key(key: str) -> bytes:
     return hashlib.blake2b(key.encode(), digest_size=16).digest()
 
 
-def _verified(pictures: Sequence[Picture], report: Report) -> Iterator[tuple[Picture, bytes, str]]:
-    """Yield (picture, bytes, extension) of the readable pictures, in order.
+def _verified(
+    pictures: Sequence[Picture], done: int, report: Report
+) -> Iterator[tuple[int, tuple[Picture, bytes, str]]]:
+    """Yield (pictures seen, (picture, bytes, extension)) of the readable ones, in order.
 
     Decoding runs in threads, since Pillow releases the interpreter lock meanwhile.
     """
     threads = len(os.sched_getaffinity(0))
     with (
         ThreadPoolExecutor(threads) as pool,
-        tqdm(total=len(pictures), desc="pictures", unit="", disable=None) as progress,
+        tqdm(total=len(pictures), initial=done, desc="pictures", unit="", disable=None) as progress,
     ):
-        for start in range(0, len(pictures), _CHUNK):
+        for start in range(done, len(pictures), _CHUNK):
             chunk = pictures[start : start + _CHUNK]
-            for picture, (data, extension, fault) in zip(
-                chunk, pool.map(_read, chunk), strict=True
+            for number, (picture, (data, extension, fault)) in enumerate(
+                zip(chunk, pool.map(_read, chunk), strict=True), start + 1
             ):
                 progress.update()
                 if fault:
                     report.skip("unreadable pictures", f"{picture.name} {fault}")
                 else:
-                    yield picture, data, extension
+                    yield number, (picture, data, extension)
 
 
 def _read(picture: Picture) -> tuple[bytes, str, str]:

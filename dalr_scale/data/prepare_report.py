@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 _EXAMPLES = 3
 
@@ -31,6 +33,28 @@ class Report:
         kept = self.examples.setdefault(reason, [])
         if example is not None and example not in kept and len(kept) <= _EXAMPLES:
             kept.append(example)
+
+    def counts(self) -> dict[str, dict[str, object]]:
+        """Return what was counted, for ``restore``."""
+        return {
+            "written": dict(self.written),
+            "skipped": dict(self.skipped),
+            "examples": dict(self.examples),
+        }
+
+    def restore(self, counts: Mapping[str, Mapping[str, Any]]) -> None:
+        """Go on counting from what ``counts`` returned."""
+        self.written.update(counts.get("written", {}))
+        self.skipped.update(counts.get("skipped", {}))
+        self.examples.update({k: list(v) for k, v in counts.get("examples", {}).items()})
+
+    def add(self, other: Report) -> None:
+        """Add the counts of another part of the preparation."""
+        self.written.update(other.written)
+        for reason, number in other.skipped.items():
+            self.skip(reason, count=number)
+            for example in other.examples[reason]:
+                self.skip(reason, example, count=0)
 
     def lines(self) -> list[str]:
         """Return the summary, a line each."""

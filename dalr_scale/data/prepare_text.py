@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import lzma
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import IO, cast
+from typing import IO, Any, cast
 
+import zstandard
 from tqdm import tqdm
 
 from dalr_scale.data.index import ensure_index
@@ -19,8 +21,10 @@ from dalr_scale.data.writer import write_text_shards
 from dalr_scale.errors import UserError
 
 TEXT_SUFFIXES = (".txt", ".jsonl")
-PACKED_SUFFIXES = (".gz", ".xz")
+PACKED_SUFFIXES = (".gz", ".xz", ".zst")
 _LINE_LIMIT = 1 << 20  # bytes of one line that are kept in memory
+_ZSTD_INPUT = 2048  # bytes fed at a time: the worst of them expand to 64 MB
+_ZSTD_WINDOW = 128 * 1024 * 1024
 
 
 def is_text_file(path: Path) -> bool:
@@ -44,7 +48,8 @@ def prepare_text(
     The order of the files is kept: training orders single sentences, wherever they are stored.
 
     Args:
-        files: ``.txt`` or ``.jsonl`` (field text, sentence or caption), plain, ``.gz`` or ``.xz``.
+        files: ``.txt`` or ``.jsonl`` (field text, sentence or caption), plain, ``.gz``, ``.xz`` or
+            ``.zst``.
         output: folder of the shards.
         prefix: start of the shard names.
         samples_per_shard: ``.txt`` members in a shard, 1,024 sentences each.
@@ -118,4 +123,53 @@ def _open(path: Path) -> IO[bytes]:
         return cast("IO[bytes]", gzip.open(path, "rb"))
     if path.suffix == ".xz":
         return cast("IO[bytes]", lzma.open(path, "rb"))
+    if path.suffix == ".zst":
+        return cast("IO[bytes]", io.BufferedReader(_ZstdFile(path.open("rb"))))
     return path.open("rb")
+
+
+class _ZstdFile(io.RawIOBase):
+    """Decompressed bytes of a Zstandard file of any number of frames.
+
+    The package's own reader ends without a word where a file has been cut off.
+    """
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self._frame = self._new_frame()
+        self._inside = False
+        self._ready = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._ready:
+            data = self._file.read(_ZSTD_INPUT)
+            if not data:
+                if self._inside:
+                    raise EOFError("the last Zstandard frame is cut off")
+                return 0
+            self._ready = self._decompress(data)
+        size = min(len(buffer), len(self._ready))
+        buffer[:size], self._ready = self._ready[:size], self._ready[size:]
+        return size
+
+    def _decompress(self, data: bytes) -> bytes:
+        parts = []
+        while data:
+            try:
+                parts.append(self._frame.decompress(data))
+            except zstandard.ZstdError as error:
+                raise EOFError(f"not a sound Zstandard file: {error}") from error
+            self._inside, data = not self._frame.eof, b""
+            if self._frame.eof:
+                data, self._frame = self._frame.unused_data, self._new_frame()
+        return b"".join(parts)
+
+    def _new_frame(self) -> Any:
+        return zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW).decompressobj()
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()

@@ -23,6 +23,8 @@ BLOCK = 512
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 SHARD_EXTENSIONS = frozenset((*IMAGE_EXTENSIONS, "txt", "json", "npy"))
 FEATURE_SUFFIX = ".features.tar"
+TOKENS_SUFFIX = ".tokens.tar"
+BESIDE_SUFFIXES = (FEATURE_SUFFIX, TOKENS_SUFFIX)  # tars that belong to a shard, and are none
 
 _ZERO_BLOCK = bytes(BLOCK)
 _LONG_NAME_LIMIT = 4096  # bytes of a GNU long name
@@ -71,7 +73,7 @@ def sample_key(name: str) -> str:
     return "".join(c if c.isprintable() and c not in ".\\" else "_" for c in plain)
 
 
-def open_regular(path: Path) -> int:
+def open_regular(path: Path | str) -> int:
     """Open a regular file for reading and return its descriptor; pipes and devices are refused."""
     try:
         # O_NONBLOCK: opening a named pipe would otherwise wait for a writer for ever.
@@ -120,12 +122,15 @@ def walk_tar(
     """
     descriptor = open_regular(path)
     try:
-        yield from _walk(descriptor, path, extensions)
+        yield from walk_descriptor(descriptor, path, extensions)
     finally:
         os.close(descriptor)
 
 
-def _walk(descriptor: int, path: Path, extensions: frozenset[str] | None) -> Iterator[Member]:
+def walk_descriptor(
+    descriptor: int, path: Path, extensions: frozenset[str] | None
+) -> Iterator[Member]:
+    """``walk_tar`` of an open file."""
     file_size = os.fstat(descriptor).st_size
     _refuse_foreign_formats(descriptor, path)
     seen: set[str] = set()
@@ -283,8 +288,8 @@ def _checked_name(raw: bytes) -> str:
 def expand_shards(patterns: Sequence[str], root: Path | None = None) -> list[Path]:
     """Expand files, folders, globs and brace ranges to a sorted list of shard files.
 
-    ``data/pairs-{000000..000006}.tar``, ``data/*.tar`` and ``data`` are all understood. Feature
-    shards (``*.features.tar``) are left out of folders and globs.
+    ``data/pairs-{000000..000006}.tar``, ``data/*.tar`` and ``data`` are all understood. What
+    lies beside a shard (``*.features.tar``, ``*.tokens.tar``) is left out of folders and globs.
 
     Args:
         patterns: what to expand.
@@ -295,32 +300,32 @@ def expand_shards(patterns: Sequence[str], root: Path | None = None) -> list[Pat
     """
     found: dict[Path, None] = {}
     for pattern in patterns:
-        matches = [path for text in _expand_braces(pattern) for path in _match(text, root)]
+        matches = [path for text in expand_braces(pattern) for path in _match(text, root)]
         if not matches:
             raise UserError(f"no shard matches {pattern!r}; check the path (root: {root or '.'})")
         found.update(dict.fromkeys(matches))
     if not found:
         raise UserError("no shards were named; give at least one file, folder or pattern")
-    return sorted(found)
+    return sorted(found, key=str)
 
 
 def _match(text: str, root: Path | None) -> list[Path]:
     # Streaming readers run commands and open URLs given as file names; this list takes files only.
     if text == "-" or re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", text):
-        raise UserError(f"{text!r} is a URL or a command; download it first and name the file")
+        raise UserError(f"{text!r} is a URL or a command; name a file")
     path = (root or Path()) / text
     if path.is_dir():
         candidates = sorted(path.glob("*.tar"))
     elif glob.has_magic(text):
-        candidates = sorted(Path(name) for name in glob.glob(str(path)))
+        candidates = [Path(name) for name in sorted(glob.glob(str(path)))]
     elif path.exists():
         candidates = [path]
     else:
         raise UserError(f"{path}: no such file; check the path")
-    return [p for p in candidates if p.is_file() and not p.name.endswith(FEATURE_SUFFIX)]
+    return [p for p in candidates if not p.name.endswith(BESIDE_SUFFIXES) and os.path.isfile(p)]
 
 
-def _expand_braces(pattern: str) -> list[str]:
+def expand_braces(pattern: str) -> list[str]:
     """Expand the innermost brace first: ``{a,b}`` lists and ``{000..010}`` ranges."""
     found = re.search(r"\{([^{}]*)\}", pattern)
     if not found:
@@ -334,4 +339,4 @@ def _expand_braces(pattern: str) -> list[str]:
     else:
         choices = found[1].split(",")
     head, tail = pattern[: found.start()], pattern[found.end() :]
-    return [text for choice in choices for text in _expand_braces(head + choice + tail)]
+    return [text for choice in choices for text in expand_braces(head + choice + tail)]

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from dalr_scale.data.index import index_path
-from dalr_scale.data.shards import FEATURE_SUFFIX, SHARD_EXTENSIONS
+from dalr_scale.data.shards import BESIDE_SUFFIXES, SHARD_EXTENSIONS
 from dalr_scale.errors import UserError
+from dalr_scale.runstate import write_durably
+
+_STATE = "progress.json"
+_LAYOUT = 1  # raise it when the same input would give other bytes
 
 if TYPE_CHECKING:
     from webdataset.writer import TarWriter
@@ -35,6 +40,9 @@ class ShardSetWriter:
     A context manager. The shards are built in a hidden folder beside their final place and moved
     when the block ends without an exception; otherwise nothing appears. ``shards`` then lists what
     was written.
+
+    A job that says what it is (``resuming``) may ``commit`` each full shard with its own progress:
+    an interrupted one finds the committed shards, and ``progress``, when it enters again.
     """
 
     def __init__(
@@ -46,7 +54,7 @@ class ShardSetWriter:
             output: folder of the shards, created when missing.
             prefix: start of the file names; letters, digits, ``-`` and ``_``.
             samples_per_shard: samples in every shard but the last.
-            overwrite: replace an earlier set of the same prefix, with its indexes and features.
+            overwrite: replace an earlier set of the same prefix, with all that lies beside it.
 
         Raises:
             UserError: the set exists and ``overwrite`` is off, or an argument is unusable.
@@ -62,6 +70,9 @@ class ShardSetWriter:
         self._overwrite = overwrite
         self._building = output / f".{prefix}.partial"
         self._keys: set[str] = set()
+        self._count = 0
+        self._job = ""
+        self.progress: dict[str, Any] = {}
         self._names: list[str] = []
         self._stream: BinaryIO | None = None
         self._writer: TarWriter | None = None
@@ -77,10 +88,53 @@ class ShardSetWriter:
         return sorted(self.output.glob(pattern))
 
     def __enter__(self) -> ShardSetWriter:
-        """Create the folder to build in; what an interrupted run left there is removed."""
-        shutil.rmtree(self._building, ignore_errors=True)
-        self._building.mkdir(parents=True)
+        """Create the folder to build in; what another job left there is removed."""
+        state = self._committed()
+        if state is None:
+            shutil.rmtree(self._building, ignore_errors=True)
+            self._building.mkdir(parents=True)
+        else:
+            self._names = state["shards"]
+            self._count = len(self._names) * self._per_shard
+            self.progress = state["progress"]
+            for path in self._building.iterdir():
+                if path.name not in (*self._names, _STATE):
+                    path.unlink()
         return self
+
+    def resuming(self, job: str) -> ShardSetWriter:
+        """Name the job: the same name, and only it, may go on with what is committed."""
+        self._job = job
+        return self
+
+    def _committed(self) -> dict[str, Any] | None:
+        try:
+            state = json.loads((self._building / _STATE).read_bytes())
+            wanted = {"job": self._job, "per_shard": self._per_shard, "layout": _LAYOUT}
+            if not self._job or any(state[name] != value for name, value in wanted.items()):
+                return None
+            sizes = {name: (self._building / name).stat().st_size for name in state["shards"]}
+            return state if sizes == state["sizes"] else None
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the shard that is being written has all its samples."""
+        return self._count % self._per_shard == 0
+
+    def commit(self, progress: dict[str, Any]) -> None:
+        """Close the full shard and note how far the job has come."""
+        self._close_shard()
+        state = {
+            "layout": _LAYOUT,
+            "job": self._job,
+            "per_shard": self._per_shard,
+            "shards": self._names,
+            "sizes": {name: (self._building / name).stat().st_size for name in self._names},
+            "progress": progress,
+        }
+        write_durably(self._building / _STATE, json.dumps(state).encode())
 
     def write(self, key: str, members: Mapping[str, bytes]) -> None:
         """Append a sample.
@@ -95,9 +149,10 @@ class ShardSetWriter:
             raise ValueError(f"key {key!r} was written before")
         if not members or not SHARD_EXTENSIONS.issuperset(members):
             raise ValueError(f"members {sorted(members)} of {key!r}: allowed {SHARD_EXTENSIONS}")
-        if len(self._keys) % self._per_shard == 0:
+        if self._count % self._per_shard == 0:
             self._next_shard()
         self._keys.add(key)
+        self._count += 1
         assert self._writer is not None
         self._writer.write({"__key__": key, **members})
 
@@ -127,13 +182,16 @@ class ShardSetWriter:
             if kind is None:
                 self._publish()
         finally:
-            shutil.rmtree(self._building, ignore_errors=True)
+            interrupted = kind is not None and not issubclass(kind, UserError)
+            if not (interrupted and (self._building / _STATE).exists()):
+                shutil.rmtree(self._building, ignore_errors=True)
 
     def _publish(self) -> None:
         for old in self._existing() if self._overwrite else []:
             index_path(old).unlink(missing_ok=True)
-            for features in old.parent.glob(f"{old.stem}.*{FEATURE_SUFFIX}"):
-                features.unlink()
+            for suffix in BESIDE_SUFFIXES:
+                for beside in old.parent.glob(f"{old.stem}.*{suffix}"):
+                    beside.unlink()
             if old.name not in self._names:
                 old.unlink()
         for name in self._names:

@@ -221,7 +221,8 @@ def load_text_teacher(
 
     Args:
         spec: `hf:FOLDER`, `hf:package:NAME/SUB`, a plain folder (read as `hf:`), `open_clip:FOLDER`
-            or `open_clip:ARCHITECTURE@FILE.safetensors`.
+            or `open_clip:ARCHITECTURE@FILE.safetensors`, or `open_clip:ARCHITECTURE@TAG`, which is
+            downloaded from the Hub.
         pooler: for Hugging Face teachers, one of `cls_before_pooler`, `cls`, `mean`. It is never
             guessed from the name.
         tokens: also return token features.
@@ -243,7 +244,8 @@ def load_text_teacher(
 
 def load_image_teacher(spec: str) -> ImageTeacher:
     """Load the image tower of an open_clip model: a folder with `open_clip_config.json` and
-    safetensors weights, or `ARCHITECTURE@FILE.safetensors`; the prefix `open_clip:` is optional.
+    safetensors weights, `ARCHITECTURE@FILE.safetensors`, or `ARCHITECTURE@TAG` (from the Hub); the
+    prefix `open_clip:` is optional.
 
     Raises:
         UserError: nothing there, or weights that are not safetensors.
@@ -285,9 +287,15 @@ def _open_clip_source(spec: str) -> tuple[str, Path]:
 
     architecture, _, file = spec.partition("@")
     if file and not Path(spec).is_dir() and architecture in open_clip.list_models():
+        if open_clip.is_pretrained_cfg(architecture, file):
+            return _open_clip_source(_hub_name(architecture, file))
         weights = Path(file).expanduser()
         if weights.suffix != ".safetensors" or not weights.is_file():
-            raise UserError(f"{file} is no safetensors file; give {architecture}@FILE.safetensors")
+            tags = ", ".join(open_clip.list_pretrained_tags_by_model(architecture)) or "none"
+            raise UserError(
+                f"{file} is no safetensors file and no tag of {architecture} ({tags}); give "
+                f"{architecture}@FILE.safetensors"
+            )
         return architecture, weights
     folder = folders.resolve_folder(spec)
     if not (folder / "open_clip_config.json").is_file():
@@ -299,6 +307,21 @@ def _open_clip_source(spec: str) -> tuple[str, Path]:
         f"{folder} has none of {', '.join(_OPEN_CLIP_WEIGHTS)}; only safetensors weights are read, "
         "because other formats can run code: convert the model first"
     )
+
+
+def _hub_name(architecture: str, tag: str) -> str:
+    """The Hub repository of a pre-trained tag; its own configuration decides on the details."""
+    import open_clip
+
+    name, slash, file = str(
+        open_clip.get_pretrained_cfg(architecture, tag).get("hf_hub") or ""
+    ).rpartition("/")
+    if not slash or file:
+        raise UserError(
+            f"{architecture}@{tag} has no Hub repository with safetensors weights; convert the "
+            "weights and give the folder"
+        )
+    return name
 
 
 _OPEN_CLIP_WEIGHTS = (

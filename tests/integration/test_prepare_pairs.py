@@ -18,6 +18,7 @@ from PIL import Image
 
 from dalr_scale import index, prepare
 from dalr_scale.cli import run_command
+from dalr_scale.data import prepare_pairs
 from dalr_scale.data.index import index_path
 from dalr_scale.data.shards import expand_shards
 from dalr_scale.data.source import Source
@@ -96,6 +97,18 @@ LAYOUTS = {
     "JSON lines, one caption each": lambda: "\n".join(
         json.dumps({"file_name": n, "caption": t}) for n in NAMES for t in texts(n)
     ),
+    "COCO": lambda: json.dumps(
+        {
+            "info": {"year": 2017},
+            "images": [{"id": 70 + i, "file_name": n, "height": 16} for i, n in enumerate(NAMES)],
+            "annotations": [
+                {"image_id": 70 + i, "id": 9, "caption": t}
+                for i, n in enumerate(NAMES)
+                for t in texts(n)
+            ],
+        },
+        indent=1,
+    ),
     "folders in the names": lambda: "\n".join(
         ["image,caption", *(f"some/folder/{n},{quoted(t)}" for n in NAMES for t in texts(n))]
     ),
@@ -117,6 +130,70 @@ def test_caption_layouts(layout, pictures: Path, tmp_path: Path, capsys) -> None
     assert "wrote 12 pictures, 60 captions to 3 shards" in out
     assert "left out" not in out
     assert contents(tmp_path / "o") == everything()
+
+
+def karpathy(folder: Path) -> Path:
+    """Every fourth picture is for validation, every sixth for testing; folders in the names."""
+    images = [
+        {
+            "filepath": "val2014",
+            "filename": name,
+            "split": "val" if number % 4 == 0 else "test" if number % 6 == 1 else "train",
+            "sentences": [{"raw": text, "tokens": []} for text in texts(name)],
+        }
+        for number, name in enumerate(NAMES)
+    ]
+    path = folder / "dataset_coco.json"
+    path.write_text(json.dumps({"images": images, "dataset": "coco"}))
+    return path
+
+
+def test_splits_of_a_karpathy_file_become_sets(pictures: Path, tmp_path: Path, capsys) -> None:
+    arguments = (pictures, "--captions", karpathy(tmp_path), "--output", tmp_path / "o")
+    code, out, err = run(capsys, *arguments)
+    assert (code, err) == (0, "")
+    assert "wrote 12 pictures, 60 captions to 3 shards" in out
+    sets = {}
+    for name in ("train", "val", "test"):
+        source = Source(expand_shards([str(tmp_path / "o" / f"pairs-{name}-*.tar")]))
+        sets[name] = {source.describe(n).split("'")[1] for n in range(source.num_items)}
+    assert sets["val"] == {"0_ab", "4_ab", "8_ab"}
+    assert sets["test"] == {"1_ab", "7_ab"}
+    assert len(sets["train"]) == 7 and len(set.union(*sets.values())) == 12
+    assert run(capsys, *arguments)[0] == 2  # nothing is overwritten unasked
+    chosen = ("--split", "train", "test", "--prefix", "most")
+    code, out, _ = run(capsys, *arguments, *chosen)
+    assert code == 0 and "wrote 9 pictures, 45 captions to 1 shards" in out
+    code, _, err = run(capsys, *arguments, "--split", "trian", "--prefix", "x")
+    assert code == 2 and "has no split 'trian', but test, train, val" in err
+    plain = (pictures, "--captions", captions_csv(tmp_path), "--output", tmp_path / "p")
+    code, _, err = run(capsys, *plain, "--split", "train")
+    assert code == 2 and "but no splits" in err
+
+
+@pytest.mark.parametrize(
+    "content",
+    [{"images": [{"id": 1}], "annotations": []}, {"images": [{"filename": "a"}]}, {"images": [3]}],
+)
+def test_documents_of_another_layout_are_refused(
+    content: dict, pictures: Path, tmp_path: Path, capsys
+) -> None:
+    path = tmp_path / "c.json"
+    path.write_text(json.dumps(content, indent=1))
+    code, _, err = run(capsys, pictures, "--captions", path, "--output", tmp_path / "o")
+    assert code == 2 and "neither like COCO's" in err and err.count("\n") == 1
+
+
+def test_links_out_of_the_folder_are_not_followed(pictures: Path, tmp_path: Path, capsys) -> None:
+    (tmp_path / "secret.jpg").write_bytes(jpeg(99))
+    (pictures / "0_ab.jpg").unlink()
+    (pictures / "0_ab.jpg").symlink_to(tmp_path / "secret.jpg")
+    (pictures / "link.jpg").symlink_to(pictures / "1_ab.jpg")  # inside: a picture like any other
+    captions = captions_csv(tmp_path)
+    code, out, _ = run(capsys, pictures, "--captions", captions, "--output", tmp_path / "o")
+    assert code == 0 and "wrote 11 pictures" in out
+    assert "left out 5 captions without a picture ('0_ab.jpg')" in out
+    assert "left out 1 pictures without captions ('link.jpg')" in out
 
 
 @pytest.mark.parametrize("form", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
@@ -362,6 +439,61 @@ def test_a_killed_run_leaves_no_shard_and_can_be_repeated(
     assert run(capsys, *arguments)[0] == 0
     assert not partial.parent.exists()
     assert contents(tmp_path / "o") == everything()
+
+
+def test_an_interrupted_run_goes_on_at_its_last_full_shard(
+    pictures: Path, tmp_path: Path, capsys, monkeypatch
+) -> None:
+    (pictures / "5_ab.jpg").write_bytes(b"no picture")
+    captions = captions_csv(tmp_path)
+
+    def arguments(output: str) -> list[object]:
+        words = (pictures, "--captions", captions, "--samples-per-shard", 2)
+        return [*words, "--output", tmp_path / output]
+
+    _, whole, _ = run(capsys, *arguments("whole"))
+    check, seen = prepare_pairs.check_image, []
+
+    def count(data: bytes) -> str:
+        seen.append(data)
+        if len(seen) == 10 and not (tmp_path / "resumed").exists():
+            (tmp_path / "resumed").touch()
+            raise KeyboardInterrupt
+        return check(data)
+
+    monkeypatch.setattr(prepare_pairs, "check_image", count)
+    monkeypatch.setattr(prepare_pairs, "_CHUNK", 3)
+    assert run(capsys, *arguments("o"))[0] == 130
+    partial = tmp_path / "o" / ".pairs.partial"
+    assert (partial / "progress.json").exists() and not list((tmp_path / "o").glob("*.tar"))
+    first = len(seen)
+    code, out, _ = run(capsys, *arguments("o"))
+    assert code == 0 and out.replace("/o", "/whole") == whole
+    assert len(seen) - first < 12 and not partial.exists()
+    for shard in (tmp_path / "whole").glob("*.tar"):
+        assert (tmp_path / "o" / shard.name).read_bytes() == shard.read_bytes()
+
+
+def test_another_job_does_not_go_on_with_what_is_there(
+    pictures: Path, tmp_path: Path, capsys, monkeypatch
+) -> None:
+    captions = captions_csv(tmp_path)
+    words = [pictures, "--captions", captions, "--output", tmp_path / "o"]
+    words += ["--samples-per-shard", 2]
+
+    commit = prepare_pairs.ShardSetWriter.commit
+
+    def stop(writer, progress: dict) -> None:
+        commit(writer, progress)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare_pairs.ShardSetWriter, "commit", stop)
+        assert run(capsys, *words)[0] == 130
+    assert (tmp_path / "o" / ".pairs.partial" / "progress.json").exists()
+    (pictures / "3_ab.jpg").write_bytes(jpeg(77))
+    assert run(capsys, *words)[0] == 0
+    assert contents(tmp_path / "o")["3_ab"][0] == jpeg(77)
 
 
 def test_both_commands_run_as_modules(pictures: Path, tmp_path: Path) -> None:

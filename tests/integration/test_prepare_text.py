@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import zstandard
 
 from dalr_scale import prepare
 from dalr_scale.cli import run_command
@@ -26,6 +27,8 @@ FILES = {
     "s.txt": PLAIN,
     "s.txt.gz": gzip.compress(PLAIN),
     "s.txt.xz": lzma.compress(PLAIN),
+    "s.txt.zst": zstandard.compress(PLAIN),
+    "two frames.txt.zst": zstandard.compress(PLAIN[:999]) + zstandard.compress(PLAIN[999:]),
     "s.jsonl": JSONL,
     "s.jsonl.gz": gzip.compress(JSONL),
 }
@@ -102,6 +105,8 @@ BAD = {
     "blank.txt": (b"\n \n\n", "no sentence"),
     "cut.txt.gz": (gzip.compress(os.urandom(5000))[:-2000], "cut.txt.gz: cannot be read"),
     "cut.txt.xz": (lzma.compress(PLAIN)[:-20], "cut.txt.xz: cannot be read"),
+    "cut.txt.zst": (zstandard.compress(PLAIN)[:-20], "cut.txt.zst: cannot be read"),
+    "fake.txt.zst": (PLAIN, "fake.txt.zst: cannot be read"),
     "fake.txt.xz": (PLAIN, "fake.txt.xz: cannot be read"),
     "fake.txt.gz": (PLAIN, "fake.txt.gz: cannot be read"),
     "table.parquet": (b"PAR1", "table.parquet: is no text file"),

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import struct
+import time
 import zlib
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from shard_tools import END, jpeg, oracle_samples, tar_member, write_pairs
+from PIL import Image
+from shard_tools import END, jpeg, oracle_samples, picture_bytes, tar_member, write_pairs
 
 from dalr_scale import cli
 from dalr_scale import index as index_command
@@ -24,6 +26,7 @@ from dalr_scale.data.index import (
     ensure_index,
     index_path,
 )
+from dalr_scale.data.source import Source
 from dalr_scale.errors import UserError
 from dalr_scale.runstate import write_durably
 
@@ -71,11 +74,11 @@ BAD = {
     "no caption": ([("a.jpg", jpeg())], "no usable sample"),
     "blank captions": ([("a.txt", b" \n\n")], "no usable sample"),
     "no member": ([], "no usable sample"),
-    "not UTF-8": ([("a.txt", b"ok\n\xff\xfe\n")], "line 2 of sample 'a' is not UTF-8"),
+    "not UTF-8": ([("a.txt", b"\xff\xfe\n")], "line 1 of sample 'a' is not UTF-8"),
     "lone surrogate": ([("a.txt", b"\xed\xa0\x80\n")], "not UTF-8"),
-    "two pictures": ([("a.jpg", jpeg()), ("a.png", b"x"), ("a.txt", b"x")], "2 pictures"),
-    "same extension": ([("a.txt", b"x"), ("a.TXT", b"x")], "two .txt members"),
-    "empty picture": ([("a.jpg", b""), ("a.txt", b"x")], "has 0 bytes"),
+    "two pictures": ([("a.jpg", jpeg()), ("a.png", b"x"), ("a.txt", b"x")], "several pictures"),
+    "same extension": ([("a.txt", b"x"), ("a.TXT", b"x")], "two members of one kind"),
+    "empty picture": ([("a.jpg", b""), ("a.txt", b"x")], "empty or huge picture"),
     "torn sample": ([("a.jpg", jpeg()), ("b.txt", b"x"), ("a.txt", b"x")], "do not stand together"),
     "pickle": ([("a.txt", b"x"), ("a.pkl", b"x")], "allowed extensions"),
 }
@@ -88,6 +91,48 @@ def test_unusable_shards_are_refused_by_name(members: list, message: str, tmp_pa
         ensure_index(shard)
     assert str(raised.value).startswith(str(shard))
     assert not index_path(shard).exists()
+
+
+def test_what_cannot_be_used_is_set_aside_and_the_rest_stays(tmp_path: Path) -> None:
+    torn = jpeg(2)[:-200]
+    shard = shard_of(
+        tmp_path,
+        ("a.jpg", jpeg(1)),
+        ("a.txt", b"one\n\xff\nthree\n"),
+        ("b.jpg", b""),
+        ("b.txt", b"lost\n"),
+        ("c.jpg", jpeg(1)),
+        ("d.txt", b"x\n"),
+        ("d.TXT", b"y\n"),
+        ("e.jpg", torn),
+        ("e.txt", b"torn\n"),
+    )
+    index = ensure_index(shard).load()
+    assert index.items[["sample", "line"]].tolist() == [(0, 0), (0, 2), (4, 0)]
+    assert [line.removeprefix(f"{shard}: ") for line in index.quarantine()] == [
+        "line 2 of sample 'a' is not UTF-8",
+        "sample 'b' has an empty or huge picture",
+        "sample 'c' has no caption",
+        "sample 'd' has two members of one kind",
+    ]
+    assert len(index.quarantine(incomplete=False)) == 3
+    before = Source([shard]).fingerprint
+    deep = ensure_index(shard, deep=True).load()
+    assert "sample 'e' has a picture that cannot be decoded" in deep.quarantine()[-1]
+    assert deep.items["sample"].tolist() == [0, 0]
+    assert ensure_index(shard).header.deep  # not undone by an ordinary look
+    assert Source([shard]).fingerprint != before
+    assert Source([shard], with_images=True).read(np.arange(2)).sentences == ["one", "three"]
+
+
+def test_a_picture_bomb_is_set_aside_from_its_header(tmp_path: Path) -> None:
+    small = picture_bytes(Image.new("1", (8, 8)), "PNG")
+    header = b"IHDR" + (30_000).to_bytes(4, "big") * 2 + small[24:29]
+    bomb = small[:12] + header + zlib.crc32(header).to_bytes(4, "big") + small[33:]
+    shard = shard_of(tmp_path, ("a.png", bomb), ("a.txt", b"x"), ("b.txt", b"y"))
+    started = time.perf_counter()
+    assert "cannot be decoded" in ensure_index(shard, deep=True).load().quarantine()[0]
+    assert time.perf_counter() - started < 1
 
 
 def test_a_sound_index_is_used_and_a_stale_one_is_built_again(tmp_path: Path) -> None:

@@ -241,6 +241,7 @@ def test_impossible_settings_are_refused(sources) -> None:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_errors_of_workers_arrive_as_one_sentence(workers: int, tmp_path: Path) -> None:
+    """A batch that takes the whole stream has no other item for a bad row."""
     shard = write_pairs(tmp_path, 4, per_shard=9)[0]
     source = Source([shard])
     content = shard.read_bytes()
@@ -250,7 +251,7 @@ def test_errors_of_workers_arrive_as_one_sentence(workers: int, tmp_path: Path) 
     with pytest.raises(UserError) as raised:
         list(
             make_loader(
-                plan_of(None, source, seed=1, global_batch=4),
+                plan_of(None, source, seed=1, global_batch=20),
                 None,
                 source,
                 small_tokenizer(),

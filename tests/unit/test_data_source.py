@@ -142,13 +142,13 @@ def test_text_with_image_features_has_image_ids(tmp_path: Path) -> None:
 
 
 def test_more_shards_than_may_be_open(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(source_module, "_OPEN_FILES", 6)
+    monkeypatch.setattr(source_module, "_MAPS", 10)
     source = Source(write_pairs(tmp_path, 12, per_shard=1))
     open_before = len(os.listdir("/proc/self/fd"))
     for _ in range(3):
         assert len(source.read(np.arange(60)).sentences) == 60
     assert len(source._cache) == 2
-    assert len(os.listdir("/proc/self/fd")) <= open_before + 6
+    assert len(os.listdir("/proc/self/fd")) <= open_before + 10
 
 
 def test_a_source_can_be_sent_to_another_process(tmp_path: Path) -> None:
@@ -170,7 +170,45 @@ def test_damage_during_the_run_names_shard_and_sample(what: str, tmp_path: Path)
         source.read(np.arange(15))
 
 
-def test_a_shard_that_shrinks_or_vanishes_is_named(tmp_path: Path) -> None:
+def test_a_file_system_that_fails_is_asked_again(tmp_path: Path, monkeypatch, caplog) -> None:
+    monkeypatch.setattr(source_module, "_RETRY_SECONDS", (0.0, 0.0))
+    shards = write_pairs(tmp_path, 6, per_shard=3)
+    source = Source(shards)
+    read, failures = source_module.read_exactly, []
+
+    def stumble(descriptor: int, size: int, offset: int) -> bytes:
+        if len(failures) < limit:
+            failures.append(offset)
+            raise OSError(5, "Input/output error")
+        return read(descriptor, size, offset)
+
+    monkeypatch.setattr(source_module, "read_exactly", stumble)
+    limit = 2
+    assert len(source.read(np.arange(30)).sentences) == 30
+    assert caplog.text.count("trying again") == 2
+    failures.clear()
+    limit = 3
+    with pytest.raises(UserError, match=r"Input/output error\) after 3 tries; bring it back"):
+        source.read(np.arange(30))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_value_that_changed_is_a_fault_of_its_row(shard: Path, value: float) -> None:
+    path = write_features(shard, "clip", values_for(3), level="sample", manifest_extra={})
+    content = path.read_bytes()
+    start = content.index(values_for(3).tobytes()) + 8  # the first value of the second row
+    with path.open("r+b") as file:
+        file.seek(start)
+        file.write(np.float16(value).tobytes())
+    records = Source([shard], features={"image": "clip"}).read(np.arange(15), strict=False)
+    assert sorted(records.faults) == [5, 6, 7, 8, 9]
+    assert all("feature of sample 1 has changed" in why for why in records.faults.values())
+    with pytest.raises(UserError, match="have changed"):
+        open_features(shard, "clip").verify()
+
+
+def test_a_shard_that_shrinks_or_vanishes_is_named(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(source_module, "_RETRY_SECONDS", (0.0, 0.0))
     shard = write_pairs(tmp_path, 3, per_shard=9)[0]
     source = Source([shard])
     shard.write_bytes(b"short")

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from dalr_scale.data.features_store import features_path, open_features
 from dalr_scale.data.writer import ShardSetWriter, write_text_shards
 from dalr_scale.errors import UserError
-from dalr_scale.features import main
+from dalr_scale.features import main, store
 from dalr_scale.models.encoder import SentenceEncoder, load_tokenizer
 from dalr_scale.models.teachers import load_image_teacher, load_text_teacher
 
@@ -101,7 +101,8 @@ def test_token_features_follow_the_items(kind, shards, bert, clip_folder):
     table = open_features(shards[0], "tok")
     lines = CAPTIONS[0] + CAPTIONS[1]
     _, tokens, mask = teacher.encode(lines)
-    for row, stored in enumerate(table.read_tokens(np.arange(len(lines)))):
+    values, lengths = table.read_tokens(np.arange(len(lines)))
+    for row, stored in enumerate(np.split(values, np.cumsum(lengths)[:-1])):
         np.testing.assert_allclose(stored, tokens[row][mask[row]].numpy(), atol=4e-3)
 
 
@@ -147,6 +148,26 @@ def test_ranks_share_the_shards(shards, bert, monkeypatch):
         assert run(shards, *words) == 0
         done.append([features_path(shard, "t").exists() for shard in shards])
     assert done == [[True, False], [True, True], [True, True]]
+
+
+def test_the_bytes_do_not_depend_on_the_number_of_processes(tmp_path, bert, clip_folder):
+    sentences = [f"dog {'ab ' * (n % 7)}" for n in range(40)]
+    found = []
+    for world in (1, 2, 3):
+        folder = tmp_path / str(world)
+        write_text_shards(sentences, folder, "w", per_member=4, members_per_shard=2)
+        paths = sorted(map(str, folder.glob("w-??????.tar")))
+        for rank in reversed(range(world)):
+            for words in (
+                ("--name", "t", "--text-teacher", str(bert), "--pooler", "mean"),
+                ("--name", "k", "--text-teacher", str(bert), "--pooler", "mean", "--tokens"),
+                ("--name", "c", "--caption-teacher", str(clip_folder)),
+            ):
+                options = ("--quiet", "--device", "cpu", "--batch-size", "3")
+                assert store([*paths, *words, *options], rank, world) == 0
+        tars = sorted(folder.glob("*.features.tar"))
+        found.append({path.name: path.read_bytes() for path in tars})
+    assert len(found[0]) == 15 and found[0] == found[1] == found[2]
 
 
 def write_npz(path, names, values=None):

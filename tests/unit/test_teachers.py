@@ -159,6 +159,22 @@ def test_a_named_architecture_with_a_checkpoint_file(tmp_path):
         load_image_teacher("RN50@missing.safetensors")
 
 
+def test_a_pretrained_tag_names_a_hub_repository(clip_folder, monkeypatch):
+    asked = []
+
+    def snapshot(name, **options):
+        asked.append((name, options["allow_patterns"]))
+        return str(clip_folder)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    teacher = load_image_teacher("ViT-B-32@laion2b_s34b_b79k")
+    assert teacher.width == load_image_teacher(str(clip_folder)).width
+    assert [name for name, _ in asked] == ["laion/CLIP-ViT-B-32-laion2B-s34B-b79K"]
+    assert not any(pattern.endswith((".pt", ".bin")) for pattern in asked[0][1])
+    with pytest.raises(UserError, match="no tag of ViT-B-32"):
+        load_image_teacher("ViT-B-32@laion3b")
+
+
 def test_clip_tokenizer_counts_tokens_up_to_the_end_token(clip_folder):
     config = json.loads((clip_folder / "open_clip_config.json").read_text())
     text = config["model_cfg"]["text_cfg"]

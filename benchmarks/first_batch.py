@@ -1,0 +1,73 @@
+"""Writes many small indexed shards, or times the way from their list to the first batch."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from dalr_scale.data.features_store import write_features
+from dalr_scale.data.index import ensure_index
+from dalr_scale.data.loader import make_loader
+from dalr_scale.data.order import StreamPlan
+from dalr_scale.data.shards import expand_shards
+from dalr_scale.data.source import Source
+from dalr_scale.data.token_store import Encoding, write_tokens
+from dalr_scale.data.writer import write_text_shards
+from dalr_scale.models.teachers import tokenizer_hash
+from dalr_scale.models.tokenizer import load_tokenizer
+
+ROWS, WIDTH, BATCH = 100, 16, 256
+
+
+def write(folder: Path, shards: int) -> None:
+    """Shards of 100 sentences, each with its index, one feature set and its token ids."""
+    if (folder / "vocab.txt").exists():
+        return
+    sentences = (f"a w{n % 499} w{n % 7} w{n}" for n in range(shards * ROWS))
+    paths = write_text_shards(sentences, folder, "text", per_member=ROWS, members_per_shard=1)
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", *(f"w{n}" for n in range(500))]
+    (folder / "vocab.txt").write_text("\n".join(words) + "\n")
+    tokenizer = load_tokenizer(folder / "vocab.txt")
+    sha256 = tokenizer_hash(tokenizer)
+    values = np.random.default_rng(0).normal(size=(ROWS, WIDTH))
+    for path in paths:
+        ensure_index(path)
+        write_features(path, "clip", values, level="item", manifest_extra={})
+        lines = Source([path]).read(np.arange(ROWS)).sentences
+        write_tokens(path, lines, tokenizer, sha256)
+
+
+def read(folder: Path) -> None:
+    """Print the seconds of each part as JSON."""
+    torch.set_num_threads(1)
+    tokenizer = load_tokenizer(folder / "vocab.txt")
+    sha256 = tokenizer_hash(tokenizer)
+    started = time.perf_counter()
+    paths = expand_shards([str(folder / "text-*.tar")])
+    listed = time.perf_counter()
+    source = Source(paths, features={"text0": "clip"})
+    source.use_ids(Encoding(sha256, 32, tokenizer.pad_token_id))
+    opened = time.perf_counter()
+    plan = StreamPlan(seed=1, global_batch=BATCH, text_items=source.num_items)
+    loader = make_loader(
+        plan, source, None, tokenizer, rank=0, world_size=1, start_step=0,
+        total_steps=plan.n_text, max_length=32, num_workers=1, with_text=False,
+    )  # fmt: skip
+    batch = next(iter(loader))
+    ended = time.perf_counter()
+    assert batch.features["text0"].shape == (BATCH, WIDTH)
+    times = {"list": listed - started, "open": opened - listed, "batch": ended - opened}
+    times = {name: round(value, 3) for name, value in times.items()}
+    print(json.dumps({"items": source.num_items, **times, "seconds": round(ended - started, 3)}))
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "write":
+        write(Path(sys.argv[2]), int(sys.argv[3]))
+    else:
+        read(Path(sys.argv[2]))
