@@ -59,12 +59,14 @@ AMPERE_STATISTICS = STATISTICS | {
 }
 # Only on Hopper do 16 warps keep the wide epilogue in registers and the products on wgmma.
 HOPPER_SLOPES = SLOPES | {(torch.float16, TAUGHT): Tile(128, 128, 64, 4, 16, 3)}
+BLACKWELL_SLOPES = SLOPES | {(torch.float16, TAUGHT): Tile(128, 128, 64, 4, 8, 3)}
 
 
 def tables(architecture: int) -> tuple[TileTable, TileTable]:
     """Tiles of the statistics and the slopes kernel for sm_80, sm_90 or sm_100."""
-    statistics = AMPERE_STATISTICS if architecture < 90 else STATISTICS
-    return statistics, HOPPER_SLOPES if architecture == 90 else SLOPES
+    if architecture < 90:
+        return AMPERE_STATISTICS, SLOPES
+    return STATISTICS, HOPPER_SLOPES if architecture < 100 else BLACKWELL_SLOPES
 
 
 def architecture_of(device: torch.device) -> int:
