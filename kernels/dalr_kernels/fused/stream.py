@@ -32,7 +32,7 @@ class Tile(NamedTuple):
 
 TileTable = dict[tuple[torch.dtype, str], Tile]
 # Products in full float32 do not use tensor cores: small tiles.
-EXACT = Tile(64, 64, 32, 2, 4, 2)
+EXACT = Tile(64, 64, 32, 2, 8, 2)
 
 
 # Chosen by the ahead-of-time report: no spills, shared memory of every supported card. "lean" is
@@ -52,13 +52,21 @@ SLOPES = {
     (torch.float16, TAUGHT): Tile(128, 64, 64, 2, 8, 4),
     **EXACT_TILES,
 }
+# Without wgmma the operands take registers too.
+AMPERE_STATISTICS = STATISTICS | {
+    (torch.float16, LEAN): Tile(128, 128, 64, 2, 8, 3),
+    (torch.float16, TAUGHT): Tile(64, 64, 64, 1, 8, 4),
+}
 # Only on Hopper do 16 warps keep the wide epilogue in registers and the products on wgmma.
 HOPPER_SLOPES = SLOPES | {(torch.float16, TAUGHT): Tile(128, 128, 64, 4, 16, 3)}
+BLACKWELL_SLOPES = SLOPES | {(torch.float16, TAUGHT): Tile(128, 128, 64, 4, 8, 3)}
 
 
 def tables(architecture: int) -> tuple[TileTable, TileTable]:
     """Tiles of the statistics and the slopes kernel for sm_80, sm_90 or sm_100."""
-    return STATISTICS, HOPPER_SLOPES if architecture == 90 else SLOPES
+    if architecture < 90:
+        return AMPERE_STATISTICS, SLOPES
+    return STATISTICS, HOPPER_SLOPES if architecture < 100 else BLACKWELL_SLOPES
 
 
 def architecture_of(device: torch.device) -> int:
