@@ -259,6 +259,9 @@ def objective_loss(problem: Problem) -> Tensor:
     views = _views(problem)
     size = problem.shape.cols
     shifted = dalr_objective.unmatched_rows(config, size, seed=0, step=1)
+    assert views.aligned_image is not None
+    partners = torch.as_tensor(shifted, device=views.ids.device)
+    views.aligned_unmatched = views.aligned_image[partners]
     weights = (0.33, 0.67)
     text = text_terms(views, views, config, weights, 0, paired=True, distil=True)
     others = cross_terms(views, views, config, weights, 0, shifted)

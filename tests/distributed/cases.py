@@ -363,7 +363,14 @@ FAULTS = [
     Case(2, "dalr", "zero2", chunks="four", fault="one reduction per chunk"),
     Case(2, "dalr", dropout="row", fault="keys by place in the rank"),
 ]
-SETS = {"cover": lambda: cover() + FAULTS, "product": product}
+
+
+def references() -> list[Case]:
+    """References that need an engine: made by a worker, since ZeRO-3 marks its process for good."""
+    return sorted({c.reference for c in cover() if c.reference.kind != "ddp"}, key=lambda c: c.name)
+
+
+SETS = {"cover": lambda: [*dict.fromkeys(cover() + references() + FAULTS)], "product": product}
 
 
 def save(folder: Path, case: Case, results: dict[str, np.ndarray]) -> None:
