@@ -323,22 +323,31 @@ def agreement(
     """How far results are from the truth, by group: losses, gradients in the embeddings, gradients
     and weights of parameters.
 
-    The largest max|difference| / max|value| of any tensor. A tensor whose values are below a
-    thousandth counts absolutely, times a thousand: attention key biases have no gradient but
-    rounding. With `norms`, the norm of a group's differences over the norm of its values: bf16
-    leaves little of small tensors.
+    The largest max|difference| / max|value| of any tensor, a gradient being one tensor over all
+    its steps (late ones are small, and carry the rounding of the steps before). A tensor whose
+    values are below a thousandth counts absolutely, times a thousand: attention key biases have
+    no gradient but rounding. With `norms`, the norm of a group's differences over the norm of its
+    values: bf16 leaves little of small tensors.
     """
     assert results.keys() >= truth.keys()
-    worst = dict.fromkeys(GROUPS, 0.0)
+    differences: dict[str, float] = {}
+    sizes: dict[str, float] = {}
     squares = {group: [0.0, 0.0] for group in GROUPS}
     for name, value in truth.items():
-        group = name.split(".")[0]
+        tensor = ".".join(part for part in name.split(".", 2) if not part.isdecimal())
         difference = np.abs(results[name] - value)
-        largest = float(difference.max() / max(np.abs(value).max(), 1e-3))
-        worst[group] = max(worst[group], largest)
+        differences[tensor] = max(differences.get(tensor, 0.0), float(difference.max()))
+        sizes[tensor] = max(sizes.get(tensor, 1e-3), float(np.abs(value).max()))
+        group = name.split(".")[0]
         squares[group][0] += float((difference**2).sum())
         squares[group][1] += float((value**2).sum())
-    return {g: (a / b) ** 0.5 for g, (a, b) in squares.items()} if norms else worst
+    if norms:
+        return {g: (a / b) ** 0.5 for g, (a, b) in squares.items()}
+    worst = dict.fromkeys(GROUPS, 0.0)
+    for tensor, difference in differences.items():
+        group = tensor.split(".")[0]
+        worst[group] = max(worst[group], difference / sizes[tensor])
+    return worst
 
 
 def pairwise(axes: Sequence[Sequence[Any]]) -> list[tuple[Any, ...]]:
