@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-_group: dist.ProcessGroup | None = None
+_group: Any = None
 _alone = False
 
 

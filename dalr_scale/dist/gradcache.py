@@ -11,8 +11,8 @@ Accumulating gradients over smaller batches would not be this: their contrast se
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -117,8 +117,8 @@ def start_gather(engine: Engine, inputs: StepInputs, plan: ChunkPlan) -> ColumnG
     if not several_ranks():
         return None
     gather = ColumnGather(plan.order)
-    needs = engine.module.spec.needs
-    for name, rows in teacher_columns(inputs.teachers, needs).items():  # type: ignore[arg-type]
+    model: Any = engine.module
+    for name, rows in teacher_columns(inputs.teachers, model.spec.needs).items():
         gather.add(name, rows)
     return gather
 
@@ -204,7 +204,7 @@ def require_agreement(inputs: StepInputs) -> None:
     )
 
 
-def _facts(inputs: StepInputs) -> Mapping[str, str]:
+def _facts(inputs: StepInputs) -> dict[str, str]:
     teachers = inputs.teachers
     features = {f"text {k}": e for k, e in enumerate(teachers.text)}
     features |= {"image": teachers.image, "caption": teachers.caption}

@@ -221,11 +221,12 @@ class DalrModel(nn.Module):
         assert rows.image is not None and cols.image is not None
         partners = cols.image[torch.as_tensor(unmatched, device=cols.image.device)]
         rows.aligned_text = self.text_aligner(rows.z1)
-        rows.aligned_image = self.image_aligner(_like(rows.image, rows.z1))
+        aligned = self.image_aligner(_like(rows.image, rows.z1))
+        rows.aligned_image = aligned
         if self.spec.objective.consistency_weight > 0:
             rows.aligned_unmatched = self.image_aligner(_like(partners, rows.z1))
         if self.spec.needs.consistency_labels:
-            cols.aligned_image = gather_rows(rows.aligned_image, grad=False)
+            cols.aligned_image = gather_rows(aligned, grad=False)
 
     def _with_teachers(self, rows: Views, teachers: TeacherBatch) -> Views:
         """Adds the frozen features that the losses compare directly."""

@@ -120,8 +120,8 @@ def _attention(
     scaling: float | None = None, dropout: float = 0.0, **_: Any,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Attention over [B, heads, L, width] with keyed dropout of its weights."""
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    scores = query @ key.transpose(2, 3) * scaling
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    scores = query @ key.transpose(2, 3) * scale
     if attention_mask is not None:
         scores = scores + attention_mask
     weights = scores.softmax(dim=-1)
