@@ -69,8 +69,9 @@ def write(worst: dict, counts: dict[str, int], failed: list) -> None:
     lines = [
         "# Ranks, engines and chunks against one process",
         "",
-        f"{len(product())} cases of 5 steps: {', '.join(f.name for f in dataclasses.fields(Case))}."
-        " Largest max|difference| / max|value| of any tensor; bf16: of the norms of a group.",
+        f"{sum(counts.values())} of {len(product())} cases, 5 steps each: "
+        + ", ".join(f.name for f in dataclasses.fields(Case))
+        + ". Largest max|difference| / max|value| of any tensor; bf16: of the norms of a group.",
         "",
         "| cases | number | loss | embedding gradient | parameter gradient | weights | limit |",
         "|---|---|---|---|---|---|---|",
