@@ -88,6 +88,7 @@ def start_world(timeout_minutes: float, threads: int = 0) -> World:
     defaults = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
+    alone = "MASTER_PORT" not in os.environ and os.environ["WORLD_SIZE"] == "1"
     if "MASTER_PORT" not in os.environ:
         os.environ["MASTER_PORT"] = str(_free_port())
     device = _local_device()
@@ -97,7 +98,9 @@ def start_world(timeout_minutes: float, threads: int = 0) -> World:
     if not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
         timeout = timedelta(minutes=timeout_minutes)
-        dist.init_process_group(backend, timeout=timeout)
+        # a world of one listens nowhere: a port that was free a moment ago may be taken by now
+        meeting = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if alone else {}
+        dist.init_process_group(backend, timeout=timeout, **meeting)
         open_column_group(timeout)
     return World(dist.get_rank(), dist.get_world_size(), device)
 
