@@ -10,7 +10,6 @@ Accumulating gradients over smaller batches would not be this: their contrast se
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +22,7 @@ from dalr_scale.dist.engine import Engine
 from dalr_scale.dist.gather import column_group, several_ranks
 from dalr_scale.errors import UserError
 from dalr_scale.models.dalr import TeacherBatch, teacher_columns
-from dalr_scale.models.row_dropout import RowKeys
+from dalr_scale.models.row_dropout import RowKeys, integer_key
 
 
 @dataclass(frozen=True)
@@ -175,7 +174,7 @@ def _key_dropout(inputs: StepInputs, rows: Tensor, chunk: int) -> None:
 
 def seed_dropout(*key: int) -> None:
     """Seeds torch's generators from a key: no random state has to be saved or replayed."""
-    torch.manual_seed(_digest(key) >> 1)
+    torch.manual_seed(integer_key(*key))
 
 
 def require_agreement(inputs: StepInputs) -> None:
@@ -186,7 +185,7 @@ def require_agreement(inputs: StepInputs) -> None:
     if not several_ranks():
         return
     facts = _facts(inputs)
-    mark = torch.tensor([_digest(sorted(facts.items())) >> 1], device=inputs.input_ids.device)
+    mark = torch.tensor([integer_key(*sorted(facts.items()))], device=inputs.input_ids.device)
     marks = mark.new_empty(dist.get_world_size())
     dist.all_gather_into_tensor(marks, mark, group=column_group())
     if bool((marks == marks[0]).all()):
@@ -217,7 +216,3 @@ def _facts(inputs: StepInputs) -> dict[str, str]:
     }
     shapes = {n: f"{tuple(v.shape)} {v.dtype}" for n, v in features.items() if v is not None}
     return facts | shapes
-
-
-def _digest(key: object) -> int:
-    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "little")

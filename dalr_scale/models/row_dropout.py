@@ -31,7 +31,7 @@ class RowKeys:
 
     def set(self, seed: int, step: int, rows: Tensor, views: int) -> None:
         """Keys for global row numbers [b], each seen `views` times, view after view."""
-        view_keys = [_integer_key(seed, step, view) for view in range(views)]
+        view_keys = [integer_key(seed, step, view) for view in range(views)]
         keys = [_mix64(rows.long() + key) for key in view_keys]
         self.rows_B = torch.cat(keys)
 
@@ -40,7 +40,7 @@ class RowKeys:
         if self.rows_B is None or len(self.rows_B) != shape[0]:
             known = 0 if self.rows_B is None else len(self.rows_B)
             raise RuntimeError(f"row keys are set for {known} rows and {shape[0]} are encoded")
-        state = _mix64(self.rows_B + _integer_key(place))
+        state = _mix64(self.rows_B + integer_key(place))
         for extent in shape[1:-1]:
             state = _mix64(state.unsqueeze(-1) + torch.arange(extent, device=state.device))
         last = torch.arange(shape[-1], dtype=torch.int32, device=state.device)
@@ -136,7 +136,7 @@ def _drop(x: Tensor, p: float, place: int, keys: RowKeys) -> Tensor:
     return x * keys.keep(place, x.shape, p) / (1 - p)
 
 
-def _integer_key(*parts: int) -> int:
+def integer_key(*parts: object) -> int:
     """63 bits of a key, the same on every host."""
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from . import checks, chunked
 from .margin import angular_margin
+from .shared import workspace_of
 from .similarity import Similarity, UnitSimilarity, unit
 
 # Merges a tensor over ranks, element by element.
@@ -74,8 +75,7 @@ def column_alignment_kl(
     checks.margin_angle(margin)
     checks.similarity("teacher", teacher, rows, cols.shape[0])
     dtype = checks.compute_dtype(rows, cols)
-    workspace = chunked.default_workspace(rows.device)
-    workspace = workspace if workspace_bytes is None else workspace_bytes
+    workspace = workspace_of(rows.device, None, workspace_bytes)
     with torch.autocast(rows.device.type, enabled=False):
         rows_RD, cols_ND = unit(rows.to(dtype)), unit(cols.detach().to(dtype))
         problem = _Problem(

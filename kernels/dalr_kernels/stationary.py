@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from . import checks, chunked
+from .shared import workspace_of
 from .similarity import unit
 
 
@@ -65,8 +66,7 @@ def token_negatives(
     )  # fmt: skip
     with torch.no_grad(), torch.autocast(rows.device.type, enabled=False):
         values = _compute(rows.detach(), unit_rows)
-        workspace = chunked.default_workspace(rows.device)
-        workspace = workspace if workspace_bytes is None else workspace_bytes
+        workspace = workspace_of(rows.device, None, workspace_bytes)
         block, chunk = chunked.token_blocks(values, arguments, None, workspace)
         negatives, centre = chunked.stream_negatives(values, arguments, block, chunk, True)
     assert centre is not None
@@ -116,8 +116,7 @@ def own_token_loss(
     constants = chunked.TokenArguments(
         tokens.detach(), mask != 0, tokens.detach(), mask != 0, norm, temperature, 0, None, None
     )
-    workspace = chunked.default_workspace(rows.device)
-    workspace = workspace if workspace_bytes is None else workspace_bytes
+    workspace = workspace_of(rows.device, None, workspace_bytes)
     with torch.autocast(rows.device.type, enabled=False):
         values = _compute(rows, unit_rows)
         block, _ = chunked.token_blocks(values, constants, None, workspace)
