@@ -1,4 +1,4 @@
-"""Memory and time of the global batch on one CPU process: ``make batch-bench``.
+"""Memory, time and bytes of the global batch on CPU processes: ``make batch-bench``.
 
 Writes ``benchmarks/results/global_batch.{json,md,png}``.
 
@@ -6,11 +6,13 @@ Writes ``benchmarks/results/global_batch.{json,md,png}``.
   peak of the resident memory above what was there before the step, against the prediction that
   the trainer prints.
 * Cost: steps with and without gradient caching at one batch size that fits both, interleaved.
+* Traffic: bytes that a rank sends per step, counted on two and four ranks (``batch_traffic.py``).
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import platform
@@ -22,22 +24,20 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+import batch_traffic
 import torch
+from batch_step import Shape, build, random_inputs
 from dalr_kernels import chunked
-from transformers import BertConfig, BertModel
 
 from dalr_scale.checkpoint import package_versions
-from dalr_scale.config import Config, build_config
-from dalr_scale.dist.engine import PlainEngine
+from dalr_scale.config import BatchConfig
 from dalr_scale.dist.gradcache import StepInputs, backward_global_batch
-from dalr_scale.dist.world import World
-from dalr_scale.models.dalr import DalrModel, FeatureWidths, LossSpec
-from dalr_scale.models.encoder import pool
-from dalr_scale.optim import build_optimizer
-from dalr_scale.predict import MemoryPlan, plan_memory, random_teachers
+from dalr_scale.predict import plan_memory
 
 RESULTS = Path(__file__).parent / "results"
-WIDTH, HEAD, IMAGE, TEXT, TOKENS, MICRO = 64, 32, 48, (48,), 8, 64
+MICRO = 64
+NARROW = Shape(width=64, layers=1, length=8, heads=32, image=48, text=(48,), tokens=(48,))
+DEEPER = Shape(width=128, layers=4, length=32, heads=32, image=48, text=(48,), tokens=(48,))
 # Curves, and how far they go: all pairs of 64k rows take minutes for one term, an hour for all.
 CURVES: dict[str, tuple[dict[str, Any], int]] = {
     "simcse": ({"preset": "simcse"}, 65536),
@@ -53,78 +53,30 @@ CURVES: dict[str, tuple[dict[str, Any], int]] = {
 }
 
 
-class Encoder(torch.nn.Module):
-    """A BERT of one or more layers with mean pooling, without a tokenizer."""
-
-    def __init__(self, width: int, layers: int, dropout: float) -> None:
-        super().__init__()
-        config = BertConfig(
-            vocab_size=1000,
-            hidden_size=width,
-            num_hidden_layers=layers,
-            num_attention_heads=2,
-            intermediate_size=4 * width,
-            max_position_embeddings=64,
-            hidden_dropout_prob=dropout,
-            attention_probs_dropout_prob=dropout,
-        )
-        self.backbone = BertModel(config, add_pooling_layer=False)
-        self.width, self.row_keys = width, None
-
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        hidden = self.backbone(input_ids=input_ids, attention_mask=attention_mask)
-        return pool(hidden.last_hidden_state, attention_mask, "mean")
-
-
-def build(
-    objective: dict[str, Any], size: int, micro: int, *, width: int, layers: int, length: int
-) -> tuple[PlainEngine, StepInputs, Config]:
-    """An engine of one process and a random paired batch."""
-    config = build_config(
-        [
-            {
-                "objective": {"preset": "dalr", **objective},
-                "batch": {"global_size": size, "micro_size": micro},
-                "engine": {"kind": "ddp", "precision": "fp32"},
-                "model": {"grounding_width": HEAD, "consistency_width": HEAD},
-                "data": {"pairs": ["random"], "max_length": length},
-            }
-        ]
-    )
-    torch.manual_seed(0)
-    encoder: Any = Encoder(width, layers, dropout=0.1)
-    widths = FeatureWidths(IMAGE, IMAGE, TEXT, TEXT)
-    model = DalrModel(encoder, config.model, LossSpec(config.objective, (1.0,)), widths)
-    world = World(0, 1, torch.device("cpu"))
-    engine = PlainEngine(model, build_optimizer(model, config.optim), config, world)
-    teachers = random_teachers(model, size, paired=True)
-    lengths = torch.randint(length // 4, length + 1, (size, 1))
-    mask = (torch.arange(length) < lengths).long()
-    ids = torch.randint(0, 1000, (size, length))
-    return engine, StepInputs(ids, mask, teachers, 0, 0, 1, micro), config
-
-
 def peak_of_step(curve: str, size: int) -> dict[str, float]:
-    """Peak of resident memory during one step, above the level before it, in bytes."""
-    engine, inputs, config = build(
-        CURVES[curve][0], size, MICRO, width=WIDTH, layers=1, length=TOKENS
-    )
+    """Peak of resident memory over one step and its batch, above the level before, in bytes."""
+    engine, small, config = build(CURVES[curve][0], 2 * MICRO, MICRO, NARROW)
+    backward_global_batch(engine, small)  # libraries allocate at first use
     model: Any = engine.module
+    model.zero_grad(set_to_none=True)
+    config = dataclasses.replace(config, batch=BatchConfig(size, MICRO))
     plan = plan_memory(config, model, 1)
-    warm = build(CURVES[curve][0], 2 * MICRO, MICRO, width=WIDTH, layers=1, length=TOKENS)
-    backward_global_batch(warm[0], warm[1])  # libraries allocate at first use
-    del warm
     before = _resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    inputs = random_inputs(model, NARROW, size, MICRO)
     started = time.perf_counter()
     backward_global_batch(engine, inputs)
     seconds = time.perf_counter() - started
-    return {"peak": _resident("VmHWM") - before, "linear": linear_part(plan), "seconds": seconds}
+    parts = {"cached": plan.cached_states + plan.loss_vectors, "tokens": plan.token_features}
+    parts["batch"] = _batch_bytes(inputs) - (plan.token_features if inputs.teachers.tokens else 0)
+    return {"peak": _resident("VmHWM") - before, **parts, "seconds": seconds}
 
 
-def linear_part(plan: MemoryPlan) -> int:
-    """Cached states and loss vectors; the batch itself is there before the step."""
-    return plan.cached_states + plan.loss_vectors + plan.columns
+def _batch_bytes(inputs: StepInputs) -> int:
+    teachers = inputs.teachers
+    held = [inputs.input_ids, inputs.attention_mask, teachers.image, teachers.caption]
+    held += [*teachers.text, *teachers.tokens, *teachers.token_masks]
+    return sum(t.nbytes for t in held if t is not None)
 
 
 def _resident(field: str) -> int:
@@ -152,40 +104,32 @@ def measure_memory(limit: int) -> list[dict[str, Any]]:
     return found
 
 
-def measure_cost(rounds: int) -> dict[str, float]:
-    """Ratio of step times, a batch of 256 in chunks of 32 against one chunk, interleaved."""
-    both = {micro: build({}, 256, micro, width=128, layers=4, length=32)[:2] for micro in (256, 32)}
-    times: dict[int, list[float]] = {micro: [] for micro in both}
+def measure_cost(rounds: int) -> dict[str, dict[str, float]]:
+    """CPU time of a batch of 256 in chunks of 32 over that of one chunk, steps interleaved."""
+    steps = {}
+    for name, micro in (("one chunk", 256), ("chunks", 32), ("chunks, not sorted", 32)):
+        engine, inputs = build({}, 256, micro, DEEPER)[:2]
+        steps[name] = engine, dataclasses.replace(inputs, sort=name == "chunks")
+    times: dict[str, list[float]] = {name: [] for name in steps}
     for number in range(rounds + 1):
-        for micro, (engine, inputs) in both.items():
+        for name, (engine, inputs) in steps.items():
             started = time.process_time()
             backward_global_batch(engine, inputs)
             if number:  # the first round allocates
-                times[micro].append(time.process_time() - started)
-    ratios = [cached / whole for whole, cached in zip(times[256], times[32], strict=True)]
-    return {
-        "ratio": statistics.median(ratios),
-        "low": min(ratios),
-        "high": max(ratios),
-        "seconds": statistics.median(times[256]),
-    }
+                times[name].append(time.process_time() - started)
+    whole = times.pop("one chunk")
+    cost = {}
+    for name, own in times.items():
+        ratios = [one / other for one, other in zip(own, whole, strict=True)]
+        cost[name] = {
+            "ratio": statistics.median(ratios), "low": min(ratios), "high": max(ratios)
+        }  # fmt: skip
+    return cost
 
 
-def unsorted_cost(rounds: int) -> float:
-    """The same ratio with chunks cut from the rows as they come: what sorting by length saves."""
-    import dataclasses
-
-    engine, inputs = build({}, 256, 32, width=128, layers=4, length=32)[:2]
-    ratios = []
-    for number in range(rounds + 1):
-        seconds = {}
-        for sort in (True, False):
-            started = time.process_time()
-            backward_global_batch(engine, dataclasses.replace(inputs, sort=sort))
-            seconds[sort] = time.process_time() - started
-        if number:
-            ratios.append(seconds[False] / seconds[True])
-    return statistics.median(ratios)
+def linear(row: dict[str, Any]) -> int:
+    """What may grow with the batch, bytes: the batch itself, cached vectors, teachers' tokens."""
+    return row["batch"] + row["cached"] + row["tokens"]
 
 
 def growth(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
@@ -200,7 +144,7 @@ def growth(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
         if len(own) > 1:
             first, last = own[0], own[-1]
             measured = last["peak"] - first["peak"]
-            allowed = last["linear"] - first["linear"] + workspace
+            allowed = linear(last) - linear(first) + workspace
             result[curve] = {
                 "from": first["size"], "to": last["size"], "measured": measured,
                 "allowed": allowed, "ratio": measured / allowed,
@@ -212,28 +156,32 @@ def write(record: dict[str, Any]) -> None:
     RESULTS.mkdir(exist_ok=True)
     text = json.dumps(record, indent=1) + "\n"
     (RESULTS / "global_batch.json").write_text(text, encoding="utf-8")
-    cost, mib = record["cost"], 2**20
+    mib = 2**20
     lines = [
-        "# The global batch on one CPU process",
+        "# The global batch on CPU processes",
         "",
         f"{record['date']}, {record['host']}; "
         + ", ".join(f"{name} {version}" for name, version in record["versions"].items()),
         "",
-        f"Width {WIDTH}, chunks of {MICRO} rows, fp32. Peak: resident memory of one step above "
-        "the level before it. Linear part: cached states and loss vectors as the trainer predicts "
-        "them.",
+        f"Width {NARROW.width}, chunks of {MICRO} rows, fp32. Peak: resident memory of a batch and "
+        "its step above the level before them. Cached vectors, of states and loss, and token "
+        "features as the trainer predicts them.",
         "",
-        "| curve | global batch | peak, MiB | predicted linear part, MiB | step, s |",
-        "|---|---|---|---|---|",
+        "| curve | global batch | peak, MiB | batch | cached vectors | token features | step, s |",
+        "|---|---|---|---|---|---|---|",
     ]
     lines += [
-        f"| {r['curve']} | {r['size']} | {r['peak'] / mib:.0f} | {r['linear'] / mib:.1f} | "
-        f"{r['seconds']:.1f} |"
+        f"| {r['curve']} | {r['size']} | {r['peak'] / mib:.0f} | {r['batch'] / mib:.1f} | "
+        f"{r['cached'] / mib:.1f} | {r['tokens'] / mib:.1f} | {r['seconds']:.1f} |"
         for r in record["memory"]
     ]
     lines += [
         "",
-        "| curve | growth | measured, MiB | predicted, MiB | ratio |",
+        f"Allowed to grow: those three and the workspace of "
+        f"{chunked.default_workspace(torch.device('cpu')) // mib} MiB, which small batches do not "
+        "fill.",
+        "",
+        "| curve | growth | measured, MiB | allowed, MiB | ratio |",
         "|---|---|---|---|---|",
     ]
     lines += [
@@ -245,11 +193,24 @@ def write(record: dict[str, Any]) -> None:
         "",
         "## Gradient caching",
         "",
-        f"A step of 256 rows in 8 chunks takes {cost['ratio']:.2f} times the CPU time of the same "
-        f"step in one chunk (median of interleaved rounds; {cost['low']:.2f} to "
-        f"{cost['high']:.2f}). "
-        f"Without sorting by length the chunked step takes {record['unsorted']:.2f} times as "
-        "long.",
+        "A step of 256 rows in 8 chunks of 32, over the same step in one chunk; CPU time, median "
+        "of interleaved rounds:",
+        "",
+        "| | ratio | least | most |",
+        "|---|---|---|---|",
+        *(
+            f"| {name} | {c['ratio']:.2f} | {c['low']:.2f} | {c['high']:.2f} |"
+            for name, c in record["cost"].items()
+        ),
+        "",
+        "## Bytes that a rank sends",
+        "",
+        f"BERT-base's widths, two sentence teachers, {batch_traffic.ROWS} rows, ZeRO-2, bf16; "
+        "counted at the collectives over (W - 1) / W of the batch. The floor is 16 bits a number "
+        "on its way out and a float32 gradient back, of what no design avoids: z2, u, pictures "
+        "and sentence teachers as stored, and z1's visit to the teachers' tokens.",
+        "",
+        *batch_traffic.table(record["traffic"]),
         "",
         "![memory](global_batch.png)",
         "",
@@ -268,8 +229,8 @@ def plot(record: dict[str, Any]) -> None:
         rows = [row for row in record["memory"] if row["curve"] == curve]
         sizes = [row["size"] for row in rows]
         line = axes.plot(sizes, [r["peak"] / 2**20 for r in rows], "o-", label=curve)[0]
-        predicted = [r["linear"] / 2**20 for r in rows]
-        name = "predicted linear part" if number == 0 else None
+        predicted = [linear(r) / 2**20 for r in rows]
+        name = "batch, cached vectors, token features" if number == 0 else None
         axes.plot(sizes, predicted, ":", color=line.get_color(), label=name)
     sizes = [1024, 65536]
     axes.plot(sizes, [4 * n * n / 2**20 for n in sizes], "k--", label="one N x N matrix, fp32")
@@ -302,7 +263,7 @@ def main() -> None:
         "memory": memory,
         "growth": growth(memory),
         "cost": measure_cost(options.rounds),
-        "unsorted": unsorted_cost(options.rounds),
+        "traffic": batch_traffic.measure(),
     }
     write(record)
     plot(record)

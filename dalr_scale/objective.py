@@ -55,10 +55,17 @@ class Views:
 
 @dataclass(frozen=True)
 class Needs:
-    """Which heads, features and teachers an objective uses; absent terms build no parameters."""
+    """Which heads, features and teachers an objective uses; absent terms build no parameters.
+
+    Attributes:
+        image, caption: the features of a rank's own rows; `image_columns` and `caption_columns`
+            also those of all other rows, which then travel.
+    """
 
     image: bool
     caption: bool
+    image_columns: bool
+    caption_columns: bool
     text: bool
     tokens: bool
     grounding: bool
@@ -76,10 +83,16 @@ def needs_of(objective: ObjectiveConfig) -> Needs:
     labels |= {objective.caption_soft_labels} if caption_branch else set()
     cross_kl = cross and objective.cross_kl_weight > 0
     consistency = cross and (objective.consistency_weight > 0 or "consistency" in labels)
-    threshold = (image_branch or caption_branch) and objective.false_negative_threshold > 0
+    threshold = objective.false_negative_threshold > 0
+    unmatched = cross and objective.consistency_weight > 0
+    image_columns = cross_kl or unmatched or "image" in labels or (threshold and image_branch)
+    caption_columns = "caption" in labels or (threshold and caption_branch)
+    above = threshold and (image_branch or caption_branch)  # a caption against a picture
     return Needs(
-        image=image_branch or cross_kl or consistency or "image" in labels or threshold,
-        caption=caption_branch or "caption" in labels or threshold,
+        image=image_branch or consistency or image_columns or above,
+        caption=caption_branch or caption_columns or above,
+        image_columns=image_columns,
+        caption_columns=caption_columns,
         text=cross_kl or (intra and (objective.intra_kl_weight > 0 or objective.rank_weight > 0)),
         tokens=intra and objective.g2l_weight > 0,
         grounding=image_branch or caption_branch,

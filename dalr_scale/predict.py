@@ -63,9 +63,9 @@ def column_wires(config: Config, model: DalrModel, *, paired: bool = True) -> li
         wires.append(returning("u", model.grounding_width))
     if hasattr(model, "caption_grounding"):
         wires.append(returning("u of captions", model.grounding_width))
-    if needs.image:
+    if needs.image_columns:
         wires.append(Wire("pictures", widths.image * _feature_bytes(config.teachers.image)))
-    if needs.caption:
+    if needs.caption_columns:
         wires.append(Wire("captions", widths.caption * _feature_bytes(config.teachers.caption)))
     if needs.consistency_labels:
         wires.append(Wire("aligned pictures", student * model.consistency_width))

@@ -174,7 +174,7 @@ class DalrModel(nn.Module):
         """
         spec = self.spec
         rows = self._with_teachers(self._rows(states[0], states[1], teachers), teachers)
-        cols = gather_views(rows, gathered or {})
+        cols = gather_views(rows, gathered or {}, spec.needs)
         objective, weights = spec.objective, spec.text_weights
         unmatched = unmatched_rows(objective, len(cols.ids), spec.seed, step)
         if teachers.paired and spec.needs.consistency:
@@ -218,12 +218,13 @@ class DalrModel(nn.Module):
         The unmatched pictures are aligned here rather than fetched: as a rearrangement of the
         global batch they have the same statistics, and nothing has to go back to their owners.
         """
-        assert rows.image is not None and cols.image is not None
-        partners = cols.image[torch.as_tensor(unmatched, device=cols.image.device)]
+        assert rows.image is not None
         rows.aligned_text = self.text_aligner(rows.z1)
         aligned = self.image_aligner(_like(rows.image, rows.z1))
         rows.aligned_image = aligned
         if self.spec.objective.consistency_weight > 0:
+            assert cols.image is not None
+            partners = cols.image[torch.as_tensor(unmatched, device=cols.image.device)]
             rows.aligned_unmatched = self.image_aligner(_like(partners, rows.z1))
         if self.spec.needs.consistency_labels:
             cols.aligned_image = gather_rows(aligned, grad=False)
@@ -251,14 +252,14 @@ def teacher_columns(teachers: TeacherBatch, needs: Needs) -> dict[str, Tensor]:
     """
     columns = {"ids": teachers.ids}
     columns |= {f"text{k}": e for k, e in enumerate(teachers.text if needs.text else ())}
-    if teachers.paired and needs.image and teachers.image is not None:
+    if teachers.paired and needs.image_columns and teachers.image is not None:
         columns["image"] = teachers.image
-    if teachers.paired and needs.caption and teachers.caption is not None:
+    if teachers.paired and needs.caption_columns and teachers.caption is not None:
         columns["caption"] = teachers.caption
     return columns
 
 
-def gather_views(rows: Views, gathered: Mapping[str, Tensor]) -> Views:
+def gather_views(rows: Views, gathered: Mapping[str, Tensor], needs: Needs) -> Views:
     """The columns of the global batch: everything a row is compared with.
 
     Student columns carry gradient back to their owners; teachers', ids and masks do not. Only
@@ -287,8 +288,8 @@ def gather_views(rows: Views, gathered: Mapping[str, Tensor]) -> Views:
         p1=None,
         p2=None,
         z1_image=None,
-        image=constant("image", rows.image),
-        caption=constant("caption", rows.caption),
+        image=constant("image", rows.image if needs.image_columns else None),
+        caption=constant("caption", rows.caption if needs.caption_columns else None),
         text=[constant(f"text{k}", e) for k, e in enumerate(rows.text)],
         z1_tokens=[constant(f"z1_tokens{k}", z1) for k, z1 in enumerate(rows.z1_tokens)],
         tokens=(),

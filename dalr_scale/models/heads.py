@@ -20,7 +20,11 @@ class SentenceHead(nn.Module):
 
 
 class GroundingHead(nn.Module):
-    """p = unit(tanh(W h + b)), the shared picture-text space; of h itself, not of z (MCSE)."""
+    """p = unit(tanh(W h + b)), the shared picture-text space; of h itself, not of z (MCSE).
+
+    Returned in the precision of the input, in which it also travels: unit length is then kept to
+    its rounding only, and losses normalise what they get.
+    """
 
     def __init__(self, width: int, grounding_width: int) -> None:
         super().__init__()
@@ -28,9 +32,8 @@ class GroundingHead(nn.Module):
 
     def forward(self, state_BH: Tensor) -> Tensor:
         grounded = torch.tanh(self.linear(state_BH))
-        if grounded.dtype != torch.float64:
-            grounded = grounded.float()  # unit length is not kept by half precision
-        return nn.functional.normalize(grounded, dim=-1, eps=1e-8)
+        wide = grounded if grounded.dtype == torch.float64 else grounded.float()
+        return nn.functional.normalize(wide, dim=-1, eps=1e-8).to(grounded.dtype)
 
 
 def projection(width: int, target: int, init_std: float = 0.02) -> nn.Linear:

@@ -44,7 +44,11 @@ def objective(preset: str = "dalr", **changes: Any) -> ObjectiveConfig:
 # What an objective needs
 
 DALR_NEEDS = {
-    "image", "text", "tokens", "grounding", "image_rows", "consistency", "consistency_labels"
+    "image", "image_columns", "text", "tokens", "grounding", "image_rows", "consistency",
+    "consistency_labels",
+}  # fmt: skip
+KDMCSE_NEEDS = {
+    "image", "image_columns", "caption", "caption_columns", "grounding", "caption_grounding"
 }  # fmt: skip
 
 
@@ -53,8 +57,8 @@ DALR_NEEDS = {
     [
         ("simcse", set()),
         ("mcse", {"image", "grounding"}),
-        ("kdmcse", {"image", "caption", "grounding", "caption_grounding"}),
-        ("dalr-reference", {"image", "text", "tokens", "grounding", "image_rows", "consistency"}),
+        ("kdmcse", KDMCSE_NEEDS),
+        ("dalr-reference", DALR_NEEDS - {"consistency_labels"}),
         ("dalr", DALR_NEEDS),
     ],
 )
@@ -87,10 +91,24 @@ def test_a_weight_of_zero_drops_what_only_its_term_needs(
     assert not any(after[name] and not before[name] for name in before)
 
 
+def test_features_travel_only_where_rows_are_compared_with_them() -> None:
+    """Raw pictures of other rows: soft labels, L_CMA, unmatched pairs, false negatives."""
+    plain: dict[str, Any] = {"consistency_weight": 0.0, "cross_kl_weight": 0.0}
+    assert not needs_of(objective(**plain)).image_columns  # aligned pictures are the labels
+    for added in (
+        {"consistency_weight": 0.1},
+        {"cross_kl_weight": 0.1},
+        {"soft_labels": "image"},
+        {"false_negative_threshold": 0.9},
+    ):
+        assert needs_of(objective(**plain | added)).image_columns, added
+    assert not needs_of(objective("mcse")).image_columns
+
+
 def test_soft_labels_and_threshold_add_their_features() -> None:
-    assert needs_of(objective("mcse", soft_labels="caption")).caption
+    assert needs_of(objective("mcse", soft_labels="caption")).caption_columns
     both = needs_of(objective("mcse", false_negative_threshold=0.9))
-    assert both.caption and both.image
+    assert both.caption and both.image_columns and not both.caption_columns
     alone = objective("kdmcse", image_weight=0.0)
     assert not needs_of(alone).image  # captions against captions
     assert needs_of(dataclasses.replace(alone, caption_soft_labels="image")).image

@@ -10,10 +10,10 @@ from common import tiny_config, tree, write_config
 from dalr_kernels import chunked
 
 from dalr_scale.assembly import build_model, build_streams
-from dalr_scale.config import Config
+from dalr_scale.config import Config, build_config
 from dalr_scale.dist.world import World
 from dalr_scale.errors import UserError
-from dalr_scale.models.dalr import DalrModel
+from dalr_scale.models.dalr import DalrModel, FeatureWidths, LossSpec
 from dalr_scale.plan import main, time_step
 from dalr_scale.predict import (
     TRIAL_WORKSPACE,
@@ -99,6 +99,31 @@ def test_columns_of_the_caption_branch(tiny_data: Path) -> None:
     assert found["u of captions"] == found["u"] == (4 * 8, 4 * 8)
     assert found["captions"] == (2 * 20, 0)
     assert not any("token" in name for name in found)
+
+
+# What no design avoids at BERT-base's widths with two teachers, bytes a row: 16 bits out, float32
+# gradients back; z2, u, pictures, teachers, and z1 on its visit to the teachers' tokens.
+FLOORS = {
+    "simcse": 768 * (2 + 4),
+    "mcse": 768 * (2 + 4) + 256 * (2 + 4),
+    "dalr": 768 * (2 + 4) + 256 * (2 + 4) + 768 * 2 + 2 * 768 * 2 + 768 * (2 + 4),
+}
+
+
+@pytest.mark.parametrize("preset", FLOORS)
+def test_columns_cost_no_more_than_they_must(preset: str) -> None:
+    """Within 5 % of the floor; what is above it are the aligned pictures and a few scalars."""
+    teachers = {"image": "features:i", "text": ["features:a", "features:b"]}
+    layer = {"objective": {"preset": preset}, "engine": {"precision": "bf16"}, "teachers": teachers}
+    config = build_config([layer | {"data": {"pairs": ["any"]}}])
+    encoder = torch.nn.Module()
+    encoder.width = 768  # type: ignore[assignment]
+    widths = FeatureWidths(768, 768, (768, 768), (768,))
+    spec = LossSpec(config.objective, (0.33, 0.67))
+    with torch.device("meta"):
+        model = DalrModel(encoder, config.model, spec, widths)  # type: ignore[arg-type]
+    cost = sum(w.out + w.back for w in column_wires(config, model))
+    assert FLOORS[preset] <= cost <= 1.05 * FLOORS[preset]
 
 
 def test_half_precision_halves_what_goes_out_not_what_comes_back(tiny_data: Path) -> None:
