@@ -99,7 +99,8 @@ def start_world(timeout_minutes: float, threads: int = 0) -> World:
         backend = "nccl" if device.type == "cuda" else "gloo"
         timeout = timedelta(minutes=timeout_minutes)
         # a world of one listens nowhere: a port that was free a moment ago may be taken by now
-        meeting = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if alone else {}
+        nobody = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+        meeting = {"store": nobody, "rank": 0, "world_size": 1} if alone else {}
         dist.init_process_group(backend, timeout=timeout, **meeting)
         open_column_group(timeout)
     return World(dist.get_rank(), dist.get_world_size(), device)
