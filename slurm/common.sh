@@ -209,8 +209,8 @@ enter_environment() {
   if [[ $CONTAINER == none && -x $VENV/bin/python ]]; then PATH=$VENV/bin:$PATH; fi
   # the code is this checkout's, also where packages come from an image
   export PYTHONPATH=$CHECKOUT:$CHECKOUT/kernels${PYTHONPATH:+:$PYTHONPATH}
-  command -v accelerate >/dev/null ||
-    fail "no environment on $(node_name): no accelerate in $VENV/bin nor on the PATH; run 'make env', or set VENV or ENV_SETUP"
+  command -v accelerate-launch >/dev/null ||
+    fail "no environment on $(node_name): no accelerate-launch in $VENV/bin nor on the PATH; run 'make env', or set VENV or ENV_SETUP"
 }
 
 check_node() {
@@ -220,8 +220,10 @@ check_node() {
 }
 
 # launch MODULE ARGUMENTS: this node's share of the processes. No precision: the recipe decides.
+# accelerate-launch is `accelerate launch` without loading accelerate's other commands, which
+# costs more than the launch itself.
 launch() {
-  accelerate launch --use_deepspeed --deepspeed_multinode_launcher standard \
+  accelerate-launch --use_deepspeed --deepspeed_multinode_launcher standard \
     --num_machines "$SLURM_NNODES" --num_processes "$((SLURM_NNODES * PROCS_PER_NODE))" \
     --machine_rank "$SLURM_NODEID" --main_process_ip "$HEAD_ADDR" --main_process_port "$PORT" \
     --max_restarts 0 --mixed_precision no --dynamo_backend no \

@@ -25,6 +25,7 @@ from pathlib import Path
 NODES = 8
 GPUS_PER_NODE = 1
 PORTS = range(10000, 20000, 20)  # where to look for free ones; below the ports of training
+JOBS = 200  # numbers of jobs until those of the next cluster on this host
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "srun", "scontrol", "munged", "mungekey")
 SEARCH = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
 
@@ -32,6 +33,7 @@ CONF = """\
 ClusterName=dalrtest
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={controller_port}
+FirstJobId={first_job}
 SlurmUser=root
 AuthType=auth/munge
 AuthInfo=socket={folder}/munge.socket,cred_expire=10
@@ -121,6 +123,8 @@ class Cluster:
             "host": self.host,
             "folder": self.folder,
             "controller_port": port,
+            # a job's number says which port it trains on: far from that of another cluster's jobs
+            "first_job": 1 + PORTS.index(port) * JOBS,
             "nodes": NODES,
             "first": port + 1,
             "last": port + NODES,
@@ -197,13 +201,14 @@ class Cluster:
         return self.ask("sinfo", "-h", "-N", "-p", "main", "-t", state, "-o", "%N").split()
 
     def processes(self, node: str | None = None, job: str | None = None) -> list[int]:
-        """Living processes that Slurm runs: those of one node, of one job, or both."""
+        """Living processes that this cluster runs: those of one node, of one job, or both."""
         found = []
         for pid, environment in _environments():
             own = environment.get("SLURMD_NODENAME")
             same_node = node is None or own == node
             same_job = job is None or environment.get("SLURM_JOB_ID") == job
-            if own and same_node and same_job:
+            ours = environment.get("SLURM_CONF") == str(self.conf)
+            if own and ours and same_node and same_job:
                 found.append(pid)
         return found
 

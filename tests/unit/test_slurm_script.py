@@ -24,7 +24,7 @@ SHOW_ARGUMENTS = """printf '%s\\n' "$@" >"$FAKES/arguments"; env >"$FAKES/enviro
 
 
 class Fakes:
-    """Stand-ins for srun, scontrol, accelerate and python; job 77 on 2 nodes."""
+    """Stand-ins for srun, scontrol, accelerate-launch and python; job 77 on 2 nodes."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -32,7 +32,7 @@ class Fakes:
         python = f'exec {shlex.quote(sys.executable)} "$@"'
         self.write("srun", "exit 0")
         self.write("bin/python", python)
-        self.write("bin/accelerate", SHOW_ARGUMENTS)
+        self.write("bin/accelerate-launch", SHOW_ARGUMENTS)
         self.job_says("JobState=RUNNING PreemptTime=None")
 
     def write(self, name: str, body: str) -> None:
@@ -133,7 +133,6 @@ def test_arguments_arrive_whole_on_the_node(fakes: Fakes) -> None:
     assert done.returncode == 0, done.stderr
     found = fakes.arguments
     module = found.index("-m")
-    assert found[0] == "launch"
     assert found[module + 1] == "dalr_scale.train"
     assert found[module + 2 : -2] == list(words)
     assert found[-2:] == ["--run.dir", str(fakes.folder / "run")]
@@ -182,7 +181,7 @@ def test_processes_follow_the_gpus_of_a_node(gpus: str, processes: int, fakes: F
 def test_containers(fakes: Fakes) -> None:
     fakes.write("srun", LOCAL_SRUN)
     fakes.write("apptainer", LOCAL_SRUN)
-    fakes.write("bin/accelerate", SHOW_ARGUMENTS)
+    fakes.write("bin/accelerate-launch", SHOW_ARGUMENTS)
     path = {"PATH": f"{fakes.folder}:{fakes.folder}/bin:{os.environ['PATH']}"}
     fakes.run(CONTAINER="apptainer", CONTAINER_IMAGE="dalr.sif", CONTAINER_MOUNTS="/data", **path)
     called = (fakes.folder / "called").read_text()
