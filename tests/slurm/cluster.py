@@ -3,8 +3,9 @@
 It keeps to itself: an own munge daemon with an own key, own ports, all files in one folder; nothing
 on the host is changed but Debian's packages, which root installs where they are absent.
 
-    main     partition of training jobs; they are requeued for jobs of the next one
+    main     partition of training jobs, n1 to n8; they are requeued for jobs of the next one
     urgent   partition that takes nodes from the first
+    side     n9, for a job that goes its own way beside the others
 
 A node is killed as a power cut would: every process that it runs, its slurmd included, by SIGKILL.
 """
@@ -22,7 +23,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
-NODES = 8
+NODES, ALL_NODES = 8, 9
 GPUS_PER_NODE = 1
 PORTS = range(10000, 20000, 20)  # where to look for free ones; below the ports of training
 JOBS = 200  # numbers of jobs until those of the next cluster on this host
@@ -60,11 +61,12 @@ PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 SlurmctldParameters=preempt_send_user_signal
 JobRequeue=1
-NodeName=n[1-{nodes}] NodeHostname={host} NodeAddr=127.0.0.1 Port=[{first}-{last}] CPUs=16 \
+NodeName=n[1-{all_nodes}] NodeHostname={host} NodeAddr=127.0.0.1 Port=[{first}-{last}] CPUs=16 \
 RealMemory=2000 Gres=gpu:{gpus} State=UNKNOWN
 PartitionName=main Nodes=n[1-{nodes}] Default=YES MaxTime=INFINITE State=UP PriorityTier=1 \
 PreemptMode=REQUEUE GraceTime={grace}
 PartitionName=urgent Nodes=n[1-{nodes}] MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=OFF
+PartitionName=side Nodes=n{all_nodes} MaxTime=INFINITE State=UP
 """
 
 
@@ -118,7 +120,7 @@ class Cluster:
         # a node may not have fewer devices than it says: terminals stand in for GPUs
         files = f"/dev/tty[0-{GPUS_PER_NODE - 1}]" if GPUS_PER_NODE > 1 else "/dev/tty0"
         (self.folder / "gres.conf").write_text(f"Name=gpu File={files}\n", encoding="utf-8")
-        port = _free_ports(NODES + 1)  # another cluster may run on this host
+        port = _free_ports(ALL_NODES + 1)  # another cluster may run on this host
         settings = {
             "host": self.host,
             "folder": self.folder,
@@ -126,15 +128,16 @@ class Cluster:
             # a job's number says which port it trains on: far from that of another cluster's jobs
             "first_job": 1 + PORTS.index(port) * JOBS,
             "nodes": NODES,
+            "all_nodes": ALL_NODES,
             "first": port + 1,
-            "last": port + NODES,
+            "last": port + ALL_NODES,
             "gpus": GPUS_PER_NODE,
             "grace": self.grace,
         }
         self.conf.write_text(CONF.format(**settings), encoding="utf-8")
         self._start_munge()
         self._daemon("slurmctld", "-f", str(self.conf), "-i")
-        for number in range(1, NODES + 1):
+        for number in range(1, ALL_NODES + 1):
             self.start_node(number)
         try:
             self.wait(lambda: len(self.nodes("idle")) == NODES, 60, "all nodes idle")
@@ -173,7 +176,7 @@ class Cluster:
         with suppress(Exception):
             self.ask("scancel", "--user=root")
             self.wait(lambda: not self.ask("squeue", "-h"), 60, "no jobs")
-        names = [f"slurmd.n{number}" for number in range(1, NODES + 1)]
+        names = [f"slurmd.n{number}" for number in range(1, ALL_NODES + 1)]
         for name in (*names, "slurmctld", "munged"):
             with suppress(OSError, ValueError):
                 os.kill(int((self.folder / f"{name}.pid").read_text()), signal.SIGTERM)

@@ -346,6 +346,7 @@ def test_restarts_without_progress_end(fakes: Fakes) -> None:
         (fakes.folder / "requeued").unlink(missing_ok=True)
         done = fakes.run(SLURM_RESTART_COUNT=str(restart))
         assert fakes.requeued == (restart < 3)
+        assert done.returncode == (0 if restart < 3 else 1)  # its ranks left with 0
     assert "no progress over 3 restarts" in done.stderr.splitlines()[-1]
     assert status_of(fakes)["outcome"] == "failed"
     assert "no progress over 3 restarts" in status_of(fakes)["reason"]
