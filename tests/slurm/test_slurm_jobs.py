@@ -116,6 +116,13 @@ def test_the_nodes_were_checked_and_leave_no_cache(reference: Job) -> None:
     assert "outcome: finished" in reference.output
 
 
+def test_every_node_gives_its_gpus_to_the_processes(reference: Job) -> None:
+    """They came with --exclusive; a step that does not ask for them gets none."""
+    for node in range(8):
+        header = (reference.run / "log" / f"node{node}.log").read_text().splitlines()[0]
+        assert f" node n{node + 1} GPUs 0 " in header
+
+
 # -- one run, disturbed again and again -----------------------------------------------------------
 
 
@@ -150,7 +157,7 @@ def test_a_preempted_job_saves_in_time_and_is_requeued(
     assert 0 < saved - asked < jobs.cluster.grace / 2
     assert chain.step < stopped["step"] < STEPS
     chain.step = stopped["step"]
-    jobs.cluster.ask("scontrol", "hold", job.number)  # until the next tests have had the nodes
+    jobs.cluster.ask("scontrol", "hold", job.number)  # other tests want the nodes meanwhile
     same_until_now(job.run, reference.run)
 
 
@@ -217,14 +224,12 @@ def test_a_job_out_of_time_saves_and_runs_again(jobs: Jobs, chain: Chain, refere
     saved = (job.run / stopped["checkpoint"] / "manifest.json").stat().st_mtime
     assert 0 < saved - asked < 60
     jobs.cluster.ask("scontrol", "update", f"jobid={job.number}", "timelimit=UNLIMITED")
+    jobs.cluster.ask("scontrol", "hold", job.number)
     same_until_now(job.run, reference.run)
 
 
 def test_the_rank_that_failed_first_is_named(jobs: Jobs, recipe: str) -> None:
-    """Killed as the kernel kills what takes too much memory; its peer's error is an echo.
-
-    Slurm still holds the job of `chain` back.
-    """
+    """Killed as the kernel kills what takes too much memory; its peer's error is an echo."""
     job = jobs.submit("killed", recipe, options=("--nodes=2",))
     job.wait_for_steps(3)
     node = jobs.cluster.ask("scontrol", "show", "hostnames", job.field("NodeList")).split()[1]
@@ -236,6 +241,7 @@ def test_the_rank_that_failed_first_is_named(jobs: Jobs, recipe: str) -> None:
 
 def test_a_killed_node_sends_the_job_back(jobs: Jobs, chain: Chain, reference: Job) -> None:
     job = chain.job
+    jobs.cluster.ask("scontrol", "release", job.number)
     job.wait_for_steps(chain.step + 4, restarts=2)
     assert jobs.cluster.kill_node(3) >= 3  # launcher, rank and shell
     job.wait_until_requeued(3)

@@ -171,11 +171,24 @@ def test_the_run_folder(words: tuple[str, ...], given: str, wanted: str, fakes: 
     assert done.stdout.strip() == wanted, done.stderr
 
 
-@pytest.mark.parametrize(("gpus", "processes"), [("", 1), ("0", 1), ("8", 8)])
-def test_processes_follow_the_gpus_of_a_node(gpus: str, processes: int, fakes: Fakes) -> None:
-    fakes.write("srun", LOCAL_SRUN)
-    fakes.run(SLURM_GPUS_ON_NODE=gpus)
+@pytest.mark.parametrize(
+    ("gpus", "asked_for", "processes", "step_asks"),
+    [
+        ("", {}, 1, False),
+        ("0", {}, 1, False),
+        ("8", {}, 8, True),
+        ("8", {"SLURM_GPUS_PER_NODE": "8"}, 8, False),
+    ],
+)
+def test_processes_follow_the_gpus_of_a_node(
+    gpus: str, asked_for: dict[str, str], processes: int, step_asks: bool, fakes: Fakes
+) -> None:
+    """A step that asks for nothing gets only those GPUs that the job itself had asked for."""
+    fakes.write("srun", f'echo "$@" >>"$FAKES/srun-arguments"\n{LOCAL_SRUN}')
+    fakes.run(SLURM_GPUS_ON_NODE=gpus, **asked_for)
     assert fakes.arguments[fakes.arguments.index("--num_processes") + 1] == str(2 * processes)
+    asked = "--gres=gpu:8" in (fakes.folder / "srun-arguments").read_text()
+    assert asked == step_asks
 
 
 def test_containers(fakes: Fakes) -> None:
