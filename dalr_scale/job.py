@@ -154,6 +154,7 @@ def end(run_dir: Path, code: int, slurm: SlurmFacts) -> Verdict:
     step = newest_step(run_dir)
     if verdict == "requeue" and _fruitless(_read_starts(run_dir), step) > MAX_FRUITLESS_RESTARTS:
         verdict, outcome, reason = "give-up", "failed", _no_progress(run_dir, step)
+        code = code or 1  # the script's: ranks that saved and left exit with 0
         _write(run_dir, status, "failed", reason)
     _tell(run_dir, code, outcome, reason, slurm.lost)
     return verdict

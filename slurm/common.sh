@@ -135,7 +135,7 @@ train() {
     scontrol requeue "$SLURM_JOB_ID" || exit 85 # saved, not finished: submit it again
     exit 0
   fi
-  # ranks that saved and left exit with 0; a job that will never finish may not
+  # ranks that saved and left exit with 0; a job that leads nowhere has failed all the same
   [[ $verdict != give-up || $rc != 0 ]] || rc=1
   exit "$rc"
 }

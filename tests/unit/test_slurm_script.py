@@ -360,11 +360,14 @@ def test_restarts_without_progress_end(fakes: Fakes) -> None:
         done = fakes.run(SLURM_RESTART_COUNT=str(restart))
         assert fakes.requeued == (restart < 3)
         assert done.returncode == (0 if restart < 3 else 1)  # its ranks left with 0
-    assert "no progress over 3 restarts" in done.stderr.splitlines()[-1]
+    last = done.stderr.splitlines()[-1]
+    assert "no progress over 3 restarts" in last and last.endswith("exit status 1")
     assert status_of(fakes)["outcome"] == "failed"
     assert "no progress over 3 restarts" in status_of(fakes)["reason"]
     # a restart by Slurm itself, after a node failure, is refused as well
+    fakes.leave_status("running", restarts=3)
     assert fakes.run(SLURM_RESTART_COUNT="4").returncode == 1
+    assert status_of(fakes)["outcome"] == "failed"
     # control: with a new checkpoint each time the job goes on
     fakes.folder.joinpath("run", "jobs", "77.json").unlink()
     for restart in range(6):
