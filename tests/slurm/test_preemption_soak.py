@@ -1,6 +1,6 @@
 """Ten preemptions of training on eight nodes, at random steps, dropout on: nothing is lost.
 
-Two runs, five preemptions each; a run takes about ten minutes on two cores.
+Two runs, five preemptions each; a run takes about a quarter of an hour on one core.
 
 make soak ARGS=tests/slurm        writes tests/soak/results/slurm_preemption.json
 """
