@@ -57,25 +57,6 @@ class Streams:
         return "+".join(parts)
 
 
-def check_arithmetic(config: Config, world_size: int) -> int:
-    """Rows per rank; refuses impossible batch sizes in one line with the numbers."""
-    size, micro = config.batch.global_size, config.batch.micro_size
-    if size < 2:
-        raise UserError(f"batch.global_size = {size}: a contrast needs at least 2 rows")
-    if size % world_size:
-        raise UserError(
-            f"batch.global_size = {size} cannot be cut into equal shares for {world_size} ranks; "
-            f"choose a multiple of {world_size}"
-        )
-    rows = size // world_size
-    if not 0 <= micro <= rows:
-        raise UserError(
-            f"batch.micro_size = {micro} does not fit the {rows} rows of a rank "
-            f"({size} rows over {world_size} ranks); choose 1 to {rows}, or 0 for all"
-        )
-    return rows
-
-
 def tail_rule(config: Config, world_size: int) -> Tail:
     """A ragged last batch is kept by one process only: several ranks could not cut it equally."""
     return "keep" if config.objective.tail == "keep" and world_size == 1 else "drop"

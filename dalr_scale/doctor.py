@@ -72,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _be_examined(args: argparse.Namespace, training: list[str]) -> int:
     """One of the other nodes: reports to the first, and prints only what that cannot know."""
-    report = examine(args.run_dir, args.processes, training, args.node_rank)
+    report = examine(args.run_dir, args.processes, training, args.nodes, args.node_rank)
     try:
         good = answer_call(args.head, args.port, report, args.run_dir, args.patience)
     except OSError as error:
@@ -96,7 +96,7 @@ def _be_examined(args: argparse.Namespace, training: list[str]) -> int:
 def _examine_all(
     args: argparse.Namespace, training: list[str]
 ) -> tuple[list[NodeReport], list[str]]:
-    own = examine(args.run_dir, args.processes, training)
+    own = examine(args.run_dir, args.processes, training, args.nodes)
     if args.nodes == 1:
         return [own], compare([own])
     try:
@@ -162,12 +162,11 @@ def _name_of(number: int) -> str:
 
 def _try_configuration(args: argparse.Namespace, training: list[str]) -> list[str]:
     """Opens shards and features as training will; torch is imported here, on one node only."""
-    from dalr_scale.assembly import build_streams, check_arithmetic
+    from dalr_scale.assembly import build_streams
     from dalr_scale.train import configuration
 
     try:
         config = configuration(training)
-        check_arithmetic(config, args.nodes * args.processes)
         if config.data.builder == "none":
             build_streams(config, args.nodes * args.processes)
     except UserError as error:

@@ -5,8 +5,9 @@
 
 ``begin`` notes the start in RUN/jobs/JOBID.json and refuses a job whose restarts lead nowhere.
 ``end`` says on stderr how this start ended and who failed first, and on stdout one word for the
-script: ``requeue`` or ``leave``. The launcher hides how a run ended, so the run's own status file
-decides; what another job, or an earlier start of this one, wrote there says nothing.
+script: ``requeue``, ``leave``, or ``give-up`` for a job that led nowhere. The launcher hides how a
+run ended, so the run's own status file decides; what another job, or an earlier start of this one,
+wrote there says nothing.
 
 Standard library only: it runs beside the training processes.
 """
@@ -23,7 +24,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from dalr_scale.cli import run_command
 from dalr_scale.errors import UserError
@@ -31,6 +32,7 @@ from dalr_scale.failure import first_failure
 from dalr_scale.runstate import job_identity, read_status, write_durably, write_status
 
 MAX_FRUITLESS_RESTARTS = 3
+Verdict = Literal["requeue", "leave", "give-up"]
 LAST_SECONDS = 3600.0  # a signal this near to the time limit is taken for its announcement
 
 
@@ -100,8 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.moment == "begin":
         begin(args.run_dir)
         return 0
-    again = end(args.run_dir, args.code, read_facts(args.slurm, args.asked == "yes", args.lost))
-    print("requeue" if again else "leave")
+    print(end(args.run_dir, args.code, read_facts(args.slurm, args.asked == "yes", args.lost)))
     return 0
 
 
@@ -114,6 +115,7 @@ def begin(run_dir: Path) -> None:
     starts = _read_starts(run_dir)
     step = newest_step(run_dir)
     if _fruitless(starts, step) > MAX_FRUITLESS_RESTARTS:
+        _write(run_dir, read_status(run_dir) or {}, "failed", _no_progress(run_dir, step))
         raise UserError(_no_progress(run_dir, step))
     now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
     start = {"restart_count": _identity()[1], "checkpoint_step": step, "time": now}
@@ -122,8 +124,8 @@ def begin(run_dir: Path) -> None:
     write_durably(path, (json.dumps({"starts": [*starts, start]}, indent=1) + "\n").encode())
 
 
-def end(run_dir: Path, code: int, slurm: SlurmFacts) -> bool:
-    """Tells how this start ended; returns whether the job wants to be submitted again.
+def end(run_dir: Path, code: int, slurm: SlurmFacts) -> Verdict:
+    """Tells how this start ended; returns what becomes of the job.
 
     Args:
         code: exit status of srun.
@@ -143,16 +145,19 @@ def end(run_dir: Path, code: int, slurm: SlurmFacts) -> bool:
         _write(run_dir, status, "stopped", reason)
     broken = outcome in ("failed", "unknown")
     wanted = slurm.asked or slurm.out_of_time or bool(slurm.lost)
-    again = not slurm.requeued and (outcome == "preempted" or (broken and wanted))
+    verdict: Verdict = "leave"
+    if not slurm.requeued and (outcome == "preempted" or (broken and wanted)):
+        verdict = "requeue"
     if slurm.lost and broken:
         outcome, reason = "failed", f"node {slurm.lost} no longer answers"
         _write(run_dir, status, "failed", reason)
     step = newest_step(run_dir)
-    if again and _fruitless(_read_starts(run_dir), step) > MAX_FRUITLESS_RESTARTS:
-        again, outcome, reason = False, "failed", _no_progress(run_dir, step)
+    if verdict == "requeue" and _fruitless(_read_starts(run_dir), step) > MAX_FRUITLESS_RESTARTS:
+        verdict, outcome, reason = "give-up", "failed", _no_progress(run_dir, step)
+        code = code or 1  # the script's: ranks that saved and left exit with 0
         _write(run_dir, status, "failed", reason)
     _tell(run_dir, code, outcome, reason, slurm.lost)
-    return again
+    return verdict
 
 
 def _tell(run_dir: Path, code: int, outcome: str, reason: str, lost: str) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 from dalr_scale.config import Config
 from dalr_scale.errors import UserError
 from dalr_scale.failure import node_name
+from dalr_scale.ranges import check_arithmetic
 from dalr_scale.runstate import process_name
 from dalr_scale.versions import versions
 
@@ -45,7 +46,7 @@ class NodeReport:
 
 
 def examine(
-    run_dir: Path | None, processes: int, training: Sequence[str], rank: int = 0
+    run_dir: Path | None, processes: int, training: Sequence[str], nodes: int = 1, rank: int = 0
 ) -> NodeReport:
     """Checks this node, number `rank` of the job; problems are collected, not raised.
 
@@ -53,12 +54,14 @@ def examine(
         run_dir: output folder; None takes the configuration's.
         processes: training processes that will run here.
         training: arguments of the trainer.
+        nodes: nodes of the job, all with as many processes.
     """
     report = NodeReport(node_name(), rank)
     report.facts = versions() | {"the code of dalr_scale": _code_digest()}
     try:
         config = _configuration(training)
         run_dir = run_dir or config.run_dir
+        check_arithmetic(config, nodes * processes)
         report.shards, report.facts["the list of shards"] = _shards(config)
     except UserError as error:
         report.problems.append(str(error))

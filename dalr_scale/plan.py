@@ -15,11 +15,12 @@ from collections.abc import Sequence
 import torch
 
 from dalr_scale import report
-from dalr_scale.assembly import build_model, build_streams, check_arithmetic, prepare_data
+from dalr_scale.assembly import build_model, build_streams, prepare_data
 from dalr_scale.config import Config, load_config
 from dalr_scale.dist.world import World
 from dalr_scale.errors import UserError
 from dalr_scale.models.dalr import DalrModel
+from dalr_scale.ranges import check_arithmetic
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,4 +1,4 @@
-"""The allowed range of every number in a configuration.
+"""The allowed range of every number in a configuration, and what the ranks can share.
 
 A wrong number is refused when the configuration is read, before any process waits for another.
 """
@@ -87,6 +87,29 @@ def check_ranges(config: Any) -> None:
             is_number = isinstance(number, int | float) and not isinstance(number, bool)
             if is_number and number not in allowed:
                 raise UserError(f"{name} = {number} is out of range: it must be {allowed}")
+
+
+def check_arithmetic(config: Any, world_size: int) -> int:
+    """Rows of a rank's share of the global batch.
+
+    Raises:
+        UserError: one line with the numbers of an impossible share.
+    """
+    size, micro = config.batch.global_size, config.batch.micro_size
+    if size < 2:
+        raise UserError(f"batch.global_size = {size}: a contrast needs at least 2 rows")
+    if size % world_size:
+        raise UserError(
+            f"batch.global_size = {size} cannot be cut into equal shares for {world_size} ranks; "
+            f"choose a multiple of {world_size}"
+        )
+    rows = size // world_size
+    if not 0 <= micro <= rows:
+        raise UserError(
+            f"batch.micro_size = {micro} does not fit the {rows} rows of a rank "
+            f"({size} rows over {world_size} ranks); choose 1 to {rows}, or 0 for all"
+        )
+    return rows
 
 
 def _entries(config: Any) -> Iterator[tuple[str, Any]]:

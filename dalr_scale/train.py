@@ -118,7 +118,6 @@ def _run(config: Config, world: Any, started: float) -> int:
     from dalr_scale.assembly import (
         build_model,
         build_streams,
-        check_arithmetic,
         open_held_out,
         prepare_data,
     )
@@ -127,6 +126,7 @@ def _run(config: Config, world: Any, started: float) -> int:
     from dalr_scale.metrics import RunLog
     from dalr_scale.optim import build_optimizer
     from dalr_scale.preempt import StopFlag
+    from dalr_scale.ranges import check_arithmetic
     from dalr_scale.runstate import start_status
     from dalr_scale.trainer import Trainer, write_outcome, write_run_files
 

@@ -29,8 +29,13 @@ prepare_job() {
   RUN_DIR=${RUN_DIR:-$(run_dir_of "$@")}
   [[ $RUN_DIR == /* ]] || RUN_DIR=$CHECKOUT/$RUN_DIR
   export RUN_DIR
-  [[ ${SLURM_GPUS_ON_NODE:-0} != 0 ]] || SLURM_GPUS_ON_NODE=1
-  export PROCS_PER_NODE=${PROCS_PER_NODE:-$SLURM_GPUS_ON_NODE}
+  local gpus=${SLURM_GPUS_ON_NODE:-0}
+  export PROCS_PER_NODE=${PROCS_PER_NODE:-$((gpus > 0 ? gpus : 1))}
+  # GPUs that came with --exclusive and not by a request of their own stay with this shell: a step
+  # has to ask for them (man srun, --gres)
+  if ((gpus > 0)) && [[ -z ${SLURM_GPUS:-}${SLURM_GPUS_PER_NODE:-}${SLURM_GPUS_PER_TASK:-} ]]; then
+    SRUN_GPUS=(--gres="gpu:$gpus")
+  fi
   PORT=$((20000 + SLURM_JOB_ID % 12000)) # below the ephemeral range
   HEAD_ADDR=${HEAD_ADDR:-$(head_address)}
   NODE_NAMES=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | paste -sd' ')
@@ -86,7 +91,7 @@ on_nodes() {
   local pid rc
   # --cpu-bind=none: the launcher's processes share all cores of the job on a node.
   # shellcheck disable=SC2016  # expanded on the node
-  srun --kill-on-bad-exit=1 --wait=60 --cpu-bind=none "${SRUN_CONTAINER[@]}" \
+  srun --kill-on-bad-exit=1 --wait=60 --cpu-bind=none "${SRUN_GPUS[@]}" "${SRUN_CONTAINER[@]}" \
     "${NODE_CONTAINER[@]}" bash -c 'source "$CHECKOUT/slurm/common.sh"; on_node "$@"' node "$@" &
   pid=$!
   while :; do
@@ -96,7 +101,7 @@ on_nodes() {
   done
 }
 
-SRUN_CONTAINER=() NODE_CONTAINER=()
+SRUN_GPUS=() SRUN_CONTAINER=() NODE_CONTAINER=()
 choose_container() {
   local mounts=$CHECKOUT,$RUN_DIR${CONTAINER_MOUNTS:+,$CONTAINER_MOUNTS}
   case $CONTAINER in
@@ -130,6 +135,8 @@ train() {
     scontrol requeue "$SLURM_JOB_ID" || exit 85 # saved, not finished: submit it again
     exit 0
   fi
+  # ranks that saved and left exit with 0; a job that leads nowhere has failed all the same
+  [[ $verdict != give-up || $rc != 0 ]] || rc=1
   exit "$rc"
 }
 
@@ -188,8 +195,8 @@ on_node() {
   export TRITON_CACHE_DIR=$scratch/triton TORCH_EXTENSIONS_DIR=$scratch/extensions
   export TORCHINDUCTOR_CACHE_DIR=$scratch/inductor
   local log=$RUN_DIR/log/node$SLURM_NODEID.log
-  echo "=== job $SLURM_JOB_ID restart ${SLURM_RESTART_COUNT:-0} node $(node_name) $(date +%FT%T%z)" \
-    >>"$log" || fail "the run folder $RUN_DIR cannot be written on $(node_name)"
+  echo "=== job $SLURM_JOB_ID restart ${SLURM_RESTART_COUNT:-0} node $(node_name)" \
+    "GPUs ${SLURM_STEP_GPUS:-none} $(date +%FT%T%z)" >>"$log" || fail "the run folder $RUN_DIR cannot be written on $(node_name)"
   # the command gets these signals itself; bash must outlive it, and tee both
   trap : TERM INT HUP QUIT USR1
   set +e
@@ -209,8 +216,8 @@ enter_environment() {
   if [[ $CONTAINER == none && -x $VENV/bin/python ]]; then PATH=$VENV/bin:$PATH; fi
   # the code is this checkout's, also where packages come from an image
   export PYTHONPATH=$CHECKOUT:$CHECKOUT/kernels${PYTHONPATH:+:$PYTHONPATH}
-  command -v accelerate >/dev/null ||
-    fail "no environment on $(node_name): no accelerate in $VENV/bin nor on the PATH; run 'make env', or set VENV or ENV_SETUP"
+  command -v accelerate-launch >/dev/null ||
+    fail "no environment on $(node_name): no accelerate-launch in $VENV/bin nor on the PATH; run 'make env', or set VENV or ENV_SETUP"
 }
 
 check_node() {
@@ -220,8 +227,10 @@ check_node() {
 }
 
 # launch MODULE ARGUMENTS: this node's share of the processes. No precision: the recipe decides.
+# accelerate-launch is `accelerate launch` without loading accelerate's other commands, which
+# costs more than the launch itself.
 launch() {
-  accelerate launch --use_deepspeed --deepspeed_multinode_launcher standard \
+  accelerate-launch --use_deepspeed --deepspeed_multinode_launcher standard \
     --num_machines "$SLURM_NNODES" --num_processes "$((SLURM_NNODES * PROCS_PER_NODE))" \
     --machine_rank "$SLURM_NODEID" --main_process_ip "$HEAD_ADDR" --main_process_port "$PORT" \
     --max_restarts 0 --mixed_precision no --dynamo_backend no \

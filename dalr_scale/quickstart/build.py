@@ -6,6 +6,7 @@ they are complete: a second call does nothing, an interrupted one takes up the s
 
 import contextlib
 import dataclasses
+import fcntl
 import io
 import json
 import os
@@ -133,6 +134,21 @@ def build_quickstart(
     Raises:
         UserError: the folder holds the quickstart of another specification, or foreign shards.
     """
+    with _only_builder(output):
+        return _build(output, spec, progress)
+
+
+@contextlib.contextmanager
+def _only_builder(output: Path) -> Iterator[None]:
+    """One process builds, the others wait for it: the tasks of a job array start together."""
+    output.mkdir(parents=True, exist_ok=True)
+    with (output / ".lock").open("w") as file:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.lockf(file, fcntl.LOCK_EX)
+        yield
+
+
+def _build(output: Path, spec: QuickstartSpec, progress: bool) -> QuickstartData:
     record = _open_record(output, spec)
     data = QuickstartData(
         train=_names(output, "train", spec.train_scenes),
@@ -173,7 +189,6 @@ def _names(output: Path, prefix: str, samples: int) -> list[Path]:
 def _open_record(output: Path, spec: QuickstartSpec) -> dict[str, Any]:
     """Read which stages are complete, or begin a new record."""
     path, wanted = output / _RECORD, dataclasses.asdict(spec)
-    output.mkdir(parents=True, exist_ok=True)
     if not path.exists():
         if foreign := sorted(output.glob("*.tar")):
             raise UserError(

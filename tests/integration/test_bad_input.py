@@ -16,11 +16,12 @@ import pytest
 from common import ORIGIN, PICTURES, as_layer, tiny_config, tiny_layer, tree, write_config
 
 from dalr_scale import train
-from dalr_scale.assembly import build_streams, check_arithmetic
+from dalr_scale.assembly import build_streams
 from dalr_scale.cli import run_command
 from dalr_scale.config import BatchConfig, build_config
 from dalr_scale.data.features_store import write_features
 from dalr_scale.errors import UserError
+from dalr_scale.ranges import check_arithmetic
 
 Refuse = Callable[..., str]
 

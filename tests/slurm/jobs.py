@@ -14,7 +14,7 @@ from cluster import Cluster
 from common import records, status, tiny_config, tiny_layer, write_config
 
 REPOSITORY = Path(__file__).parents[2]
-STEPS = 120
+STEPS = 60
 START = 600.0  # seconds for eight processes to load torch on two cores that others use as well
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 # what a cluster's users have in their environment and nobody may find in a file
@@ -29,7 +29,7 @@ def write_recipe(data: Path, path: Path, *, dropout: bool = False) -> Path:
         "optim.steps": STEPS,
         "data.workers": 0,
         "eval.every": 0,
-        "save.every_steps": 40,
+        "save.every_steps": 20,
         "log.every": 20,
         "engine.timeout_minutes": 10.0,
         "model.architecture": architecture | ({} if dropout else NO_DROPOUT),
@@ -61,7 +61,8 @@ class Job:
         """Waits until start number `restarts` has trained up to step `count`."""
 
         def there() -> bool:
-            state, now = self.field("JobState"), int(self.field("Restarts"))
+            facts = self.cluster.job(self.number)
+            state, now = facts["JobState"], int(facts["Restarts"])
             assert state in ("PENDING", "RUNNING", "COMPLETING"), self.output[-3000:]
             assert now <= restarts, f"restarted by itself:\n{self.output[-3000:]}"
             own = (self.run / "status.json").exists() and status(self.run)
@@ -71,11 +72,11 @@ class Job:
         self.cluster.wait(there, START, f"job {self.number} at step {count}")
 
     def wait_until_requeued(self, restarts: int, seconds: float = 150) -> None:
-        self.cluster.wait(
-            lambda: int(self.field("Restarts")) >= restarts and self.field("JobState") == "PENDING",
-            seconds,
-            f"job {self.number} requeued",
-        )
+        def requeued() -> bool:
+            facts = self.cluster.job(self.number)
+            return int(facts["Restarts"]) >= restarts and facts["JobState"] == "PENDING"
+
+        self.cluster.wait(requeued, seconds, f"job {self.number} requeued")
 
     def wait_for_end(self, seconds: float = START) -> str:
         return self.cluster.wait_for_end(self.number, seconds)

@@ -1,8 +1,9 @@
 """The job scripts on a real Slurm with eight nodes: finished, preempted, cancelled, out of time,
-with a node killed, on fewer nodes, and wrong from the start.
+with a node killed, on fewer nodes, wrong from the start, and leading nowhere.
 
 The tests stand in the order in which they run: one run, `chain`, is disturbed in four ways one
-after the other and must end as the undisturbed one. Dropout is off, so that the same holds on four
+after the other and must end as the undisturbed one. Slurm holds a requeued job back for a while;
+short jobs that other tests need run meanwhile. Dropout is off, so that the same holds on four
 nodes; with dropout it is shown by `test_preemption_soak.py`.
 """
 
@@ -13,6 +14,7 @@ import shutil
 import signal
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
@@ -52,11 +54,31 @@ def reference(jobs: Jobs, recipe: str) -> Job:
 
 
 @pytest.fixture(scope="module")
-def chain(jobs: Jobs, recipe: str, reference: Job) -> Iterator[list[Job]]:
-    """The jobs of the disturbed run so far, newest last."""
-    chain: list[Job] = []
+def stuck(jobs: Jobs, recipe: str) -> Job:
+    """Alone on its node, and told to leave each time while it starts, before it could train."""
+    told = '[[ -z ${SLURM_STEP_ID:-} ]] || scancel --batch --signal=USR1 "$SLURM_JOB_ID"'
+    options = ("--partition=side",)
+    setup = {"ENV_SETUP": told}
+    return jobs.submit("stuck", recipe, options=options, script="train_1node.sh", environment=setup)
+
+
+@dataclass
+class Chain:
+    """The jobs of the disturbed run so far, newest last, and the step at which it was stopped."""
+
+    jobs: list[Job]
+    step: int = 0
+
+    @property
+    def job(self) -> Job:
+        return self.jobs[-1]
+
+
+@pytest.fixture(scope="module")
+def chain(jobs: Jobs, recipe: str, reference: Job, stuck: Job) -> Iterator[Chain]:
+    chain = Chain([])
     yield chain
-    for job in chain:
+    for job in chain.jobs:
         if job.field("JobState") in ("RUNNING", "PENDING"):
             jobs.cluster.ask("scancel", job.number)
 
@@ -94,31 +116,36 @@ def test_the_nodes_were_checked_and_leave_no_cache(reference: Job) -> None:
     assert "outcome: finished" in reference.output
 
 
+def test_every_node_gives_its_gpus_to_the_processes(reference: Job) -> None:
+    """They came with --exclusive; a step that does not ask for them gets none."""
+    for node in range(8):
+        header = (reference.run / "log" / f"node{node}.log").read_text().splitlines()[0]
+        assert f" node n{node + 1} GPUs 0 " in header
+
+
 # -- one run, disturbed again and again -----------------------------------------------------------
 
 
-def test_a_cancelled_job_ends_cleanly(jobs: Jobs, recipe: str, chain: list[Job], reference: Job):
+def test_a_cancelled_job_ends_cleanly(jobs: Jobs, recipe: str, chain: Chain, reference: Job):
     job = jobs.submit("chain", recipe)
-    chain.append(job)
-    job.wait_for_steps(12)
+    chain.jobs.append(job)
+    job.wait_for_steps(8)
     jobs.cluster.ask("scancel", job.number)
     assert job.wait_for_end(90) == "CANCELLED"
     job.wait_until_gone()
     after = status(job.run)
     assert (after["outcome"], after["reason"]) == ("stopped", "cancelled (scancel)")
-    assert after["checkpoint"] == f"checkpoints/step-{after['step']}" and after["step"] >= 12
-    time.sleep(15)  # longer than Slurm holds a requeued job back
-    assert job.field("JobState") == "CANCELLED" and job.field("Restarts") == "0"
+    chain.step = after["step"]
+    assert after["checkpoint"] == f"checkpoints/step-{chain.step}" and chain.step >= 8
     same_until_now(job.run, reference.run)
 
 
-def test_a_preempted_job_saves_in_time_and_runs_again(
-    jobs: Jobs, recipe: str, chain: list[Job], reference: Job
+def test_a_preempted_job_saves_in_time_and_is_requeued(
+    jobs: Jobs, recipe: str, chain: Chain, reference: Job
 ) -> None:
-    before = status(chain[-1].run)["step"]
     job = jobs.submit("chain", recipe)
-    chain.append(job)
-    job.wait_for_steps(before + 8)
+    chain.jobs.append(job)
+    job.wait_for_steps(chain.step + 4)
     urgent = jobs.preempt()
     job.wait_until_requeued(1)
     assert jobs.cluster.wait_for_end(urgent, 60) == "COMPLETED"
@@ -128,101 +155,10 @@ def test_a_preempted_job_saves_in_time_and_runs_again(
     saved = (job.run / stopped["checkpoint"] / "manifest.json").stat().st_mtime
     print(f"checkpoint {saved - asked:.1f} s after the signal, grace {jobs.cluster.grace} s")
     assert 0 < saved - asked < jobs.cluster.grace / 2
-    assert before < stopped["step"] < STEPS
+    assert chain.step < stopped["step"] < STEPS
+    chain.step = stopped["step"]
+    jobs.cluster.ask("scontrol", "hold", job.number)  # other tests want the nodes meanwhile
     same_until_now(job.run, reference.run)
-    job.wait_for_steps(stopped["step"] + 8, restarts=1)
-    now = status(job.run)
-    assert now["restart_count"] == 1 and now["outcome"] == "running"
-    last = now["last_stop"]
-    assert (last["outcome"], last["reason"]) == ("preempted", "preempted by Slurm")
-    assert (last["step"], last["restart_count"]) == (stopped["step"], 0)
-    assert f"resumed at step {stopped['step']}" in job.output
-
-
-def test_a_job_out_of_time_saves_and_runs_again(
-    jobs: Jobs, chain: list[Job], reference: Job
-) -> None:
-    """The limit is put so near that Slurm's next look, within half a minute, sends the signal."""
-    job = chain[-1]
-    frozen = job.rank_process("n8")
-    os.kill(frozen, signal.SIGSTOP)  # the run must not be over by then
-    try:
-        running = time.time() - datetime.fromisoformat(job.field("StartTime")).timestamp()
-        minutes = int(running // 60) + 3  # the script's signal comes 5 minutes before the end
-        jobs.cluster.ask("scontrol", "update", f"jobid={job.number}", f"timelimit={minutes}")
-        jobs.cluster.wait((job.run / "STOP").exists, 90, "the signal")
-    finally:
-        os.kill(frozen, signal.SIGCONT)
-    job.wait_until_requeued(2)
-    stopped = status(job.run)
-    assert stopped["outcome"] == "preempted" and "time limit near" in stopped["reason"]
-    asked = (job.run / "STOP").stat().st_mtime
-    saved = (job.run / stopped["checkpoint"] / "manifest.json").stat().st_mtime
-    assert 0 < saved - asked < 60
-    jobs.cluster.ask("scontrol", "update", f"jobid={job.number}", "timelimit=UNLIMITED")
-    same_until_now(job.run, reference.run)
-
-
-def test_a_killed_node_sends_the_job_back(jobs: Jobs, chain: list[Job], reference: Job) -> None:
-    job = chain[-1]
-    job.wait_for_steps(status(job.run)["step"] + 8, restarts=2)
-    assert jobs.cluster.kill_node(3) >= 3  # launcher, rank and shell
-    job.wait_until_requeued(3)
-    job.wait_until_gone()
-    assert "first failure: node n3: it no longer answers" in job.output
-    assert status(job.run)["outcome"] == "failed"
-    same_until_now(job.run, reference.run)
-
-
-def test_fewer_nodes_go_on_where_eight_were(
-    jobs: Jobs, recipe: str, chain: list[Job], reference: Job, tiny_data: Path
-) -> None:
-    """While n3 is away: another job takes a copy of the run to its end, on four nodes."""
-    run = shutil.copytree(chain[-1].run, jobs.folder / "four")
-    for name in ("status.json", ".lock"):  # the copy belongs to nobody yet
-        (run / name).unlink(missing_ok=True)
-    job = jobs.submit("four", recipe, options=("--nodes=4",))
-    assert job.wait_for_end() == "COMPLETED", job.output[-4000:]
-    assert "rank 3 of a world of 4" in job.output
-    assert "saved by 8 ranks, going on with 4" in job.output
-    found, wanted = history(run), history(reference.run)
-    assert [line[:3] for line in found] == [line[:3] for line in wanted]
-    pairs = [(float.fromhex(a[3]), float.fromhex(b[3])) for a, b in zip(found, wanted, strict=True)]
-    worst = max(abs(one - other) for one, other in pairs)
-    print(f"largest difference of a step's loss on four nodes: {worst:.1e}")
-    assert worst <= 1e-5
-    plan = build_streams(tiny_config(tiny_data)).plan
-    for kind, batches in (("text", plan.n_text), ("pair", plan.n_pair)):
-        steps = [s for s in range(len(found)) if plan.kind(s) == kind]
-        for start in range(0, len(steps) - batches + 1, batches):  # every whole pass
-            items = [int(i) for s in steps[start : start + batches] for i in plan.batch_ids(s)]
-            assert len(items) == len(set(items)) == batches * 24
-
-
-def test_the_disturbed_run_ends_as_the_undisturbed_one(
-    jobs: Jobs, chain: list[Job], reference: Job
-) -> None:
-    jobs.cluster.start_node(3)
-    job = chain[-1]
-    assert job.wait_for_end() == "COMPLETED", job.output[-4000:]
-    assert int(job.field("Restarts")) == 3
-    assert status(job.run)["outcome"] == "finished" and status(job.run)["restart_count"] == 3
-    assert history(job.run) == history(reference.run)
-    assert weights_hash(job.run / "final") == weights_hash(reference.run / "final")
-
-
-# -- jobs that cannot work ------------------------------------------------------------------------
-
-
-def test_the_rank_that_failed_first_is_named(jobs: Jobs, recipe: str) -> None:
-    """Killed as the kernel kills what takes too much memory; its peer's error is an echo."""
-    job = jobs.submit("killed", recipe, options=("--nodes=2",))
-    job.wait_for_steps(3)
-    node = jobs.cluster.ask("scontrol", "show", "hostnames", job.field("NodeList")).split()[1]
-    os.kill(job.rank_process(node), signal.SIGKILL)
-    assert job.wait_for_end(120) == "FAILED"
-    job.wait_until_gone()
-    assert f"first failure: node {node}, rank 1: killed by SIGKILL" in job.output
 
 
 @pytest.fixture(scope="module")
@@ -257,6 +193,116 @@ def test_a_mistake_ends_the_job_at_once(
     assert reason in "\n".join(job.output.splitlines()[-4:]), job.output[-3000:]
     job.wait_until_gone()
     assert job.field("Restarts") == "0"
+
+
+def test_a_job_out_of_time_saves_and_runs_again(jobs: Jobs, chain: Chain, reference: Job) -> None:
+    """The limit is put so near that Slurm's next look, within half a minute, sends the signal."""
+    job = chain.job
+    jobs.cluster.ask("scontrol", "release", job.number)
+    job.wait_for_steps(chain.step + 4, restarts=1)
+    now = status(job.run)
+    assert now["restart_count"] == 1 and now["outcome"] == "running"
+    last = now["last_stop"]
+    assert (last["outcome"], last["reason"]) == ("preempted", "preempted by Slurm")
+    assert (last["step"], last["restart_count"]) == (chain.step, 0)
+    assert f"resumed at step {chain.step}" in job.output
+    frozen = job.rank_process("n8")
+    os.kill(frozen, signal.SIGSTOP)  # the run must not be over by then
+    try:
+        running = time.time() - datetime.fromisoformat(job.field("StartTime")).timestamp()
+        minutes = int(running // 60) + 3  # the script's signal comes 5 minutes before the end
+        jobs.cluster.ask("scontrol", "update", f"jobid={job.number}", f"timelimit={minutes}")
+        jobs.cluster.wait((job.run / "STOP").exists, 90, "the signal")
+    finally:
+        os.kill(frozen, signal.SIGCONT)
+    job.wait_until_requeued(2)
+    stopped = status(job.run)
+    assert stopped["outcome"] == "preempted" and "time limit near" in stopped["reason"]
+    assert chain.step < stopped["step"] < STEPS
+    chain.step = stopped["step"]
+    asked = (job.run / "STOP").stat().st_mtime
+    saved = (job.run / stopped["checkpoint"] / "manifest.json").stat().st_mtime
+    assert 0 < saved - asked < 60
+    jobs.cluster.ask("scontrol", "update", f"jobid={job.number}", "timelimit=UNLIMITED")
+    jobs.cluster.ask("scontrol", "hold", job.number)
+    same_until_now(job.run, reference.run)
+
+
+def test_the_rank_that_failed_first_is_named(jobs: Jobs, recipe: str) -> None:
+    """Killed as the kernel kills what takes too much memory; its peer's error is an echo."""
+    job = jobs.submit("killed", recipe, options=("--nodes=2",))
+    job.wait_for_steps(3)
+    node = jobs.cluster.ask("scontrol", "show", "hostnames", job.field("NodeList")).split()[1]
+    os.kill(job.rank_process(node), signal.SIGKILL)
+    assert job.wait_for_end(120) == "FAILED"
+    job.wait_until_gone()
+    assert f"first failure: node {node}, rank 1: killed by SIGKILL" in job.output
+
+
+def test_a_killed_node_sends_the_job_back(jobs: Jobs, chain: Chain, reference: Job) -> None:
+    job = chain.job
+    jobs.cluster.ask("scontrol", "release", job.number)
+    job.wait_for_steps(chain.step + 4, restarts=2)
+    assert jobs.cluster.kill_node(3) >= 3  # launcher, rank and shell
+    job.wait_until_requeued(3)
+    job.wait_until_gone()
+    assert "first failure: node n3: it no longer answers" in job.output
+    assert status(job.run)["outcome"] == "failed"
+    same_until_now(job.run, reference.run)
+
+
+def test_fewer_nodes_go_on_where_eight_were(
+    jobs: Jobs, recipe: str, chain: Chain, reference: Job, tiny_data: Path
+) -> None:
+    """While n3 is away: another job takes a copy of the run to its end, on four nodes."""
+    run = shutil.copytree(chain.job.run, jobs.folder / "four")
+    for name in ("status.json", ".lock"):  # the copy belongs to nobody yet
+        (run / name).unlink(missing_ok=True)
+    job = jobs.submit("four", recipe, options=("--nodes=4",))
+    assert job.wait_for_end() == "COMPLETED", job.output[-4000:]
+    assert "rank 3 of a world of 4" in job.output
+    assert "saved by 8 ranks, going on with 4" in job.output
+    found, wanted = history(run), history(reference.run)
+    assert [line[:3] for line in found] == [line[:3] for line in wanted]
+    pairs = [(float.fromhex(a[3]), float.fromhex(b[3])) for a, b in zip(found, wanted, strict=True)]
+    worst = max(abs(one - other) for one, other in pairs)
+    print(f"largest difference of a step's loss on four nodes: {worst:.1e}")
+    assert worst <= 1e-5
+    plan = build_streams(tiny_config(tiny_data)).plan
+    for kind, batches in (("text", plan.n_text), ("pair", plan.n_pair)):
+        steps = [s for s in range(len(found)) if plan.kind(s) == kind]
+        for start in range(0, len(steps) - batches + 1, batches):  # every whole pass
+            items = [int(i) for s in steps[start : start + batches] for i in plan.batch_ids(s)]
+            assert len(items) == len(set(items)) == batches * 24
+
+
+def test_the_disturbed_run_ends_as_the_undisturbed_one(
+    jobs: Jobs, chain: Chain, reference: Job
+) -> None:
+    jobs.cluster.start_node(3)
+    job = chain.job
+    assert job.wait_for_end() == "COMPLETED", job.output[-4000:]
+    assert int(job.field("Restarts")) == 3
+    assert status(job.run)["outcome"] == "finished" and status(job.run)["restart_count"] == 3
+    assert history(job.run) == history(reference.run)
+    assert weights_hash(job.run / "final") == weights_hash(reference.run / "final")
+
+
+def test_a_cancelled_job_stays_away(chain: Chain) -> None:
+    """Long after Slurm would have started a requeued job again."""
+    assert chain.jobs[0].field("JobState") == "CANCELLED" and chain.jobs[0].field("Restarts") == "0"
+
+
+def test_a_job_that_leads_nowhere_gives_up(stuck: Job, chain: Chain) -> None:
+    """The job of `chain` is the control: as many restarts, but each from another checkpoint."""
+    assert stuck.wait_for_end() == "FAILED", stuck.output[-3000:]
+    assert int(stuck.field("Restarts")) == int(chain.job.field("Restarts")) == 3
+    assert stuck.steps() == 0
+    reason = f"no progress over 3 restarts: the newest checkpoint of {stuck.run} is still that of"
+    assert reason in stuck.output.splitlines()[-1]
+    after = status(stuck.run)
+    assert after["outcome"] == "failed" and after["reason"].startswith(reason)
+    stuck.wait_until_gone()
 
 
 # -- at the very end ------------------------------------------------------------------------------

@@ -104,12 +104,19 @@ def test_another_version_is_named_with_its_node(nodes: Nodes) -> None:
     assert ends[0][1].splitlines()[-1] == f"doctor: {problem}"
 
 
-def test_one_line_for_a_mistake_that_all_nodes_see(nodes: Nodes) -> None:
+@pytest.mark.parametrize(
+    ("word", "wanted"),
+    [
+        ("--optim.lr_rate=1", "unknown key in [optim] 'lr_rate'"),
+        ("--batch.global_size=25", "batch.global_size = 25 cannot be cut into equal shares for 2"),
+    ],
+)
+def test_one_line_for_a_mistake_that_all_nodes_see(word: str, wanted: str, nodes: Nodes) -> None:
     for rank in (0, 1):
-        nodes.start(rank, "--optim.lr_rate=1")
+        nodes.start(rank, word)
     assert [code for code, _ in nodes.ends()] == [1, 1]
     (problem,) = problems_of(nodes)
-    assert problem.startswith("nodes n1, n2: unknown key in [optim] 'lr_rate'")
+    assert problem.startswith(f"nodes n1, n2: {wanted}")
 
 
 def test_a_folder_that_is_not_shared(nodes: Nodes) -> None:

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -138,6 +140,25 @@ def test_an_interrupted_stage_is_redone(tmp_path: Path, monkeypatch: pytest.Monk
 
     (done.teacher / "model.safetensors").unlink()
     assert set(build_quickstart(tmp_path, TINY, progress=False).seconds) == {"teacher", "features"}
+
+
+def test_two_jobs_do_not_build_at_once(tmp_path: Path):
+    """The second one waits: at its first look the first one has released the folder."""
+    holder = """
+import fcntl, pathlib, sys, time
+folder = pathlib.Path(sys.argv[1])
+lock = open(folder / ".lock", "w")
+fcntl.lockf(lock, fcntl.LOCK_EX)
+print("held", flush=True)
+time.sleep(0.5)
+(folder / "foreign.tar").touch()  # what the one that waited must find
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", holder, tmp_path], stdout=subprocess.PIPE
+    ) as first:
+        assert first.stdout is not None and first.stdout.readline() == b"held\n"
+        with pytest.raises(UserError, match=r"foreign\.tar is not of this program's making"):
+            build_quickstart(tmp_path, TINY, progress=False)
 
 
 def test_foreign_and_other_data_are_refused(data: QuickstartData, tmp_path: Path):

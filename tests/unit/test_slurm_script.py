@@ -24,7 +24,7 @@ SHOW_ARGUMENTS = """printf '%s\\n' "$@" >"$FAKES/arguments"; env >"$FAKES/enviro
 
 
 class Fakes:
-    """Stand-ins for srun, scontrol, accelerate and python; job 77 on 2 nodes."""
+    """Stand-ins for srun, scontrol, accelerate-launch and python; job 77 on 2 nodes."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -32,7 +32,7 @@ class Fakes:
         python = f'exec {shlex.quote(sys.executable)} "$@"'
         self.write("srun", "exit 0")
         self.write("bin/python", python)
-        self.write("bin/accelerate", SHOW_ARGUMENTS)
+        self.write("bin/accelerate-launch", SHOW_ARGUMENTS)
         self.job_says("JobState=RUNNING PreemptTime=None")
 
     def write(self, name: str, body: str) -> None:
@@ -133,7 +133,6 @@ def test_arguments_arrive_whole_on_the_node(fakes: Fakes) -> None:
     assert done.returncode == 0, done.stderr
     found = fakes.arguments
     module = found.index("-m")
-    assert found[0] == "launch"
     assert found[module + 1] == "dalr_scale.train"
     assert found[module + 2 : -2] == list(words)
     assert found[-2:] == ["--run.dir", str(fakes.folder / "run")]
@@ -172,17 +171,30 @@ def test_the_run_folder(words: tuple[str, ...], given: str, wanted: str, fakes: 
     assert done.stdout.strip() == wanted, done.stderr
 
 
-@pytest.mark.parametrize(("gpus", "processes"), [("", 1), ("0", 1), ("8", 8)])
-def test_processes_follow_the_gpus_of_a_node(gpus: str, processes: int, fakes: Fakes) -> None:
-    fakes.write("srun", LOCAL_SRUN)
-    fakes.run(SLURM_GPUS_ON_NODE=gpus)
+@pytest.mark.parametrize(
+    ("gpus", "asked_for", "processes", "step_asks"),
+    [
+        ("", {}, 1, False),
+        ("0", {}, 1, False),
+        ("8", {}, 8, True),
+        ("8", {"SLURM_GPUS_PER_NODE": "8"}, 8, False),
+    ],
+)
+def test_processes_follow_the_gpus_of_a_node(
+    gpus: str, asked_for: dict[str, str], processes: int, step_asks: bool, fakes: Fakes
+) -> None:
+    """A step that asks for nothing gets only those GPUs that the job itself had asked for."""
+    fakes.write("srun", f'echo "$@" >>"$FAKES/srun-arguments"\n{LOCAL_SRUN}')
+    fakes.run(SLURM_GPUS_ON_NODE=gpus, **asked_for)
     assert fakes.arguments[fakes.arguments.index("--num_processes") + 1] == str(2 * processes)
+    asked = "--gres=gpu:8" in (fakes.folder / "srun-arguments").read_text()
+    assert asked == step_asks
 
 
 def test_containers(fakes: Fakes) -> None:
     fakes.write("srun", LOCAL_SRUN)
     fakes.write("apptainer", LOCAL_SRUN)
-    fakes.write("bin/accelerate", SHOW_ARGUMENTS)
+    fakes.write("bin/accelerate-launch", SHOW_ARGUMENTS)
     path = {"PATH": f"{fakes.folder}:{fakes.folder}/bin:{os.environ['PATH']}"}
     fakes.run(CONTAINER="apptainer", CONTAINER_IMAGE="dalr.sif", CONTAINER_MOUNTS="/data", **path)
     called = (fakes.folder / "called").read_text()
@@ -347,11 +359,15 @@ def test_restarts_without_progress_end(fakes: Fakes) -> None:
         (fakes.folder / "requeued").unlink(missing_ok=True)
         done = fakes.run(SLURM_RESTART_COUNT=str(restart))
         assert fakes.requeued == (restart < 3)
-    assert "no progress over 3 restarts" in done.stderr.splitlines()[-1]
+        assert done.returncode == (0 if restart < 3 else 1)  # its ranks left with 0
+    last = done.stderr.splitlines()[-1]
+    assert "no progress over 3 restarts" in last and last.endswith("exit status 1")
     assert status_of(fakes)["outcome"] == "failed"
     assert "no progress over 3 restarts" in status_of(fakes)["reason"]
     # a restart by Slurm itself, after a node failure, is refused as well
+    fakes.leave_status("running", restarts=3)
     assert fakes.run(SLURM_RESTART_COUNT="4").returncode == 1
+    assert status_of(fakes)["outcome"] == "failed"
     # control: with a new checkpoint each time the job goes on
     fakes.folder.joinpath("run", "jobs", "77.json").unlink()
     for restart in range(6):
