@@ -23,7 +23,7 @@ from urllib.parse import urlsplit
 from tqdm import tqdm
 
 from dalr_scale.data.features_store import features_path
-from dalr_scale.data.index import read_header
+from dalr_scale.data.index_file import read_header
 from dalr_scale.data.shards import expand_braces
 from dalr_scale.errors import UserError
 from dalr_scale.runstate import process_name, write_durably

@@ -19,7 +19,7 @@ from PIL import Image
 from dalr_scale import index, prepare
 from dalr_scale.cli import run_command
 from dalr_scale.data import prepare_pairs
-from dalr_scale.data.index import index_path
+from dalr_scale.data.index_file import index_path
 from dalr_scale.data.shards import expand_shards
 from dalr_scale.data.source import Source
 

@@ -290,7 +290,7 @@ def test_a_bad_row_that_only_one_rank_met_stops_them_all(
     per_shard = plan.pair_items // 2
     shard = data / f"train-{item // per_shard:06}.tar"
     table = open_features(shard, "t0")
-    row = np.array(table.values[item % per_shard])
+    row = table.values.rows(np.array([item % per_shard]))
     stored = table.path.read_bytes()
     assert stored.count(row.tobytes()) == 1
     table.path.write_bytes(stored.replace(row.tobytes(), np.full_like(row, np.nan).tobytes()))

@@ -142,12 +142,12 @@ def test_text_with_image_features_has_image_ids(tmp_path: Path) -> None:
 
 
 def test_more_shards_than_may_be_open(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(source_module, "_MAPS", 10)
+    monkeypatch.setattr(source_module, "_OPEN_FILES", 10)
     source = Source(write_pairs(tmp_path, 12, per_shard=1))
     open_before = len(os.listdir("/proc/self/fd"))
     for _ in range(3):
         assert len(source.read(np.arange(60)).sentences) == 60
-    assert len(source._cache) == 2
+    assert len(source._cache) == 3
     assert len(os.listdir("/proc/self/fd")) <= open_before + 10
 
 

@@ -80,7 +80,7 @@ def test_text_features_have_one_row_an_item(shards, bert):
         lines = [line for lines in captions for line in lines]
         expected = teacher.encode(lines)[0].numpy()
         assert (table.level, table.rows, table.dim) == ("item", len(lines), 16)
-        np.testing.assert_allclose(table.read(np.arange(len(lines))), expected, atol=2e-3)
+        np.testing.assert_allclose(table.read(np.arange(len(lines))).values, expected, atol=2e-3)
         assert table.manifest["pooling"] == "mean" and table.manifest["model"] == "bert"
         assert len(table.manifest["tokenizer_sha256"]) == 64
 
@@ -101,7 +101,8 @@ def test_token_features_follow_the_items(kind, shards, bert, clip_folder):
     table = open_features(shards[0], "tok")
     lines = CAPTIONS[0] + CAPTIONS[1]
     _, tokens, mask = teacher.encode(lines)
-    values, lengths = table.read_tokens(np.arange(len(lines)))
+    values, lengths, faults = table.read(np.arange(len(lines)))
+    assert lengths is not None and not faults
     for row, stored in enumerate(np.split(values, np.cumsum(lengths)[:-1])):
         np.testing.assert_allclose(stored, tokens[row][mask[row]].numpy(), atol=4e-3)
 
@@ -114,7 +115,7 @@ def test_image_and_caption_features(shards, clip_folder):
     pixels = [teacher.transform(Image.open(io.BytesIO(picture(i)))) for i in (0, 1)]
     assert (table.level, table.rows, table.dim) == ("sample", 2, 24)
     np.testing.assert_allclose(
-        table.read(np.arange(2)), teacher.encode(torch.stack(pixels)).numpy(), atol=4e-3
+        table.read(np.arange(2)).values, teacher.encode(torch.stack(pixels)).numpy(), atol=4e-3
     )
     assert open_features(shards[1], "cap").rows == 3
 
@@ -181,8 +182,8 @@ def test_npz_features_are_matched_by_name(shards, tmp_path, capsys):
     run(shards, "--name", "n", "--from-npz", write_npz(tmp_path / "f.npz", names))
     assert "1 of 4 names are in no shard" in capsys.readouterr().err
     table = open_features(shards[0], "n")
-    assert table.level == "sample" and table.read(np.arange(2))[:, 0].tolist() == [8.0, 12.0]
-    assert open_features(shards[1], "n").read(np.arange(1))[0].tolist() == [0.0, 1.0, 2.0, 3.0]
+    assert table.level == "sample" and table.read(np.arange(2)).values[:, 0].tolist() == [8.0, 12.0]
+    assert open_features(shards[1], "n").read(np.arange(1)).values[0].tolist() == [0.0, 1.0, 2.0, 3.0]
 
 
 def test_npz_that_does_not_fit_is_refused(shards, tmp_path):
