@@ -8,10 +8,12 @@ the row.
 
 from __future__ import annotations
 
+import math
 import os
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -103,10 +105,10 @@ class FileArray:
         """Return the number of rows."""
         return self.shape[0]
 
-    @property
+    @cached_property
     def row_bytes(self) -> int:
         """Bytes of one row."""
-        return self.dtype.itemsize * int(np.prod(self.shape[1:]))
+        return self.dtype.itemsize * math.prod(self.shape[1:])
 
     def whole(self) -> np.ndarray:
         """Return all rows; errors as ``rows``."""
@@ -128,7 +130,12 @@ class FileArray:
             CutOff: the file ends before one of them.
             OSError: the storage fails.
         """
-        return self.spans(numbers, np.ones(len(numbers), np.int64))
+        if not len(numbers):
+            return self._view(b"")
+        low, high = int(numbers.min()), int(numbers.max()) + 1
+        if self._near(low, high, len(numbers), len(numbers)):
+            return self._block(low, high)[numbers - low]
+        return self._one_by_one(numbers, np.ones(len(numbers), np.int64))
 
     def spans(self, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         """Return ``lengths[i]`` rows from ``starts[i]`` on, for each i, one after the other.
@@ -143,18 +150,24 @@ class FileArray:
         """
         if not len(starts):
             return self._view(b"")
-        ends = starts + lengths
-        low, high = int(starts.min()), int(ends.max())
-        if low < 0 or high > len(self) or int(lengths.min()) < 0:
+        if int(lengths.min()) < 0:
             raise self.file.cut_off()
-        width, total = self.row_bytes, int(lengths.sum())
-        if (high - low) * width <= total * width + len(starts) * _PAGE:
-            block = self._block(low, high)
-            one_each = total == len(starts) and int(lengths.max()) == 1
-            return block[starts - low] if one_each else gather_rows(block, starts - low, lengths)
-        raw = np.empty(total * width, np.uint8)
-        place, at = raw.data, 0
+        low, high = int(starts.min()), int((starts + lengths).max())
+        if self._near(low, high, len(starts), int(lengths.sum())):
+            return gather_rows(self._block(low, high), starts - low, lengths)
+        return self._one_by_one(starts, lengths)
+
+    def _near(self, low: int, high: int, calls: int, rows: int) -> bool:
+        """Whether it is cheaper to read everything in between than to make ``calls`` calls."""
+        if low < 0 or high > len(self):
+            raise self.file.cut_off()
+        return (high - low - rows) * self.row_bytes <= calls * _PAGE
+
+    def _one_by_one(self, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        width = self.row_bytes
         sizes, offsets = lengths * width, self.offset + starts * width
+        raw = np.empty(int(sizes.sum()), np.uint8)
+        place, at = raw.data, 0
         for offset, size in zip(offsets.tolist(), sizes.tolist(), strict=True):
             self.file.read_into(place[at : at + size], offset)
             at += size
@@ -192,7 +205,7 @@ def row_sums(values: np.ndarray, lengths: np.ndarray | None = None) -> np.ndarra
         values: [rows, dim]; or [n, ...] cut into rows of these lengths, one after the other.
         lengths: int64 [rows], or None where every row is one of ``values``.
     """
-    width = values.itemsize * int(np.prod(values.shape[1:]))
+    width = values.itemsize * math.prod(values.shape[1:])
     sizes = np.ones(len(values), np.int64) if lengths is None else lengths
     stops = np.cumsum(sizes * width).tolist()
     data = np.ascontiguousarray(values).reshape(-1).view(np.uint8).data

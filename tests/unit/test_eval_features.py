@@ -183,7 +183,12 @@ def test_npz_features_are_matched_by_name(shards, tmp_path, capsys):
     assert "1 of 4 names are in no shard" in capsys.readouterr().err
     table = open_features(shards[0], "n")
     assert table.level == "sample" and table.read(np.arange(2)).values[:, 0].tolist() == [8.0, 12.0]
-    assert open_features(shards[1], "n").read(np.arange(1)).values[0].tolist() == [0.0, 1.0, 2.0, 3.0]
+    assert open_features(shards[1], "n").read(np.arange(1)).values[0].tolist() == [
+        0.0,
+        1.0,
+        2.0,
+        3.0,
+    ]
 
 
 def test_npz_that_does_not_fit_is_refused(shards, tmp_path):
