@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 from dalr_scale.data.features_store import features_path, open_features
 from dalr_scale.data.writer import ShardSetWriter, write_text_shards
+from dalr_scale.dist import world as world_module
 from dalr_scale.errors import UserError
 from dalr_scale.features import main, store
 from dalr_scale.models.encoder import SentenceEncoder, load_tokenizer
@@ -225,6 +226,16 @@ def test_wrong_options_are_refused(shards, bert, clip_folder):
             run(shards, "--name", "x", *words)
     with pytest.raises(UserError, match="use letters, digits"):
         run(shards, "--name", "../x", "--text-teacher", bert, "--pooler", "mean")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this launch is right on a GPU host")
+def test_a_launch_that_starts_one_process_of_two_is_refused(shards, bert, monkeypatch):
+    words = ("--name", "t", "--text-teacher", bert, "--pooler", "mean")
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setattr(world_module, "_processes_asked_of_parent", lambda: 2)
+    with pytest.raises(UserError, match="--num_processes 2 -m dalr_scale[.]features"):
+        run(shards, *words)
+    assert not features_path(shards[0], "t").exists()
 
 
 def test_unreadable_picture_names_its_sample(tmp_path, clip_folder):
