@@ -233,7 +233,7 @@ def test_a_launch_that_starts_one_process_of_two_is_refused(shards, bert, monkey
     words = ("--name", "t", "--text-teacher", bert, "--pooler", "mean")
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     monkeypatch.setattr(world_module, "_processes_asked_of_parent", lambda: 2)
-    with pytest.raises(UserError, match="--num_processes 2 -m dalr_scale[.]features"):
+    with pytest.raises(UserError, match=r"--num_processes 2 -m dalr_scale\.features"):
         run(shards, *words)
     assert not features_path(shards[0], "t").exists()
 
