@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -49,9 +50,14 @@ def features_path(shard: Path, name: str) -> Path:
 
 def _place(shard: Path, name: str) -> str:
     """``features_path`` for lists of thousands: strings are much faster than paths."""
+    return beside(shard, _ending(name))
+
+
+@lru_cache(maxsize=64)
+def _ending(name: str) -> str:
     if not name or not all(letter.isalnum() or letter in "-_" for letter in name):
         raise UserError(f"feature set name {name!r}: use letters, digits, - and _ only")
-    return beside(shard, f".{name}{FEATURE_SUFFIX}")
+    return f".{name}{FEATURE_SUFFIX}"
 
 
 def feature_names(shard: Path) -> list[str]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import pickle
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +22,7 @@ from dalr_scale.data.index import ensure_index
 from dalr_scale.data.loader import (
     Batch,
     StepDataset,
+    ahead,
     make_loader,
     tokenize,
 )
@@ -359,3 +362,34 @@ def test_batches_move_and_pickle(sources) -> None:
     assert all(value.device.type == "meta" for value in moved.features.values())
     again = pickle.loads(pickle.dumps(batch))
     assert digest([again]) == digest([batch])
+
+
+def test_batches_are_received_before_they_are_asked_for() -> None:
+    """While the first item is in use two more arrive and no third; errors come in their place."""
+    taken: list[int] = []
+    arrived = threading.Semaphore(0)
+
+    def items() -> Iterator[int]:
+        for number in range(4):
+            taken.append(number)
+            arrived.release()
+            yield number
+        raise UserError("the fifth is broken")
+
+    received = ahead(items(), 2)
+    assert next(received) == 0
+    for _ in range(3):
+        assert arrived.acquire(timeout=30)
+    assert not arrived.acquire(timeout=0.1) and taken == [0, 1, 2]
+    assert [next(received) for _ in range(3)] == [1, 2, 3]
+    with pytest.raises(UserError, match="the fifth"):
+        next(received)
+    assert list(ahead(iter("abc"), 1)) == list("abc")
+
+
+def test_a_loader_that_is_left_early_leaves_no_thread(sources) -> None:
+    batches = iter(loader_of(sources, num_workers=1))
+    next(batches)
+    assert "loader" in [thread.name for thread in threading.enumerate()]
+    batches.close()  # type: ignore[attr-defined]
+    assert "loader" not in [thread.name for thread in threading.enumerate()]
