@@ -248,12 +248,12 @@ class Source:
                 batch.tokens.append((where, found.values, found.lengths))
             else:
                 batch.vectors[role][where] = found.values
-            batch.note(where, found.faults)
+            batch.note(where, _with_keys(opened, samples, found.faults))
         if self.has_ids and opened.ids is not None and self._encoding is not None:
             ids = opened.ids.read(local, self._encoding.max_length)
             batch.ids.append((where, ids.values, ids.lengths))
             batch.special = opened.ids.prefix, opened.ids.suffix
-            batch.note(where, ids.faults)
+            batch.note(where, _with_keys(opened, samples, ids.faults))
 
     def _records(self, batch: _Batch) -> Records:
         encoded = None
@@ -461,6 +461,16 @@ def _changed(opened: _OpenShard, sample: int, what: str) -> str:
         f"{index.shard}: {what} of sample {index.key(sample)!r} differs from what was indexed; "
         "copy the shard again, then run dalr-scale index"
     )
+
+
+def _with_keys(
+    opened: _OpenShard, samples: np.ndarray, faults: Mapping[int, str]
+) -> dict[int, str]:
+    """Add the sample's key to faults of what lies beside the shard, which knows numbers only."""
+    return {
+        position: f"{why} (sample {opened.index.key(int(samples[position]))!r})"
+        for position, why in faults.items()
+    }
 
 
 def _refuse_equal(files: Sequence[IndexFile]) -> None:

@@ -203,6 +203,7 @@ def test_a_value_that_changed_is_a_fault_of_its_row(shard: Path, value: float) -
     records = Source([shard], features={"image": "clip"}).read(np.arange(15), strict=False)
     assert sorted(records.faults) == [5, 6, 7, 8, 9]
     assert all("feature of sample 1 has changed" in why for why in records.faults.values())
+    assert all(why.endswith("(sample 'pairs0001')") for why in records.faults.values())
     with pytest.raises(UserError, match="have changed"):
         open_features(shard, "clip").verify()
 
