@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import pickle
 import threading
-from collections.abc import Iterator
+import zlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -341,17 +342,26 @@ def test_no_pictures_are_refused(data: bytes) -> None:
             use(data)
 
 
-@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-@pytest.mark.parametrize("side", [9_000, 13_000, 30_000])
-def test_bombs_are_refused_from_their_header(side: int) -> None:
+def png_bomb(side: int) -> bytes:
     small = picture_bytes(Image.new("1", (8, 8)), "PNG")
-    import zlib
-
     header = b"IHDR" + side.to_bytes(4, "big") * 2 + small[24:29]
-    bomb = small[:12] + header + zlib.crc32(header).to_bytes(4, "big") + small[33:]
+    return small[:12] + header + zlib.crc32(header).to_bytes(4, "big") + small[33:]
+
+
+def jpeg_bomb(side: int) -> bytes:
+    small = jpeg()
+    size = small.index(b"\xff\xc0") + 5  # height and width in the start of the frame
+    return small[:size] + side.to_bytes(2, "big") * 2 + small[size + 4 :]
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("bomb", [png_bomb, jpeg_bomb])
+@pytest.mark.parametrize("side", [9_000, 13_000, 30_000])
+def test_bombs_are_refused_from_their_header(bomb: Callable[[int], bytes], side: int) -> None:
     for use in (check_image, decode_image):
         with pytest.raises(ValueError, match="pixels"):
-            use(bomb)
+            use(bomb(side))
+    assert decode_image(bomb(16 if bomb is jpeg_bomb else 8)).mode == "RGB"  # the control
 
 
 def test_batches_move_and_pickle(sources) -> None:
