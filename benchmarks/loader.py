@@ -47,6 +47,7 @@ RESULTS = Path(__file__).parent / "results"
 HERE = Path(__file__).parent
 PARTS = ("throughput", "first", "order", "prepare", "stall")
 BATCH = 256
+BATCH_OF_RECIPES = 128
 ROUNDS = 3
 SECONDS = 2.0  # of one measurement
 FIRST_SHARDS = 10_000
@@ -226,13 +227,12 @@ def stall(work: Path, data: Path | None) -> Record:
 def _write_recipe_data(shards: Path, data: Path) -> None:
     """The recipe's shards and features, of fewer pictures and sentences."""
     flickr, wiki = shards / "flickr8k", shards / "wiki"
-    if wiki.exists():
-        return
     source = data / "flickr8k"
-    captions = ["--captions", source / "captions.txt", "--limit", 800, "--prefix", "train"]
-    command("prepare", source / "images.tar", *captions, "--output", flickr)
-    text = data / "wiki" / "wiki_en_sentences_1m.txt.xz"
-    command("prepare", text, "--output", wiki, "--limit", 4000)
+    if not wiki.exists():  # features that are there already are skipped below
+        captions = ["--captions", source / "captions.txt", "--limit", 800, "--prefix", "train"]
+        command("prepare", source / "images.tar", *captions, "--output", flickr)
+        text = data / "wiki" / "wiki_en_sentences_1m.txt.xz"
+        command("prepare", text, "--output", wiki, "--limit", 4000)
     npz = source / "mobilenet_v1_1024.npz"
     command("features", flickr, "--name", "mobilenet", "--from-npz", npz, "--quiet")
     teacher = ["--text-teacher", TEACHER, "--pooler", "mean", "--max-length", 64, "--quiet"]
@@ -253,13 +253,13 @@ def _train(work: Path, recipe: str, words: list[str], steps: int) -> Record:
     )
     lines = (run / "metrics.jsonl").read_text().splitlines()
     steps_done = [line for line in map(json.loads, lines) if line["kind"] == "train"][20:]
-    shares = [line["data_share"] for line in steps_done]
-    batch = 128 / statistics.median(line["samples_per_second"] for line in steps_done)
+    seconds = [BATCH_OF_RECIPES / line["samples_per_second"] for line in steps_done]
+    waits = [s * line["data_share"] for s, line in zip(seconds, steps_done, strict=True)]
     return {
-        "steps": len(shares),
-        "step_ms": round(1000 * batch, 1),
-        "stall_percent": round(100 * statistics.mean(shares), 3),
-        "worst_step_percent": round(100 * max(shares), 2),
+        "steps": len(seconds),
+        "step_ms": round(1000 * statistics.median(seconds), 1),
+        "stall_percent": round(100 * sum(waits) / sum(seconds), 3),
+        "worst_wait_ms": round(1000 * max(waits), 1),
     }
 
 
@@ -326,7 +326,12 @@ def table(record: Record) -> str:
         row("order of 100 M rows", shown, "850 MB", found["megabytes"] < 850)
     if "prepare_seconds" in record.get("prepare", {}):
         found = record["prepare"]
-        row("Flickr8k prepared", f"{found['prepare_seconds']} s", "60 s", True)
+        row(
+            "Flickr8k prepared",
+            f"{found['prepare_seconds']} s",
+            "60 s",
+            found["prepare_seconds"] <= 60,
+        )
         row("Flickr8k indexed", f"{found['index_seconds']} s", "5 s", found["index_seconds"] <= 5)
     for name, found in _cases_of(record.get("stall", {})):
         shown = f"{found['stall_percent']} % of {found['step_ms']} ms"

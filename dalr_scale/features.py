@@ -23,6 +23,7 @@ from dalr_scale.data.images import decode_image
 from dalr_scale.data.index import ensure_index
 from dalr_scale.data.shards import expand_shards, sample_key
 from dalr_scale.data.source import Source
+from dalr_scale.dist.world import refuse_single_process
 from dalr_scale.errors import UserError
 
 Step = Callable[[int], object]
@@ -53,6 +54,7 @@ class Maker:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns 0. Under a launcher this rank does its share of the shards."""
+    refuse_single_process("dalr_scale.features")
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     return store(argv, rank, world)
 
@@ -93,7 +95,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="dalr-scale features",
         description="Compute teacher features and store them beside the shards.",
-        epilog="Several processes: accelerate launch --num_processes N -m dalr_scale.features ...",
+        epilog="Several processes: accelerate launch --use_deepspeed --num_processes N -m "
+        "dalr_scale.features ...",
     )
     add = parser.add_argument
     add("shards", nargs="+", help="shard files, folders, globs or brace ranges")

@@ -10,14 +10,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from dalr_scale.data.features_store import feature_names, open_features
-from dalr_scale.data.index import (
-    IndexHeader,
-    check_shard,
-    current_index,
-    ensure_index,
-    index_path,
-    read_header,
-)
+from dalr_scale.data.index import check_shard, ensure_index
+from dalr_scale.data.index_file import IndexHeader, current_index, index_path, read_header
 from dalr_scale.data.packed import PackedTar
 from dalr_scale.data.shards import TOKENS_SUFFIX, expand_shards
 from dalr_scale.data.token_store import TOKEN_ARRAYS, open_tokens, verify_tokens

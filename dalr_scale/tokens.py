@@ -18,6 +18,7 @@ from tqdm import tqdm
 from dalr_scale.data.shards import expand_shards
 from dalr_scale.data.source import Source
 from dalr_scale.data.token_store import open_tokens, write_tokens
+from dalr_scale.dist.world import refuse_single_process
 from dalr_scale.errors import UserError
 from dalr_scale.models.teachers import tokenizer_hash
 from dalr_scale.models.tokenizer import load_tokenizer
@@ -35,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     args = parser.parse_args(argv)
+    refuse_single_process("dalr_scale.tokens")
     shards = expand_shards(args.shards)
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     written = _store(shards[rank::world], args.tokenizer, rank > 0 or args.quiet)

@@ -8,32 +8,31 @@ The feature set NAME of ``X.tar`` is ``X.NAME.features.tar`` with three members:
     00000000.sums.npy       uint32 [rows], the checksum of each row (absent in the oldest files)
 
 A row is a sample of the shard (level ``sample``) or an item of it (``item``, ``token``). At level
-``token`` the values of row i are ``values[offsets[i]:offsets[i + 1]]``. The values are
-memory-mapped where they lie in the tar (see ``packed``).
+``token`` the values of row i are ``values[offsets[i]:offsets[i + 1]]``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from dalr_scale.data.index import IndexHeader, ensure_index
+from dalr_scale.data.arrays import FileArray, row_sums
+from dalr_scale.data.index import ensure_index
+from dalr_scale.data.index_file import IndexHeader
 from dalr_scale.data.packed import (
     CRC,
     OFFSET,
     PackedTar,
-    changed_rows,
     digest,
-    gather_rows,
     peek_manifest,
-    row_sums,
     write_packed,
 )
-from dalr_scale.data.shards import FEATURE_SUFFIX
+from dalr_scale.data.shards import FEATURE_SUFFIX, beside
 from dalr_scale.errors import UserError
 
 LEVELS = ("sample", "item", "token")
@@ -46,9 +45,19 @@ _HALF = np.dtype("<f2")
 
 def features_path(shard: Path, name: str) -> Path:
     """Return where the feature set ``name`` of a shard lies."""
+    return Path(_place(shard, name))
+
+
+def _place(shard: Path, name: str) -> str:
+    """``features_path`` for lists of thousands: strings are much faster than paths."""
+    return beside(shard, _ending(name))
+
+
+@lru_cache(maxsize=64)
+def _ending(name: str) -> str:
     if not name or not all(letter.isalnum() or letter in "-_" for letter in name):
         raise UserError(f"feature set name {name!r}: use letters, digits, - and _ only")
-    return shard.with_name(f"{shard.stem}.{name}{FEATURE_SUFFIX}")
+    return f".{name}{FEATURE_SUFFIX}"
 
 
 def feature_names(shard: Path) -> list[str]:
@@ -61,9 +70,24 @@ def feature_names(shard: Path) -> list[str]:
     )
 
 
+class FoundFeatures(NamedTuple):
+    """Features of some rows.
+
+    Attributes:
+        values: float32 [rows, dim]; at level ``token`` [tokens of all rows, dim].
+        lengths: int64 [rows], the tokens of each row; None at the other levels.
+        faults: position -> what is wrong with that row (bytes that changed, values that are not
+            finite); its values must not be used.
+    """
+
+    values: np.ndarray
+    lengths: np.ndarray | None
+    faults: dict[int, str]
+
+
 @dataclass(frozen=True)
 class FeatureTable:
-    """One feature set of one shard.
+    """One feature set of one shard, read from its file row by row.
 
     Attributes:
         path: the feature shard.
@@ -71,7 +95,7 @@ class FeatureTable:
         dim: width of a feature vector.
         rows: samples or items.
         manifest: everything that was recorded with the values.
-        values: float16 [rows, dim], or [tokens, dim] at level ``token``; memory-mapped.
+        values: float16 [rows, dim], or [tokens, dim] at level ``token``.
         offsets: int64 [rows + 1] at level ``token``, else None.
         sums: CRC-32 of each row's bytes, uint32 [rows]; None in the oldest files.
     """
@@ -81,52 +105,40 @@ class FeatureTable:
     dim: int
     rows: int
     manifest: dict[str, Any]
-    values: np.ndarray
-    offsets: np.ndarray | None
-    sums: np.ndarray | None = None
+    values: FileArray
+    offsets: FileArray | None
+    sums: FileArray | None = None
 
-    def read(self, rows: np.ndarray) -> np.ndarray:
-        """Return the vectors of some rows: float32 [len(rows), dim] (levels sample and item).
+    def read(self, rows: np.ndarray) -> FoundFeatures:
+        """Read the vectors of some rows, int64 [n] in 0 ... rows - 1.
 
-        What is wrong with a row is ``faults``'s to say.
+        Raises:
+            CutOff: the file has become shorter.
+            OSError: the storage fails.
         """
-        if self.offsets is not None:
-            raise ValueError(f"{self.path}: holds token features; use read_tokens")
-        return self.values[rows].astype(np.float32)
-
-    def read_tokens(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return the token vectors of some rows (level token), one row after the other.
-
-        Returns:
-            float32 [tokens of all rows, dim], and the tokens of each row, int64 [len(rows)].
-        """
+        lengths = None
         if self.offsets is None:
-            raise ValueError(f"{self.path}: holds one vector a row; use read")
-        starts = self.offsets[rows]
-        lengths = self.offsets[rows + 1] - starts
-        return gather_rows(self.values, starts, lengths).astype(np.float32), lengths
+            half = self.values.rows(rows)
+        else:
+            starts, ends = np.split(self.offsets.rows(np.concatenate([rows, rows + 1])), 2)
+            lengths = ends - starts
+            half = self.values.spans(starts, lengths)
+        values = half.astype(np.float32)
+        return FoundFeatures(values, lengths, self._faults(rows, half, values, lengths))
 
-    def faults(self, rows: np.ndarray, found: np.ndarray) -> dict[int, str]:
-        """Say what is wrong with rows that were read: bytes that changed, values not finite.
-
-        Args:
-            rows: as given to ``read`` or ``read_tokens``.
-            found: the values that it returned.
-
-        Returns:
-            Position within ``rows`` -> fault; empty when all is well.
-        """
+    def _faults(
+        self, rows: np.ndarray, half: np.ndarray, values: np.ndarray, lengths: np.ndarray | None
+    ) -> dict[int, str]:
         bad: dict[int, str] = {}
         # One sum is much cheaper than a test per value, and any NaN or infinity shows in it;
         # finite halves cannot overflow it.
-        if not np.isfinite(found.sum()):
-            wrong = np.flatnonzero(~np.isfinite(found).all(axis=1))
-            if self.offsets is not None:
-                lengths = self.offsets[rows + 1] - self.offsets[rows]
+        if not np.isfinite(values.sum()):
+            wrong = np.flatnonzero(~np.isfinite(values).all(axis=1))
+            if lengths is not None:
                 wrong = np.unique(np.repeat(np.arange(len(rows)), lengths)[wrong])
             bad |= {int(n): f"{self._name(int(rows[n]))} is not finite; {_REMEDY}" for n in wrong}
         if self.sums is not None:
-            for n in changed_rows(self.values, self.sums, rows, self.offsets).tolist():
+            for n in np.flatnonzero(row_sums(half, lengths) != self.sums.rows(rows)).tolist():
                 bad[n] = f"{self._name(int(rows[n]))} has changed; {_REMEDY}"
         return bad
 
@@ -139,7 +151,8 @@ class FeatureTable:
         Raises:
             UserError: they have changed.
         """
-        if _digest(self.values, self.offsets) != self.manifest["values_sha256"]:
+        arrays = [array for array in (self.values, self.offsets) if array is not None]
+        if digest(arrays) != self.manifest["values_sha256"]:
             raise UserError(f"{self.path}: the values have changed; {_REMEDY}")
 
 
@@ -193,17 +206,18 @@ def write_features(
         "rows": header.samples if level == "sample" else header.items,
         "dtype": "float16",
         "shard_sha256": header.sha256,
-        "values_sha256": _digest(half, offsets),
+        "values_sha256": digest([half] if offsets is None else [half, offsets]),
     }
     arrays = {"values": half} | ({} if offsets is None else {"offsets": offsets})
-    write_packed(path, manifest, arrays | {"sums": row_sums(half, offsets)})
+    lengths = None if offsets is None else np.diff(offsets)
+    write_packed(path, manifest, arrays | {"sums": row_sums(half, lengths)})
     return path
 
 
 def open_features(shard: Path, name: str, header: IndexHeader | None = None) -> FeatureTable:
     """Open the feature set ``name`` of a shard and check that it belongs to it.
 
-    Sizes and shapes are compared with the file before anything is mapped; nothing is unpickled.
+    Sizes and shapes are compared with the file before anything is read; nothing is unpickled.
 
     Args:
         shard: the shard.
@@ -226,7 +240,8 @@ def open_features(shard: Path, name: str, header: IndexHeader | None = None) -> 
     values = packed.array("values", _HALF, 2)
     offsets = packed.array("offsets", OFFSET, 1) if manifest["level"] == "token" else None
     level, rows, dim = manifest["level"], manifest["rows"], manifest["dim"]
-    _check_shape(path, values, level, offsets, header.samples, header.items)
+    rising = None if offsets is None else offsets.whole()
+    _check_shape(path, len(values), level, rising, header.samples, header.items)
     if values.shape[1] != dim or rows != (header.samples if level == "sample" else header.items):
         raise packed.malformed("has a manifest that disagrees with its values")
     sums = packed.array("sums", CRC, 1) if packed.has("sums") else None
@@ -243,9 +258,8 @@ def feature_facts(shard: Path, name: str, header: IndexHeader) -> tuple[str, int
     Raises:
         UserError: as ``open_features``, as far as the manifest shows it.
     """
-    path = features_path(shard, name)
     try:
-        manifest = peek_manifest(path)
+        manifest = peek_manifest(_place(shard, name))
     except UserError:
         manifest = None
     if manifest is not None and manifest.get("shard_sha256") == header.sha256:
@@ -279,32 +293,28 @@ def _check_values(
         raise UserError(f"{path}: values of shape {values.shape}; they must be [rows, dim]")
     if (offsets is None) == (level == "token"):
         raise UserError(f"{path}: offsets go with level token and with no other")
-    _check_shape(path, values, level, offsets, samples, items)
+    _check_shape(path, len(values), level, offsets, samples, items)
     bad = np.flatnonzero(~np.isfinite(values).all(axis=1))
     if len(bad):
         raise UserError(f"{path}: row {bad[0]} of the values is not finite in float16; mend it")
 
 
 def _check_shape(
-    path: Path, values: np.ndarray, level: str, offsets: np.ndarray | None, samples: int, items: int
+    path: Path, count: int, level: str, offsets: np.ndarray | None, samples: int, items: int
 ) -> None:
     expected = samples if level == "sample" else items
     if offsets is None:
-        if len(values) != expected:
-            raise _malformed(path, f"has {len(values)} rows for {expected} {_row_word(level)}s")
+        if count != expected:
+            raise _malformed(path, f"has {count} rows for {expected} {_row_word(level)}s")
         return
     if offsets.shape != (expected + 1,):
         raise _malformed(path, f"has offsets {offsets.shape} for {expected} {_row_word(level)}s")
-    if offsets[0] != 0 or offsets[-1] != len(values) or not np.all(np.diff(offsets) > 0):
+    if offsets[0] != 0 or offsets[-1] != count or not np.all(np.diff(offsets) > 0):
         raise _malformed(path, "has offsets that do not rise from 0 to the number of tokens")
 
 
 def _row_word(level: str) -> str:
     return "sample" if level == "sample" else "item"
-
-
-def _digest(values: np.ndarray, offsets: np.ndarray | None) -> str:
-    return digest([values] if offsets is None else [values, offsets])
 
 
 def _malformed(path: Path, why: str) -> UserError:

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import itertools
 import os
+import queue
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -29,6 +31,9 @@ from dalr_scale.data.source import Records, Source
 from dalr_scale.errors import UserError
 
 ImageTransform = Callable[[Image.Image], Tensor]
+T = TypeVar("T")
+_RECEIVED = 2  # batches that wait in this process
+_LEAVE = 5.0  # seconds for the thread to end; it may wait for a worker
 
 
 def tokenize(
@@ -175,8 +180,11 @@ class StepLoader(DataLoader):
             UserError: a batch cannot be read.
             RuntimeError: a worker process has died.
         """
+        batches = super().__iter__()
+        if self.num_workers and not self.pin_memory:  # pinning has such a thread already
+            batches = ahead(batches, _RECEIVED)
         try:
-            for batch in super().__iter__():
+            for batch in batches:
                 if isinstance(batch, UserError):
                     raise batch
                 yield batch.unpack() if isinstance(batch, PackedBatch) else batch
@@ -185,6 +193,40 @@ class StepLoader(DataLoader):
             # sleep with an error that names the process.
             time.sleep(2)
             raise RuntimeError("a loader worker died while it sent a batch") from error
+
+
+def ahead(items: Iterator[T], count: int) -> Iterator[T]:
+    """Yield ``items``, which a thread takes up to ``count`` items before they are asked for.
+
+    A batch that a worker has finished is not here yet: its memory is received from the worker,
+    which answers when it is scheduled. On a busy host a step would wait for that.
+    """
+    ready: queue.SimpleQueue[tuple[T | None, BaseException | None]] = queue.SimpleQueue()
+    room = threading.Semaphore(count)
+    stopped = threading.Event()
+
+    def take() -> None:
+        try:
+            while room.acquire() and not stopped.is_set():
+                ready.put((next(items), None))
+        except BaseException as error:  # StopIteration too: the user of the items raises it
+            ready.put((None, error))
+
+    thread = threading.Thread(target=take, name="loader", daemon=True)
+    thread.start()
+    try:
+        while True:
+            item, error = ready.get()
+            if isinstance(error, StopIteration):
+                return
+            if error is not None:
+                raise error
+            room.release()
+            yield item  # type: ignore[misc]
+    finally:
+        stopped.set()
+        room.release()
+        thread.join(_LEAVE)
 
 
 def make_loader(

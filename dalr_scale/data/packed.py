@@ -1,9 +1,9 @@
 """Packed records: one small WebDataset tar of whole arrays beside a shard.
 
 Such a tar holds one sample: a manifest (its first member) and a few ``.npy`` members, with a row
-for every item (or sample) of the shard. The arrays are memory-mapped where they lie in the tar, so
-that a batch costs a few array operations and not a few Python calls per row. Nothing is unpickled,
-and every size is compared with the file before anything is mapped.
+for every item (or sample) of the shard. Rows are read where they lie in the tar (see ``arrays``):
+a batch costs a few array operations and not a few Python calls per row. Nothing is unpickled, and
+every size is compared with the file before anything is read.
 """
 
 from __future__ import annotations
@@ -11,16 +11,15 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import mmap
 import os
-import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from dalr_scale.data.arrays import FileArray, OpenFile
 from dalr_scale.data.shards import BLOCK, Member, open_regular, read_exactly, walk_descriptor
 from dalr_scale.data.writer import open_tar_writer
 from dalr_scale.errors import UserError
@@ -32,7 +31,7 @@ OFFSET = np.dtype("<i8")
 _KEY = "00000000"
 _MANIFEST = "manifest.json"
 _MANIFEST_LIMIT = 1 << 20
-_PEEK = 8192
+_PEEK = 4096 - BLOCK  # with the header one page
 _NPY_HEADER_LIMIT = 10_000
 _NPY_START = 16_384  # bytes that hold any header of that size
 _NPY_1 = b"\x93NUMPY\x01\x00"
@@ -48,7 +47,7 @@ class PackedTar:
     """
 
     def __init__(self, path: Path, arrays: frozenset[str], remedy: str) -> None:
-        """Map and walk the tar and read its manifest.
+        """Open and walk the tar and read its manifest.
 
         Args:
             path: the tar.
@@ -61,14 +60,9 @@ class PackedTar:
         self.path = path
         self._remedy = remedy
         extensions = frozenset((_MANIFEST, *(f"{name}.npy" for name in arrays)))
-        descriptor = open_regular(path)
-        try:
-            members = walk_descriptor(descriptor, path, extensions)
-            self._members = {member.name: member for member in members}
-            # One map for all arrays; a file that passed the walk is not empty.
-            self._map = mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
-        finally:
-            os.close(descriptor)
+        self._file = OpenFile(path)  # one descriptor for all arrays
+        members = walk_descriptor(self._file.descriptor, path, extensions)
+        self._members = {member.name: member for member in members}
         self.manifest: dict[str, Any] = self._read_manifest()
 
     def malformed(self, why: str) -> UserError:
@@ -79,8 +73,8 @@ class PackedTar:
         """Whether the array ``name`` is there."""
         return f"{_KEY}.{name}.npy" in self._members
 
-    def array(self, name: str, dtype: np.dtype, dimensions: int) -> np.ndarray:
-        """Map an array after checking its type, order, shape and size.
+    def array(self, name: str, dtype: np.dtype, dimensions: int) -> FileArray:
+        """Return an array after checking its type, order, shape and size.
 
         Raises:
             UserError: it is missing or is not what it should be.
@@ -95,7 +89,7 @@ class PackedTar:
             count *= int(extent)
         if min(shape) < 1 or count * dtype.itemsize != member.size - start:
             raise self.malformed(f"has an array of shape {shape} in {member.size} bytes")
-        return np.frombuffer(self._map, dtype, count, member.offset + start).reshape(shape)
+        return FileArray(self._file, member.offset + start, shape, dtype)
 
     def itemsize(self, name: str) -> int:
         """Return the bytes of one element, as the array's header has it."""
@@ -104,7 +98,7 @@ class PackedTar:
     def _array_header(self, name: str) -> tuple[Member, _ArrayHeader]:
         member = self._member(f"{name}.npy")
         size = min(member.size, _NPY_START)
-        start = self._map[member.offset : member.offset + size]
+        start = self._file.read(size, member.offset)
         if start[:8] == _NPY_1 and len(start) >= 10:  # only the header, so that equal ones are one
             start = start[: 10 + int.from_bytes(start[8:10], "little")]
         try:
@@ -123,7 +117,7 @@ class PackedTar:
         if member.size > _MANIFEST_LIMIT:
             raise self.malformed(f"has a manifest of {member.size} bytes")
         try:
-            manifest = json.loads(self._map[member.offset : member.offset + member.size])
+            manifest = json.loads(self._file.read(member.size, member.offset))
         except (ValueError, RecursionError):
             manifest = None
         if not isinstance(manifest, dict):
@@ -131,7 +125,7 @@ class PackedTar:
         return manifest
 
 
-def peek_manifest(path: Path) -> dict[str, Any] | None:
+def peek_manifest(path: Path | str) -> dict[str, Any] | None:
     """Read the manifest of a packed tar from its first bytes and look at nothing else.
 
     A tenth of the cost of opening it, for lists of thousands of shards. None means that it is not
@@ -165,69 +159,16 @@ def write_packed(path: Path, manifest: Mapping[str, Any], arrays: Mapping[str, n
         temporary.unlink(missing_ok=True)
 
 
-def digest(arrays: list[np.ndarray]) -> str:
+def digest(arrays: Sequence[np.ndarray | FileArray]) -> str:
     """Return the SHA-256 of the bytes of some arrays, one after the other."""
     found = hashlib.sha256()
     for array in arrays:
-        found.update(np.ascontiguousarray(array).data)
+        if isinstance(array, FileArray):
+            for block in array.blocks():
+                found.update(block)
+        else:
+            found.update(np.ascontiguousarray(array).data)
     return found.hexdigest()
-
-
-def row_sums(values: np.ndarray, offsets: np.ndarray | None = None) -> np.ndarray:
-    """Return the CRC-32 of every row: uint32 [rows].
-
-    Args:
-        values: [rows, dim]; or [n, ...] cut into rows by ``offsets``.
-        offsets: int64 [rows + 1] or None.
-    """
-    starts, stops = _bounds(values, offsets, None)
-    return np.array(_crcs(values, starts, stops), CRC)
-
-
-def changed_rows(
-    values: np.ndarray, sums: np.ndarray, rows: np.ndarray, offsets: np.ndarray | None = None
-) -> np.ndarray:
-    """Return positions within ``rows`` whose bytes have another CRC-32 than ``sums`` says."""
-    starts, stops = _bounds(values, offsets, rows)
-    return np.flatnonzero(np.array(_crcs(values, starts, stops), CRC) != sums[rows])
-
-
-def _bounds(
-    values: np.ndarray, offsets: np.ndarray | None, rows: np.ndarray | None
-) -> tuple[list[int], list[int]]:
-    """Byte positions at which rows start and end."""
-    width = values.itemsize * int(np.prod(values.shape[1:]))
-    if offsets is None:
-        chosen = np.arange(len(values)) if rows is None else rows
-        return (chosen * width).tolist(), ((chosen + 1) * width).tolist()
-    starts, stops = offsets[:-1], offsets[1:]
-    if rows is not None:
-        starts, stops = starts[rows], stops[rows]
-    return (starts * width).tolist(), (stops * width).tolist()
-
-
-def _crcs(values: np.ndarray, starts: list[int], stops: list[int]) -> list[int]:
-    if not values.size:
-        return [0] * len(starts)
-    data = memoryview(values).cast("B")  # pyright: ignore[reportArgumentType]
-    return [zlib.crc32(data[a:b]) for a, b in zip(starts, stops, strict=True)]
-
-
-def gather_rows(values: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """Return the slices ``values[start : start + length]`` of some rows, one after the other.
-
-    Args:
-        values: [n, ...].
-        starts: int64 [rows].
-        lengths: int64 [rows].
-    """
-    return values[np.repeat(starts, lengths) + places(lengths)]
-
-
-def places(lengths: np.ndarray) -> np.ndarray:
-    """Return 0 ... length - 1 for each of some lengths, one after the other: int64 [total]."""
-    ends = np.cumsum(lengths)
-    return np.arange(int(ends[-1]) if len(ends) else 0) - np.repeat(ends - lengths, lengths)
 
 
 @lru_cache(maxsize=4096)  # shards of one size share their headers; parsing is slow

@@ -13,7 +13,8 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from dalr_scale.data.images import check_image
-from dalr_scale.data.index import MEMBER_LIMIT, ensure_index
+from dalr_scale.data.index import ensure_index
+from dalr_scale.data.index_file import MEMBER_LIMIT
 from dalr_scale.data.prepare_captions import Captions, read_captions, read_names
 from dalr_scale.data.prepare_report import Report
 from dalr_scale.data.shards import (

@@ -23,7 +23,7 @@ from urllib.parse import urlsplit
 from tqdm import tqdm
 
 from dalr_scale.data.features_store import features_path
-from dalr_scale.data.index import read_header
+from dalr_scale.data.index_file import read_header
 from dalr_scale.data.shards import expand_braces
 from dalr_scale.errors import UserError
 from dalr_scale.runstate import process_name, write_durably
@@ -41,9 +41,10 @@ class RemoteShards:
     """Turns URLs of shards into local files.
 
     A copy lies in ``CACHE/HASH-OF-FOLDER/NAME.tar`` with a note of where it came from. Its size
-    is compared with the remote one, and its SHA-256 with that in ``NAME.tar.idx`` where one lies
-    beside the remote shard. A copy is used again as long as its own bytes and the remote file are
-    what they were; without a connection it is used as it is.
+    is compared with the remote one, and its SHA-256 with the one that the store names (``hf``) and
+    with that in ``NAME.tar.idx`` where one lies beside the remote shard. A copy is used again as
+    long as its own bytes and the remote file are what they were; without a connection it is used
+    as it is.
     """
 
     def __init__(
@@ -157,7 +158,7 @@ def _ensure_copy(system: Any, url: str, target: Path) -> None:
         _log.warning("%s: the copy is damaged; copying it again", target)
     if there is None:
         raise UserError(f"{_shown(url)} cannot be found; check the URL and the connection")
-    sha256 = _download(system, url, target, there["size"])
+    sha256 = _download(system, url, target, there)
     status = target.stat()
     record = {
         "url": _shown(url),
@@ -168,7 +169,7 @@ def _ensure_copy(system: Any, url: str, target: Path) -> None:
     write_durably(note, json.dumps(record, indent=1).encode())
 
 
-def _download(system: Any, url: str, target: Path, size: int | None) -> str:
+def _download(system: Any, url: str, target: Path, there: dict[str, Any]) -> str:
     """Copy a file and return its SHA-256; a broken or incomplete copy is tried again."""
     temporary = target.with_name(f"{target.name}.tmp-{process_name()}")
     fault = ""
@@ -181,7 +182,7 @@ def _download(system: Any, url: str, target: Path, size: int | None) -> str:
                 fault = f"{type(error).__name__}: {str(error)[:200]}"
                 continue
             sha256, have = _sha256(temporary), temporary.stat().st_size
-            fault = _mismatch(system, url, target, sha256, have, size)
+            fault = _mismatch(system, url, target, sha256, have, there)
             if not fault:
                 os.replace(temporary, target)
                 return sha256
@@ -192,9 +193,13 @@ def _download(system: Any, url: str, target: Path, size: int | None) -> str:
     )
 
 
-def _mismatch(system: Any, url: str, target: Path, sha256: str, have: int, size: int | None) -> str:
-    if size is not None and have != size:
-        return f"{have} of {size} bytes arrived"
+def _mismatch(
+    system: Any, url: str, target: Path, sha256: str, have: int, there: dict[str, Any]
+) -> str:
+    if there["size"] is not None and have != there["size"]:
+        return f"{have} of {there['size']} bytes arrived"
+    if there.get("sha256", sha256) != sha256:
+        return "its SHA-256 is not the one that the store names"
     wanted = _indexed_sha256(system, url, target)
     return f"its SHA-256 is not that of {_shown(url)}.idx" if wanted not in (None, sha256) else ""
 
@@ -222,6 +227,8 @@ def _info(system: Any, url: str) -> dict[str, Any] | None:
         return None
     size = info.get("size")
     identity = {name: str(info[name]) for name in _IDENTITY if info.get(name) is not None}
+    if (sha256 := getattr(info.get("lfs"), "sha256", None)) is not None:
+        identity["sha256"] = str(sha256)
     return {"size": int(size) if size is not None else None, **identity}
 
 

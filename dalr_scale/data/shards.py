@@ -63,6 +63,11 @@ def split_name(name: str) -> tuple[str, str]:
     return folder + slash + stem, extension.lower()
 
 
+def beside(shard: Path | str, ending: str) -> str:
+    """Return the name of a file that belongs to a shard: ``X.tar`` -> ``X`` + ending."""
+    return os.path.splitext(shard)[0] + ending
+
+
 def sample_key(name: str) -> str:
     """Return the sample key of a picture file: its name without suffix, other dots as underscores.
 
@@ -298,31 +303,32 @@ def expand_shards(patterns: Sequence[str], root: Path | None = None) -> list[Pat
     Raises:
         UserError: a pattern matches nothing, names a missing file, or is a URL or a command.
     """
-    found: dict[Path, None] = {}
+    found: set[str] = set()
     for pattern in patterns:
         matches = [path for text in expand_braces(pattern) for path in _match(text, root)]
         if not matches:
             raise UserError(f"no shard matches {pattern!r}; check the path (root: {root or '.'})")
-        found.update(dict.fromkeys(matches))
+        found.update(matches)
     if not found:
         raise UserError("no shards were named; give at least one file, folder or pattern")
-    return sorted(found, key=str)
+    return [Path(path) for path in sorted(found)]
 
 
-def _match(text: str, root: Path | None) -> list[Path]:
+def _match(text: str, root: Path | None) -> list[str]:
+    """Strings, not paths: with thousands of shards the difference is felt."""
     # Streaming readers run commands and open URLs given as file names; this list takes files only.
     if text == "-" or re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", text):
         raise UserError(f"{text!r} is a URL or a command; name a file")
-    path = (root or Path()) / text
-    if path.is_dir():
-        candidates = sorted(path.glob("*.tar"))
+    path = str((root or Path()) / text)  # without the likes of a//b and a/./b
+    if os.path.isdir(path):
+        candidates = glob.glob(os.path.join(glob.escape(path), "*.tar"))
     elif glob.has_magic(text):
-        candidates = [Path(name) for name in sorted(glob.glob(str(path)))]
-    elif path.exists():
+        candidates = glob.glob(path)
+    elif os.path.exists(path):
         candidates = [path]
     else:
         raise UserError(f"{path}: no such file; check the path")
-    return [p for p in candidates if not p.name.endswith(BESIDE_SUFFIXES) and os.path.isfile(p)]
+    return [c for c in candidates if not c.endswith(BESIDE_SUFFIXES) and os.path.isfile(c)]
 
 
 def expand_braces(pattern: str) -> list[str]:

@@ -18,29 +18,30 @@ from typing import TypeVar
 
 import numpy as np
 
+from dalr_scale.data.arrays import CutOff, OpenFile, places
 from dalr_scale.data.features_store import (
     FeatureTable,
     feature_facts,
     features_path,
     open_features,
 )
-from dalr_scale.data.index import IndexFile, ShardIndex, ensure_index
-from dalr_scale.data.packed import places
-from dalr_scale.data.shards import open_regular, read_exactly
+from dalr_scale.data.index import ensure_index
+from dalr_scale.data.index_file import IndexFile, IndexRows
+from dalr_scale.data.shards import beside, read_exactly
 from dalr_scale.data.token_store import (
     STORED_TOKENS,
     Encoding,
     TokenTable,
     open_tokens,
     pad_rows,
-    tokens_path,
+    tokens_ending,
 )
 from dalr_scale.errors import UserError
 
 TOKENS = "tokens"  # the role whose features are one vector per token
 _IMAGE_ROLES = ("image", "caption")
 _OPENED_AT_START = 128  # shards whose feature sets are checked in full before the first batch
-_MAPS = 20_000  # memory maps of one process; the kernel's usual limit is 65,530
+_OPEN_FILES = 20_000  # of one process
 _RETRY_SECONDS = (1.0, 5.0)  # before the second and the third try of a read that failed
 _NO_FEATURES: Mapping[str, str] = MappingProxyType({})
 _log = logging.getLogger(__name__)
@@ -72,22 +73,17 @@ class Records:
 
 
 class _OpenShard:
-    """A shard with its arrays and packed records; closes its descriptor when it is dropped."""
+    """A shard with its index and packed records; their files close when it is dropped."""
 
     def __init__(
-        self, index: ShardIndex, features: dict[str, FeatureTable], ids: TokenTable | None
+        self, index: IndexRows, features: dict[str, FeatureTable], ids: TokenTable | None
     ) -> None:
         self.index = index
         self.features = features
         self.ids = ids
-        self.descriptor = -1
-        self.descriptor = open_regular(index.shard)
-        if os.fstat(self.descriptor).st_size != index.header.shard_size:
+        self.file = OpenFile(index.shard)
+        if self.file.size != index.header.shard_size:
             raise UserError(f"{index.shard}: changed since it was indexed; start again")
-
-    def __del__(self) -> None:
-        if self.descriptor >= 0:
-            os.close(self.descriptor)
 
 
 class _Batch:
@@ -150,7 +146,7 @@ class Source:
             UserError: a shard or feature set is missing, damaged or does not fit, two shards have
                 the same content, or pictures are missing.
         """
-        files = [ensure_index(Path(shard)) for shard in shards]
+        files = [ensure_index(shard) for shard in shards]
         if not files:
             raise UserError("no shards were named; give at least one")
         _refuse_equal(files)
@@ -163,7 +159,7 @@ class Source:
         self._item_start = _starts([file.header.items for file in files])
         self._sample_start = _starts([file.header.samples for file in files])
         self._cache: OrderedDict[int, _OpenShard] = OrderedDict()
-        self._maps = _map_budget()
+        self._file_budget = _file_budget()
         self.shards = [file.shard for file in files]
         self.part_items = tuple(sum(file.header.items for file in part) for part in parts)
         self.num_items = int(self._item_start[-1])
@@ -207,7 +203,7 @@ class Source:
         """Name an item for a message: shard, sample key and line."""
         shard = int(np.searchsorted(self._item_start, item, side="right")) - 1
         index = self._open(shard).index
-        row = index.items[item - int(self._item_start[shard])]
+        row = index.items.rows(np.array([item - int(self._item_start[shard])]))[0]
         return f"{index.shard}, sample {index.key(int(row['sample']))!r}, line {row['line'] + 1}"
 
     def read(self, ids: np.ndarray, *, text: bool = True, strict: bool = True) -> Records:
@@ -227,7 +223,10 @@ class Source:
             raise ValueError(f"item numbers must be in 0 ... {self.num_items - 1}")
         batch = _Batch(len(ids), self._dims, text, self._with_images)
         for shard, where, local in self._by_shard(ids):
-            self._retried(shard, lambda s=shard, w=where, x=local: self._fill(batch, s, w, x))
+            try:
+                self._retried(shard, lambda s=shard, w=where, x=local: self._fill(batch, s, w, x))
+            except CutOff as error:  # which of its rows are left, nobody needs to know
+                batch.note(where, dict.fromkeys(range(len(where)), str(error)))
         if batch.faults and strict:
             position = min(batch.faults)
             raise UserError(batch.faults[position])
@@ -236,7 +235,7 @@ class Source:
     def _fill(self, batch: _Batch, shard: int, where: np.ndarray, local: np.ndarray) -> None:
         """Read the rows that lie in one shard into their places."""
         opened = self._open(shard)
-        rows = opened.index.items[local]
+        rows = opened.index.items.rows(local)
         samples = rows["sample"].astype(np.int64)
         batch.image_ids[where] = self._image_ids(shard, opened.index, samples)
         if batch.sentences:
@@ -244,18 +243,17 @@ class Source:
         if batch.images is not None:
             self._fill_images(batch, opened, where, samples)
         for role, table in opened.features.items():
-            wanted = samples if table.level == "sample" else local
-            if role == TOKENS:
-                found, lengths = table.read_tokens(wanted)
-                batch.tokens.append((where, found, lengths))
+            found = table.read(samples if table.level == "sample" else local)
+            if found.lengths is not None:
+                batch.tokens.append((where, found.values, found.lengths))
             else:
-                found = batch.vectors[role][where] = table.read(wanted)
-            batch.note(where, table.faults(wanted, found))
+                batch.vectors[role][where] = found.values
+            batch.note(where, _with_keys(opened, samples, found.faults))
         if self.has_ids and opened.ids is not None and self._encoding is not None:
-            values, lengths = opened.ids.read(local, self._encoding.max_length)
-            batch.ids.append((where, values, lengths))
+            ids = opened.ids.read(local, self._encoding.max_length)
+            batch.ids.append((where, ids.values, ids.lengths))
             batch.special = opened.ids.prefix, opened.ids.suffix
-            batch.note(where, opened.ids.faults(local))
+            batch.note(where, _with_keys(opened, samples, ids.faults))
 
     def _records(self, batch: _Batch) -> Records:
         encoded = None
@@ -309,7 +307,7 @@ class Source:
         for at, (offset, size, crc, sample, line) in zip(
             where.tolist(), rows.tolist(), strict=True
         ):
-            data = read_exactly(opened.descriptor, size, offset)
+            data = read_exactly(opened.file.descriptor, size, offset)
             if zlib.crc32(data) == crc:
                 batch.sentences[at] = data.decode("utf-8")
             else:
@@ -319,24 +317,29 @@ class Source:
         self, batch: _Batch, opened: _OpenShard, where: np.ndarray, samples: np.ndarray
     ) -> None:
         assert batch.images is not None
-        for at, sample in zip(where.tolist(), samples.tolist(), strict=True):
-            data = self._image(opened, sample)
+        pictures = zip(
+            where.tolist(), samples.tolist(), self._pictures(opened, samples), strict=True
+        )
+        for at, sample, data in pictures:
             if data is None:
                 batch.faults.setdefault(at, _changed(opened, sample, "the picture"))
             else:
                 batch.images[at] = data
 
-    def _image(self, opened: _OpenShard, sample: int) -> bytes | None:
-        """Return the encoded picture of a sample; None where it differs from what was indexed."""
-        row = opened.index.samples[sample]
-        data = read_exactly(opened.descriptor, int(row["image_size"]), int(row["image"]))
-        return data if zlib.crc32(data) == int(row["image_crc32"]) else None
+    def _pictures(self, opened: _OpenShard, samples: np.ndarray) -> Iterator[bytes | None]:
+        """Yield the encoded pictures of samples; None for one that is not what was indexed."""
+        rows = opened.index.samples.rows(samples)[["image", "image_size", "image_crc32"]]
+        for offset, size, crc in rows.tolist():
+            data = read_exactly(opened.file.descriptor, size, offset)
+            yield data if zlib.crc32(data) == crc else None
 
-    def _image_ids(self, shard: int, index: ShardIndex, samples: np.ndarray) -> np.ndarray:
+    def _image_ids(self, shard: int, index: IndexRows, samples: np.ndarray) -> np.ndarray:
         ids = samples + self._sample_start[shard]
         if any(role in self._features for role in _IMAGE_ROLES):
             return ids
-        return np.where(index.samples["image_size"][samples] > 0, ids, -1)
+        if not index.header.images:
+            return np.full_like(ids, -1)
+        return np.where(index.samples.rows(samples)["image_size"] > 0, ids, -1)
 
     def read_images(self, samples: np.ndarray) -> list[bytes]:
         """Return the encoded pictures of some samples (numbers over the whole source)."""
@@ -344,17 +347,14 @@ class Source:
         for sample in np.asarray(samples, np.int64).tolist():
             shard = int(np.searchsorted(self._sample_start, sample, side="right")) - 1
             opened, local = self._open(shard), sample - int(self._sample_start[shard])
-            data = self._image(opened, local)
+            (data,) = self._pictures(opened, np.array([local]))
             if data is None:
                 raise UserError(_changed(opened, local, "the picture"))
             found.append(data)
         return found
 
     def _open(self, shard: int) -> _OpenShard:
-        """Return an open shard from a cache with a bounded number of open files.
-
-        A memory map holds a descriptor too: the index, the stored ids, and each feature set.
-        """
+        """Return an open shard from a cache with a bounded number of open files."""
         opened = self._cache.get(shard)
         if opened is None:
             file = self._files[shard]
@@ -364,9 +364,10 @@ class Source:
             }
             encoding = self._encoding if self.has_ids else None
             ids = encoding and open_tokens(file.shard, encoding.tokenizer_sha256, file.header)
-            while self._cache and len(self._cache) * (2 * len(tables) + 5) >= self._maps:
+            # the shard, its index, its ids, and each feature set
+            while self._cache and (len(self._cache) + 1) * (len(tables) + 3) > self._file_budget:
                 self._cache.popitem(last=False)
-            opened = self._cache[shard] = _OpenShard(file.load(), tables, ids)
+            opened = self._cache[shard] = _OpenShard(file.open(), tables, ids)
         else:
             self._cache.move_to_end(shard)
         return opened
@@ -375,9 +376,11 @@ class Source:
         """Whether all shards have the wanted ids; only some of them are a forgotten command."""
         if self._encoding is None or self._encoding.max_length > STORED_TOKENS:
             return False
-        sha256 = self._encoding.tokenizer_sha256
-        names = {folder: set(os.listdir(folder)) for folder in {s.parent for s in self.shards}}
-        missing = [s for s in self.shards if tokens_path(s, sha256).name not in names[s.parent]]
+        ending = tokens_ending(self._encoding.tokenizer_sha256)
+        places = [os.path.split(beside(shard, ending)) for shard in self.shards]
+        names = {folder: set(os.listdir(folder or ".")) for folder in {f for f, _ in places}}
+        there = [name in names[folder] for folder, name in places]
+        missing = [shard for shard, found in zip(self.shards, there, strict=True) if not found]
         if missing and len(missing) < len(self.shards):
             _log.warning(
                 "%d of %d shards have no stored token ids (%s ...): tokenising while reading; "
@@ -460,6 +463,16 @@ def _changed(opened: _OpenShard, sample: int, what: str) -> str:
     )
 
 
+def _with_keys(
+    opened: _OpenShard, samples: np.ndarray, faults: Mapping[int, str]
+) -> dict[int, str]:
+    """Add the sample's key to faults of what lies beside the shard, which knows numbers only."""
+    return {
+        position: f"{why} (sample {opened.index.key(int(samples[position]))!r})"
+        for position, why in faults.items()
+    }
+
+
 def _refuse_equal(files: Sequence[IndexFile]) -> None:
     for one, two in pairwise(sorted(files, key=lambda file: file.header.sha256)):
         if one.header.sha256 == two.header.sha256:
@@ -477,11 +490,11 @@ def _parts(files: Sequence[IndexFile], sizes: Sequence[int]) -> list[list[IndexF
     ]
 
 
-def _map_budget() -> int:
-    """Memory maps and descriptors that open shards may take; the soft limit is raised for it."""
+def _file_budget() -> int:
+    """Files that open shards may take; the soft limit of this process is raised for it."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = 2 * _MAPS if hard == resource.RLIM_INFINITY else min(2 * _MAPS, hard)
+    wanted = 2 * _OPEN_FILES if hard == resource.RLIM_INFINITY else min(2 * _OPEN_FILES, hard)
     if soft != resource.RLIM_INFINITY and soft < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
         soft = wanted
-    return _MAPS if soft == resource.RLIM_INFINITY else min(_MAPS, soft // 2)
+    return _OPEN_FILES if soft == resource.RLIM_INFINITY else min(_OPEN_FILES, soft // 2)

@@ -16,23 +16,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from dalr_scale.data.index import IndexHeader, ensure_index
+from dalr_scale.data.arrays import FileArray, gather_rows, places, row_sums
+from dalr_scale.data.index import ensure_index
+from dalr_scale.data.index_file import IndexHeader
 from dalr_scale.data.packed import (
     CRC,
     OFFSET,
     PackedTar,
-    changed_rows,
     digest,
-    gather_rows,
-    places,
-    row_sums,
     write_packed,
 )
-from dalr_scale.data.shards import TOKENS_SUFFIX
+from dalr_scale.data.shards import TOKENS_SUFFIX, beside
 from dalr_scale.errors import UserError
 
 SCHEMA = 1
@@ -47,7 +45,12 @@ _SHORT, _LONG = np.dtype("<u2"), np.dtype("<u4")
 
 def tokens_path(shard: Path, tokenizer_sha256: str) -> Path:
     """Return where the ids of a shard lie for a tokenizer."""
-    return shard.with_name(f"{shard.stem}.ids-{tokenizer_sha256[:12]}{TOKENS_SUFFIX}")
+    return Path(beside(shard, tokens_ending(tokenizer_sha256)))
+
+
+def tokens_ending(tokenizer_sha256: str) -> str:
+    """Return what stands in place of ``.tar`` in the name of a shard's stored ids."""
+    return f".ids-{tokenizer_sha256[:12]}{TOKENS_SUFFIX}"
 
 
 @dataclass(frozen=True)
@@ -65,9 +68,23 @@ class Encoding:
     pad_id: int
 
 
+class FoundIds(NamedTuple):
+    """Token ids of some items.
+
+    Attributes:
+        values: uint16 or uint32, the ids of one item after the other.
+        lengths: int64 [items], the ids of each item.
+        faults: position -> what is wrong with that item; its ids must not be used.
+    """
+
+    values: np.ndarray
+    lengths: np.ndarray
+    faults: dict[int, str]
+
+
 @dataclass(frozen=True)
 class TokenTable:
-    """The stored ids of one shard, memory-mapped.
+    """The stored ids of one shard, read from their file row by row.
 
     Attributes:
         path: the tar.
@@ -80,27 +97,30 @@ class TokenTable:
     path: Path
     prefix: tuple[int, ...]
     suffix: tuple[int, ...]
-    values: np.ndarray
-    offsets: np.ndarray
-    sums: np.ndarray
+    values: FileArray
+    offsets: FileArray
+    sums: FileArray
 
-    def read(self, rows: np.ndarray, max_length: int) -> tuple[np.ndarray, np.ndarray]:
+    def read(self, rows: np.ndarray, max_length: int) -> FoundIds:
         """Return the ids of some items, cut so that they fit with their special tokens.
 
-        Returns:
-            Ids, one row after the other, and the ids of each row, int64 [len(rows)].
+        Raises:
+            CutOff: the file has become shorter.
+            OSError: the storage fails.
         """
-        starts = self.offsets[rows]
-        room = max_length - len(self.prefix) - len(self.suffix)
-        lengths = np.minimum(self.offsets[rows + 1] - starts, room)
-        return gather_rows(self.values, starts, lengths), lengths
-
-    def faults(self, rows: np.ndarray) -> dict[int, str]:
-        """Return position within ``rows`` -> fault for rows whose bytes have changed."""
-        changed = changed_rows(self.values, self.sums, rows, self.offsets).tolist()
-        return {
-            n: f"{self.path}: the ids of item {rows[n]} have changed; {_REMEDY}" for n in changed
+        starts, ends = np.split(self.offsets.rows(np.concatenate([rows, rows + 1])), 2)
+        lengths = ends - starts
+        values = self.values.spans(starts, lengths)
+        changed = np.flatnonzero(row_sums(values, lengths) != self.sums.rows(rows))
+        faults = {
+            n: f"{self.path}: the ids of item {rows[n]} have changed; {_REMEDY}"
+            for n in changed.tolist()
         }
+        room = max_length - len(self.prefix) - len(self.suffix)
+        kept = np.minimum(lengths, room)
+        if len(kept) and int(lengths.max()) > room:
+            values = gather_rows(values, np.cumsum(lengths) - lengths, kept)
+        return FoundIds(values, kept, faults)
 
 
 def pad_rows(
@@ -174,7 +194,7 @@ def write_tokens(
         "values_sha256": digest([values, offsets]),
     }
     path = tokens_path(shard, tokenizer_sha256)
-    arrays = {"values": values, "offsets": offsets, "sums": row_sums(values, offsets)}
+    arrays = {"values": values, "offsets": offsets, "sums": row_sums(values, np.diff(offsets))}
     write_packed(path, manifest, arrays)
     return path
 
@@ -204,8 +224,9 @@ def open_tokens(
     dtype = _LONG if packed.itemsize("values") == _LONG.itemsize else _SHORT
     values = packed.array("values", dtype, 1)
     offsets, sums = packed.array("offsets", OFFSET, 1), packed.array("sums", CRC, 1)
-    rising = bool(np.all(np.diff(offsets) >= 0)) and offsets[0] == 0
-    if not rising or offsets[-1] != len(values):
+    starts = offsets.whole()
+    rising = bool(np.all(np.diff(starts) >= 0)) and starts[0] == 0
+    if not rising or starts[-1] != len(values):
         raise packed.malformed("has offsets that do not rise from 0 to the number of ids")
     if len(offsets) != header.items + 1 or len(sums) != header.items:
         raise packed.malformed(f"has {len(offsets) - 1} rows for {header.items} items")
@@ -218,9 +239,11 @@ def verify_tokens(table: TokenTable) -> None:
     Raises:
         UserError: a row has changed.
     """
-    bad = table.faults(np.arange(len(table.sums)))
-    if bad:
-        raise UserError(next(iter(bad.values())))
+    for start in range(0, len(table.sums), _BLOCK):
+        rows = np.arange(start, min(start + _BLOCK, len(table.sums)))
+        faults = table.read(rows, STORED_TOKENS).faults
+        if faults:
+            raise UserError(next(iter(faults.values())))
 
 
 def _special_tokens(tokenizer: Any, sentences: Sequence[str]) -> tuple[list[int], list[int]]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from dalr_scale.data.index import index_path
+from dalr_scale.data.index_file import index_path
 from dalr_scale.data.shards import BESIDE_SUFFIXES, SHARD_EXTENSIONS
 from dalr_scale.errors import UserError
 from dalr_scale.runstate import write_durably

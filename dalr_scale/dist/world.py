@@ -84,7 +84,7 @@ def start_world(timeout_minutes: float, threads: int = 0) -> World:
         timeout_minutes: of every collective.
         threads: CPU threads of this process; 0 shares the host's cores among its ranks.
     """
-    _refuse_silent_single_process()
+    refuse_single_process("dalr_scale.train")
     defaults = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
@@ -145,8 +145,12 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _refuse_silent_single_process() -> None:
-    """``accelerate launch --num_processes N`` without --use_deepspeed runs one process on CPU."""
+def refuse_single_process(module: str) -> None:
+    """``accelerate launch --num_processes N`` without --use_deepspeed runs one process on CPU.
+
+    Raises:
+        UserError: that is what happened; the message has the right command for ``module``.
+    """
     if "WORLD_SIZE" in os.environ or torch.cuda.is_available():
         return
     asked = _processes_asked_of_parent()
@@ -154,7 +158,7 @@ def _refuse_silent_single_process() -> None:
         raise UserError(
             f"accelerate was asked for {asked} processes but started one, as it does on a CPU "
             f"host without --use_deepspeed; run: accelerate launch --use_deepspeed "
-            f"--num_processes {asked} -m dalr_scale.train ..."
+            f"--num_processes {asked} -m {module} ..."
         )
 
 

@@ -7,6 +7,7 @@ import lzma
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ import numpy as np
 import open_clip
 import pytest
 import torch
+from launching import accelerate
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -98,6 +100,24 @@ def train(words: list[str], folder: Path) -> str:
     return done.stdout
 
 
+def check_several_processes(folder: Path) -> None:
+    """``features`` by two processes of the launcher, one shard each: the same bytes."""
+    again = shutil.copytree(folder / "shards", folder / "again")
+    teacher = ["--text-teacher", "PATH/TO/HF_FOLDER", "--pooler", "cls_before_pooler", "--quiet"]
+    assert main(["features", "shards/text", "--name", "simcse", *teacher]) == 0
+    for path in again.rglob("*.simcse*.features.tar"):
+        path.unlink()
+    words = ("-m", "dalr_scale.features", "again/mine", "again/text", "--name", "simcse", *teacher)
+    found = accelerate("--use_deepspeed", "--num_processes=2", *words)
+    assert found.returncode == 0, found.stdout[-4000:]
+    assert found.stdout.count("1 feature shards written, set 'simcse'") == 2
+    written = sorted(again.rglob("*.simcse.features.tar"))
+    assert len(written) == 2
+    for path in written:
+        one = folder / "shards" / path.relative_to(again)
+        assert path.read_bytes() == one.read_bytes(), path.name
+
+
 def test_the_readme_section_runs_as_it_stands(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -107,6 +127,7 @@ def test_the_readme_section_runs_as_it_stands(
     blocks = readme_blocks()
     for words in commands(blocks["before"]):
         assert words[0] == "dalr-scale" and main(words[1:]) == 0, capsys.readouterr().err
+    check_several_processes(tmp_path)
     (tmp_path / "mine.toml").write_text(blocks["toml"])
     plan, launch, evaluate, export = commands(blocks["after"])
     assert main([*plan[1:], *SMALL]) == 0, capsys.readouterr().err

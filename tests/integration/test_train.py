@@ -7,10 +7,7 @@ the final weights have the same SHA-256.
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,7 +23,7 @@ from common import (
     weights_hash,
     write_config,
 )
-from launching import Outcome, free_port, train
+from launching import Outcome, accelerate, train
 from safetensors.torch import load_file
 
 from dalr_scale.assembly import build_encoder, build_streams
@@ -290,7 +287,7 @@ def test_a_bad_row_that_only_one_rank_met_stops_them_all(
     per_shard = plan.pair_items // 2
     shard = data / f"train-{item // per_shard:06}.tar"
     table = open_features(shard, "t0")
-    row = np.array(table.values[item % per_shard])
+    row = table.values.rows(np.array([item % per_shard]))
     stored = table.path.read_bytes()
     assert stored.count(row.tobytes()) == 1
     table.path.write_bytes(stored.replace(row.tobytes(), np.full_like(row, np.nan).tobytes()))
@@ -301,22 +298,6 @@ def test_a_bad_row_that_only_one_rank_met_stops_them_all(
     assert f"train-{item // per_shard:06}.t0.features.tar: the feature of item" in found.output
     assert status(folder / "bad")["outcome"] == "failed"
     assert [r["step"] for r in records(folder / "bad")] == list(range(1, first + 1))
-
-
-def accelerate(*words: str) -> subprocess.CompletedProcess[str]:
-    """``accelerate launch`` as a user types it, outside of any world, on a free port."""
-    world = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    environment = {name: value for name, value in os.environ.items() if name not in world}
-    launcher = Path(sys.executable).with_name("accelerate")
-    return subprocess.run(
-        [sys.executable, str(launcher), "launch", f"--main_process_port={free_port()}", *words],
-        env=environment | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=300,
-        check=False,
-    )
 
 
 @pytest.fixture(scope="module")

@@ -17,15 +17,8 @@ from shard_tools import END, jpeg, oracle_samples, picture_bytes, tar_member, wr
 from dalr_scale import cli
 from dalr_scale import index as index_command
 from dalr_scale.data.features_store import write_features
-from dalr_scale.data.index import (
-    CAPTION_LIMIT,
-    IndexHeader,
-    build_index,
-    check_shard,
-    current_index,
-    ensure_index,
-    index_path,
-)
+from dalr_scale.data.index import build_index, check_shard, ensure_index
+from dalr_scale.data.index_file import CAPTION_LIMIT, IndexHeader, current_index, index_path
 from dalr_scale.data.source import Source
 from dalr_scale.errors import UserError
 from dalr_scale.runstate import write_durably

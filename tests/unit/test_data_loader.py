@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import pickle
+import threading
+import zlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +23,7 @@ from dalr_scale.data.index import ensure_index
 from dalr_scale.data.loader import (
     Batch,
     StepDataset,
+    ahead,
     make_loader,
     tokenize,
 )
@@ -338,17 +342,26 @@ def test_no_pictures_are_refused(data: bytes) -> None:
             use(data)
 
 
-@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-@pytest.mark.parametrize("side", [9_000, 13_000, 30_000])
-def test_bombs_are_refused_from_their_header(side: int) -> None:
+def png_bomb(side: int) -> bytes:
     small = picture_bytes(Image.new("1", (8, 8)), "PNG")
-    import zlib
-
     header = b"IHDR" + side.to_bytes(4, "big") * 2 + small[24:29]
-    bomb = small[:12] + header + zlib.crc32(header).to_bytes(4, "big") + small[33:]
+    return small[:12] + header + zlib.crc32(header).to_bytes(4, "big") + small[33:]
+
+
+def jpeg_bomb(side: int) -> bytes:
+    small = jpeg()
+    size = small.index(b"\xff\xc0") + 5  # height and width in the start of the frame
+    return small[:size] + side.to_bytes(2, "big") * 2 + small[size + 4 :]
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("bomb", [png_bomb, jpeg_bomb])
+@pytest.mark.parametrize("side", [9_000, 13_000, 30_000])
+def test_bombs_are_refused_from_their_header(bomb: Callable[[int], bytes], side: int) -> None:
     for use in (check_image, decode_image):
         with pytest.raises(ValueError, match="pixels"):
-            use(bomb)
+            use(bomb(side))
+    assert decode_image(bomb(16 if bomb is jpeg_bomb else 8)).mode == "RGB"  # the control
 
 
 def test_batches_move_and_pickle(sources) -> None:
@@ -359,3 +372,34 @@ def test_batches_move_and_pickle(sources) -> None:
     assert all(value.device.type == "meta" for value in moved.features.values())
     again = pickle.loads(pickle.dumps(batch))
     assert digest([again]) == digest([batch])
+
+
+def test_batches_are_received_before_they_are_asked_for() -> None:
+    """While the first item is in use two more arrive and no third; errors come in their place."""
+    taken: list[int] = []
+    arrived = threading.Semaphore(0)
+
+    def items() -> Iterator[int]:
+        for number in range(4):
+            taken.append(number)
+            arrived.release()
+            yield number
+        raise UserError("the fifth is broken")
+
+    received = ahead(items(), 2)
+    assert next(received) == 0
+    for _ in range(3):
+        assert arrived.acquire(timeout=30)
+    assert not arrived.acquire(timeout=0.1) and taken == [0, 1, 2]
+    assert [next(received) for _ in range(3)] == [1, 2, 3]
+    with pytest.raises(UserError, match="the fifth"):
+        next(received)
+    assert list(ahead(iter("abc"), 1)) == list("abc")
+
+
+def test_a_loader_that_is_left_early_leaves_no_thread(sources) -> None:
+    batches = iter(loader_of(sources, num_workers=1))
+    next(batches)
+    assert "loader" in [thread.name for thread in threading.enumerate()]
+    batches.close()  # type: ignore[attr-defined]
+    assert "loader" not in [thread.name for thread in threading.enumerate()]

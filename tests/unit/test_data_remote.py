@@ -16,7 +16,8 @@ from shard_tools import write_pairs
 
 from dalr_scale.data import remote as remote_module
 from dalr_scale.data.features_store import features_path, open_features, write_features
-from dalr_scale.data.index import ensure_index, index_path
+from dalr_scale.data.index import ensure_index
+from dalr_scale.data.index_file import index_path
 from dalr_scale.data.remote import RemoteShards
 from dalr_scale.data.shards import expand_shards
 from dalr_scale.errors import UserError

@@ -142,12 +142,12 @@ def test_text_with_image_features_has_image_ids(tmp_path: Path) -> None:
 
 
 def test_more_shards_than_may_be_open(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(source_module, "_MAPS", 10)
+    monkeypatch.setattr(source_module, "_OPEN_FILES", 10)
     source = Source(write_pairs(tmp_path, 12, per_shard=1))
     open_before = len(os.listdir("/proc/self/fd"))
     for _ in range(3):
         assert len(source.read(np.arange(60)).sentences) == 60
-    assert len(source._cache) == 2
+    assert len(source._cache) == 3
     assert len(os.listdir("/proc/self/fd")) <= open_before + 10
 
 
@@ -203,6 +203,7 @@ def test_a_value_that_changed_is_a_fault_of_its_row(shard: Path, value: float) -
     records = Source([shard], features={"image": "clip"}).read(np.arange(15), strict=False)
     assert sorted(records.faults) == [5, 6, 7, 8, 9]
     assert all("feature of sample 1 has changed" in why for why in records.faults.values())
+    assert all(why.endswith("(sample 'pairs0001')") for why in records.faults.values())
     with pytest.raises(UserError, match="have changed"):
         open_features(shard, "clip").verify()
 

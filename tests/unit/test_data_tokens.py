@@ -13,9 +13,9 @@ from test_data_loader import digest, loader_of, plan_of, small_tokenizer
 
 from dalr_scale import index as index_command
 from dalr_scale import tokens as tokens_command
+from dalr_scale.data.arrays import gather_rows
 from dalr_scale.data.batch import Batch
 from dalr_scale.data.loader import make_loader, tokenize
-from dalr_scale.data.packed import gather_rows
 from dalr_scale.data.shards import expand_shards
 from dalr_scale.data.source import Source
 from dalr_scale.data.token_store import Encoding, open_tokens, tokens_path, write_tokens
@@ -111,7 +111,7 @@ def test_a_changed_row_is_a_fault_of_that_row(source: Source) -> None:
     path = tokens_path(source.shards[0], SHA256)
     table = open_tokens(source.shards[0], SHA256)
     assert table is not None
-    start = path.read_bytes().rindex(table.values.tobytes())
+    start = path.read_bytes().rindex(table.values.whole().tobytes())
     with path.open("r+b") as file:
         file.seek(start)
         file.write(b"\x09")

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 from dalr_scale.data.features_store import features_path, open_features
 from dalr_scale.data.writer import ShardSetWriter, write_text_shards
+from dalr_scale.dist import world as world_module
 from dalr_scale.errors import UserError
 from dalr_scale.features import main, store
 from dalr_scale.models.encoder import SentenceEncoder, load_tokenizer
@@ -80,7 +81,7 @@ def test_text_features_have_one_row_an_item(shards, bert):
         lines = [line for lines in captions for line in lines]
         expected = teacher.encode(lines)[0].numpy()
         assert (table.level, table.rows, table.dim) == ("item", len(lines), 16)
-        np.testing.assert_allclose(table.read(np.arange(len(lines))), expected, atol=2e-3)
+        np.testing.assert_allclose(table.read(np.arange(len(lines))).values, expected, atol=2e-3)
         assert table.manifest["pooling"] == "mean" and table.manifest["model"] == "bert"
         assert len(table.manifest["tokenizer_sha256"]) == 64
 
@@ -101,7 +102,8 @@ def test_token_features_follow_the_items(kind, shards, bert, clip_folder):
     table = open_features(shards[0], "tok")
     lines = CAPTIONS[0] + CAPTIONS[1]
     _, tokens, mask = teacher.encode(lines)
-    values, lengths = table.read_tokens(np.arange(len(lines)))
+    values, lengths, faults = table.read(np.arange(len(lines)))
+    assert lengths is not None and not faults
     for row, stored in enumerate(np.split(values, np.cumsum(lengths)[:-1])):
         np.testing.assert_allclose(stored, tokens[row][mask[row]].numpy(), atol=4e-3)
 
@@ -114,7 +116,7 @@ def test_image_and_caption_features(shards, clip_folder):
     pixels = [teacher.transform(Image.open(io.BytesIO(picture(i)))) for i in (0, 1)]
     assert (table.level, table.rows, table.dim) == ("sample", 2, 24)
     np.testing.assert_allclose(
-        table.read(np.arange(2)), teacher.encode(torch.stack(pixels)).numpy(), atol=4e-3
+        table.read(np.arange(2)).values, teacher.encode(torch.stack(pixels)).numpy(), atol=4e-3
     )
     assert open_features(shards[1], "cap").rows == 3
 
@@ -181,8 +183,13 @@ def test_npz_features_are_matched_by_name(shards, tmp_path, capsys):
     run(shards, "--name", "n", "--from-npz", write_npz(tmp_path / "f.npz", names))
     assert "1 of 4 names are in no shard" in capsys.readouterr().err
     table = open_features(shards[0], "n")
-    assert table.level == "sample" and table.read(np.arange(2))[:, 0].tolist() == [8.0, 12.0]
-    assert open_features(shards[1], "n").read(np.arange(1))[0].tolist() == [0.0, 1.0, 2.0, 3.0]
+    assert table.level == "sample" and table.read(np.arange(2)).values[:, 0].tolist() == [8.0, 12.0]
+    assert open_features(shards[1], "n").read(np.arange(1)).values[0].tolist() == [
+        0.0,
+        1.0,
+        2.0,
+        3.0,
+    ]
 
 
 def test_npz_that_does_not_fit_is_refused(shards, tmp_path):
@@ -219,6 +226,16 @@ def test_wrong_options_are_refused(shards, bert, clip_folder):
             run(shards, "--name", "x", *words)
     with pytest.raises(UserError, match="use letters, digits"):
         run(shards, "--name", "../x", "--text-teacher", bert, "--pooler", "mean")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this launch is right on a GPU host")
+def test_a_launch_that_starts_one_process_of_two_is_refused(shards, bert, monkeypatch):
+    words = ("--name", "t", "--text-teacher", bert, "--pooler", "mean")
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setattr(world_module, "_processes_asked_of_parent", lambda: 2)
+    with pytest.raises(UserError, match=r"--num_processes 2 -m dalr_scale\.features"):
+        run(shards, *words)
+    assert not features_path(shards[0], "t").exists()
 
 
 def test_unreadable_picture_names_its_sample(tmp_path, clip_folder):
