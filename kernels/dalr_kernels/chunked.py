@@ -9,41 +9,42 @@ recomputing it). When no gradient is wanted none of that happens.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from .closed_form import Spare
 from .reference import normalise_tokens
 
-# Maps a block of cosines [r, N] and the index of its first row to r losses.
-BlockLoss = Callable[[Tensor, int], Tensor]
 
-
-class WeightedLosses(NamedTuple):
-    """Losses on one matrix of cosines and their weights in the total.
+class BlockLosses(Protocol):
+    """Several losses on one matrix of cosines, block by block.
 
     Attributes:
-        losses: Maps of a block of cosines to one loss per row.
-        weights: Factor of each loss.
-        end_of_block: Called when all of them have seen a block.
+        weights: Factor of each of the K losses in the total.
     """
 
-    losses: Sequence[BlockLoss]
-    weights: Sequence[float]
-    end_of_block: Callable[[], None]
+    weights: list[float]
+
+    def losses(self, cosines: Tensor, start: int, slope: Tensor | None, spare: Spare) -> Tensor:
+        """Losses ``[K, r]`` of rows from `start`; fills in their slope ``[r, N]``."""
+        ...
 
 
-# Matrices of the block's size alive at its worst moment, measured: plain InfoNCE 7, soft margin
-# with masks 15, KL with margin 14, ListNet 14, ListMLE (64-bit order) with margin 22.
-LIVE_MATRICES = 22
-WORKSPACE_BYTES = {"cpu": 64 * 2**20, "cuda": 1024 * 2**20}
+# Matrices of a block's size in use at the worst moment, with one teacher: soft margin with masks
+# 9, KL and ListNet of a margin 10, ListMLE of a margin (with 64-bit order and keys) 18.
+LIVE_MATRICES = 18
+WORKSPACE_BYTES = {"cpu": 256 * 2**20, "cuda": 1024 * 2**20}
+# On a CPU a block should stay in the cache, but few rows make slow matrix products.
+CACHED_BYTES = 4 * 2**20
+FEWEST_ROWS = 128
 
 
 def default_workspace(device: torch.device) -> int:
-    """Workspace in bytes: 64 MiB, on CUDA 1 GiB to keep the matrix products large."""
+    """Workspace in bytes: 256 MiB, on CUDA 1 GiB to keep the matrix products large."""
     return WORKSPACE_BYTES.get(device.type, WORKSPACE_BYTES["cpu"])
 
 
@@ -58,9 +59,12 @@ def limited_workspace(limit_bytes: int) -> Iterator[None]:
         WORKSPACE_BYTES.update(before)
 
 
-def rows_per_chunk(num_rows: int, num_cols: int, itemsize: int, workspace_bytes: int) -> int:
-    """Rows that fit the workspace, evened out so that the last chunk is not tiny."""
-    fit = max(1, workspace_bytes // (LIVE_MATRICES * itemsize * num_cols))
+def rows_per_chunk(rows_RD: Tensor, num_cols: int, workspace_bytes: int) -> int:
+    """Rows that fit workspace and cache, evened out so that the last chunk is not tiny."""
+    num_rows, row_bytes = rows_RD.shape[0], rows_RD.element_size() * num_cols
+    fit = max(1, workspace_bytes // (LIVE_MATRICES * row_bytes))
+    if not rows_RD.is_cuda:
+        fit = min(fit, max(FEWEST_ROWS, CACHED_BYTES // row_bytes))
     return math.ceil(num_rows / math.ceil(num_rows / fit))
 
 
@@ -71,7 +75,7 @@ def spans(length: int, step: int) -> Iterator[tuple[int, int]]:
 
 
 def mean_over_rows(
-    rows_RD: Tensor, cols_ND: Tensor, terms: WeightedLosses, chunk_rows: int
+    rows_RD: Tensor, cols_ND: Tensor, terms: BlockLosses, chunk_rows: int
 ) -> tuple[Tensor, Tensor]:
     """Weighted mean of the losses of ``rows @ cols.T``, `chunk_rows` rows at a time.
 
@@ -92,27 +96,25 @@ class _RowChunks(torch.autograd.Function):
         ctx: Any,
         rows_RD: Tensor,
         cols_ND: Tensor,
-        terms: WeightedLosses,
+        terms: BlockLosses,
         chunk_rows: int,
         wanted: tuple[bool, bool],
     ) -> tuple[Tensor, Tensor]:
         num_rows = rows_RD.shape[0]
-        losses_KR = rows_RD.new_empty(len(terms.losses), num_rows)
+        losses_KR = rows_RD.new_empty(len(terms.weights), num_rows)
         grad_rows = torch.empty_like(rows_RD) if wanted[0] else None
         grad_cols = torch.zeros_like(cols_ND) if wanted[1] else None
+        spare = Spare(rows_RD, min(chunk_rows, num_rows), cols_ND.shape[0])
         for start, stop in spans(num_rows, chunk_rows):
-            cosines = rows_RD[start:stop] @ cols_ND.T
-            if any(wanted):
-                part = losses_KR[:, start:stop]
-                slope = _losses_and_slope(cosines, terms, start, part, num_rows)
+            with spare.lend(2, stop - start) as (cosines, slope):
+                torch.mm(rows_RD[start:stop], cols_ND.T, out=cosines)
+                losses_KR[:, start:stop] = terms.losses(
+                    cosines, start, slope if any(wanted) else None, spare
+                )
                 if grad_rows is not None:
                     torch.mm(slope, cols_ND, out=grad_rows[start:stop])
                 if grad_cols is not None:
                     grad_cols.addmm_(slope.T, rows_RD[start:stop])
-            else:
-                for index, loss in enumerate(terms.losses):
-                    losses_KR[index, start:stop] = loss(cosines, start)
-            terms.end_of_block()
         components_K = losses_KR.mean(dim=1)
         ctx.save_for_backward(grad_rows, grad_cols)
         ctx.mark_non_differentiable(components_K)
@@ -130,26 +132,6 @@ def _refuse_second_derivative() -> None:
     # The stored gradient carries no graph, so create_graph=True would drop terms without a word.
     if torch.is_grad_enabled():
         raise RuntimeError("impl='torch' has no second derivatives; use impl='reference'")
-
-
-def _losses_and_slope(
-    cosines: Tensor, terms: WeightedLosses, start: int, losses_Kr: Tensor, num_rows: int
-) -> Tensor:
-    """Fills in the losses of a block; the derivative of their mean over *all* rows by the cosines.
-
-    One loss after the other, so that the graph of only one of them is alive.
-    """
-    total: Tensor | None = None
-    cosines.requires_grad_()
-    for index, (loss, weight) in enumerate(zip(terms.losses, terms.weights, strict=True)):
-        with torch.enable_grad():
-            losses = loss(cosines, start)
-            factor = torch.full_like(losses, weight / num_rows)
-            (slope,) = torch.autograd.grad(losses, cosines, factor)
-        losses_Kr[index] = losses.detach()
-        total = slope if total is None else total.add_(slope)
-    assert total is not None
-    return total
 
 
 class TokenArguments(NamedTuple):

@@ -55,7 +55,7 @@ def column_alignment_kl(
         col_offset: Column of the positive of row 0.
         merge_max: Maximum over the ranks of a tensor; None on one rank.
         merge_sum: Sum over the ranks of a tensor; None on one rank.
-        workspace_bytes: Temporary memory; default 64 MiB, on CUDA 1 GiB.
+        workspace_bytes: Temporary memory; default 256 MiB, on CUDA 1 GiB.
 
     Returns:
         The mean over this rank's *own columns*, a scalar. Its gradient in the rows is that of the
@@ -85,7 +85,7 @@ def column_alignment_kl(
             teacher_temperature,
             margin,
             col_offset,
-            chunked.rows_per_chunk(len(rows), len(cols), rows_RD.element_size(), workspace),
+            chunked.rows_per_chunk(rows_RD, len(cols), workspace),
         )
         merges = merge_max or _alone, merge_sum or _alone
         wanted = rows_RD.requires_grad and torch.is_grad_enabled()

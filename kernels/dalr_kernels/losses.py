@@ -63,7 +63,7 @@ def info_nce(
         deterministic: Same bits for the same inputs, shapes and device.
         check_finite: Refuse NaN and infinity in rows and columns.
         chunk_rows: Rows per chunk; by default what fits `workspace_bytes`.
-        workspace_bytes: Temporary memory; default 64 MiB, on CUDA 1 GiB.
+        workspace_bytes: Temporary memory; default 256 MiB, on CUDA 1 GiB.
 
     Returns:
         The mean over the local rows, a scalar in float32 or float64.
@@ -280,7 +280,7 @@ def global_to_local(
         col_offset: Sentence index of row 0 in `tokens`.
         impl: "torch" (streams over sentences), "reference" (builds ``[R, N, T]``) or "auto".
         chunk_rows: Rows per chunk of "torch"; by default what fits `workspace_bytes`.
-        workspace_bytes: Temporary memory of "torch"; default 64 MiB, on CUDA 1 GiB.
+        workspace_bytes: Temporary memory of "torch"; default 256 MiB, on CUDA 1 GiB.
 
     Returns:
         The mean over the local rows, a scalar in float32 or float64.

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from . import checks, chunked
+from .row_pass import RowPass
 from .similarity import Similarity, unit
-from .terms import AlignmentKL, InfoNCE, ListMLE, ListNet, RowLosses, Term, block_cache
+from .terms import AlignmentKL, InfoNCE, ListMLE, ListNet, RowLosses, Term, constant_blocks
 
 
 class How(NamedTuple):
@@ -70,7 +71,7 @@ def row_losses(
             the device, and a NaN in the inputs gives a NaN loss anyway.
         chunk_rows: Rows per chunk of "torch" and of mode "workspace", rows and columns per block
             of mode "stream"; by default what fits `workspace_bytes`.
-        workspace_bytes: Temporary memory; default 64 MiB, on CUDA 1 GiB.
+        workspace_bytes: Temporary memory; default 256 MiB, on CUDA 1 GiB.
 
     Returns:
         The total, a scalar in float32 or float64, and the detached mean of each term.
@@ -134,15 +135,11 @@ def _taught(term: Term | None, teacher: Similarity | None) -> Term | None:
     return replace(term, teacher=teacher)
 
 
-def _similarities(terms: Sequence[Term]) -> list[Similarity]:
-    return [similarity for term in terms for similarity in term.similarities()]
-
-
 def _dense(
     rows: Tensor, cols: Tensor, terms: Sequence[Term], col_offset: int
 ) -> tuple[Tensor, Tensor]:
     dtype = checks.compute_dtype(rows, cols)
-    blocks, _ = block_cache(_similarities(terms), dtype)
+    blocks = constant_blocks([s for term in terms for s in term.similarities()], dtype)
     cosines = unit(rows.to(dtype)) @ unit(cols.to(dtype)).T
     means = [term.losses(cosines, 0, col_offset, blocks).mean() for term in terms]
     components = torch.stack(means)
@@ -153,17 +150,10 @@ def _in_chunks(
     rows: Tensor, cols: Tensor, terms: Sequence[Term], col_offset: int, how: How, workspace: int
 ) -> tuple[Tensor, Tensor]:
     dtype = checks.compute_dtype(rows, cols)
-    blocks, forget = block_cache(_similarities(terms), dtype)
-
-    def bind(term: Term) -> chunked.BlockLoss:
-        return lambda cosines, start: term.losses(cosines, start, col_offset, blocks)
-
-    weighted = chunked.WeightedLosses(
-        [bind(term) for term in terms], [term.weight for term in terms], forget
-    )
     rows_RD, cols_ND = unit(rows.to(dtype)), unit(cols.to(dtype))
-    fit = chunked.rows_per_chunk(len(rows), len(cols), rows_RD.element_size(), workspace)
-    return chunked.mean_over_rows(rows_RD, cols_ND, weighted, how.chunk_rows or fit)
+    fit = chunked.rows_per_chunk(rows_RD, len(cols), workspace)
+    row_pass = RowPass(terms, len(rows), col_offset, dtype)
+    return chunked.mean_over_rows(rows_RD, cols_ND, row_pass, how.chunk_rows or fit)
 
 
 def _fused(impl: str, rows: Tensor, cols: Tensor) -> bool:

@@ -79,17 +79,20 @@ class UnitSimilarity:
     dtype: torch.dtype | None
 
     @torch.no_grad()
-    def block(self, start: int, stop: int) -> Tensor:
-        """The rows ``start .. stop - 1`` of the matrix, ``[stop - start, N]``."""
-        total: Tensor | None = None
-        for weight, rows, cols in self.factors:
-            cosines = rows[start:stop] @ cols.T
-            if self.dtype is not None:
-                cosines = cosines.to(self.dtype).to(rows.dtype)
-            cosines *= weight
-            total = cosines if total is None else total.add_(cosines)
-        assert total is not None
-        return total
+    def block(self, start: int, stop: int, out: Tensor | None = None) -> Tensor:
+        """Rows ``start .. stop - 1`` of the matrix ``[stop - start, N]``, in `out` if given."""
+        _, some_rows, some_cols = self.factors[0]
+        if out is None:
+            out = some_rows.new_empty(stop - start, some_cols.shape[0])
+        for index, (weight, rows, cols) in enumerate(self.factors):
+            # with beta = 0 the old content does not matter, not even NaN
+            beta = 0.0 if index == 0 else 1.0
+            if self.dtype in (None, rows.dtype):
+                torch.addmm(out, rows[start:stop], cols.T, beta=beta, alpha=weight, out=out)
+                continue
+            cosines = (rows[start:stop] @ cols.T).to(self.dtype).to(rows.dtype)
+            torch.mul(cosines, weight, out=out) if beta == 0.0 else out.add_(cosines, alpha=weight)
+        return out
 
 
 def _check_factor(index: int, rows: Tensor, cols: Tensor, device: torch.device) -> None:

@@ -45,7 +45,7 @@ def token_negatives(
         row_ids: Image ids ``[N]``; sentences of the same image (ids >= 0) are no negatives.
         col_ids: Image ids ``[b]``, given together with `row_ids`.
         first_own: Row whose own sentence is ``tokens[0]``.
-        workspace_bytes: Temporary memory; default 64 MiB, on CUDA 1 GiB.
+        workspace_bytes: Temporary memory; default 256 MiB, on CUDA 1 GiB.
 
     Returns:
         The log-sum-exp over the tokens of other sentences ``[N]`` (-inf where there are none) and
@@ -96,7 +96,7 @@ def own_token_loss(
         temperature: As in `token_negatives`; also `norm` and `unit_rows`.
         norm: "token" or "axis".
         unit_rows: Normalise the rows.
-        workspace_bytes: Temporary memory; default 64 MiB, on CUDA 1 GiB.
+        workspace_bytes: Temporary memory; default 256 MiB, on CUDA 1 GiB.
 
     Returns:
         The mean over the local rows, a scalar: `global_to_local` of the same rows.

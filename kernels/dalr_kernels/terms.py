@@ -13,7 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import checks, chunked, reference
+from . import checks, chunked, closed_form, reference
+from .closed_form import Block, Sink
 from .similarity import Similarity
 
 # A constant similarity and a span of rows to its block [stop - start, N].
@@ -69,6 +70,38 @@ class InfoNCE:
             excluded_RN=self._excluded(cosines, start, col_offset, blocks),
         )
 
+    def closed_losses(self, student: Tensor, block: Block, sink: Sink) -> Tensor:
+        """The losses of a block in closed form; ``[r]``.
+
+        Args:
+            student: Cosines after the margin ``[r, N]``.
+            block: Where the rows lie, and their constants.
+            sink: Takes their derivative by `student`.
+        """
+        with block.spare.lend(1, len(student)) as (excluded,):
+            masked = self.row_ids is not None or self.mask_above is not None
+            if masked:
+                self._mark_excluded(excluded, block)
+            return closed_form.info_nce(
+                student,
+                block.first_column,
+                self.temperature,
+                excluded if masked else None,
+                sink,
+                block.spare,
+            )
+
+    def _mark_excluded(self, excluded: Tensor, block: Block) -> None:
+        excluded.zero_()
+        if self.row_ids is not None and self.col_ids is not None:
+            rows, cols = block.labels(self.row_ids, self.col_ids)
+            torch.eq(rows[block.start : block.stop, None], cols, out=excluded)
+        if self.mask_above is not None:
+            similarity, threshold = self.mask_above
+            with block.spare.lend(1, len(excluded)) as (above,):
+                excluded += torch.gt(block.constant(similarity), threshold, out=above)
+        excluded.diagonal(block.first_column).zero_()
+
     def _excluded(
         self, cosines: Tensor, start: int, col_offset: int, blocks: Blocks
     ) -> Tensor | None:
@@ -85,8 +118,27 @@ class InfoNCE:
         return excluded
 
 
+class _Taught:
+    """What the terms with a teacher share; without one of their own they take the shared one."""
+
+    teacher: Similarity | None
+
+    def similarities(self) -> list[Similarity]:
+        """Constant matrices that the term reads."""
+        return [] if self.teacher is None else [self.teacher]
+
+    def losses(self, cosines: Tensor, start: int, col_offset: int, blocks: Blocks) -> Tensor:
+        """One loss per row of a block that starts at row `start`; ``[r]``."""
+        assert self.teacher is not None
+        teacher = blocks(self.teacher, start, start + cosines.shape[0])
+        return self._definition(cosines, col_offset + start, teacher)
+
+    def _definition(self, cosines: Tensor, first_column: int, teacher: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
 @dataclass(frozen=True, eq=False)
-class AlignmentKL:
+class AlignmentKL(_Taught):
     """Arguments of `dalr_kernels.alignment_kl`; without `teacher` the shared one is used."""
 
     student_temperature: float = 0.45
@@ -111,26 +163,32 @@ class AlignmentKL:
         checks.weight(self.weight)
         checks.teacher(self.teacher, rows, cols.shape[0])
 
-    def similarities(self) -> list[Similarity]:
-        """Constant matrices that the term reads."""
-        return [] if self.teacher is None else [self.teacher]
-
-    def losses(self, cosines: Tensor, start: int, col_offset: int, blocks: Blocks) -> Tensor:
-        """One loss per row of a block that starts at row `start`; ``[r]``."""
-        assert self.teacher is not None
+    def _definition(self, cosines: Tensor, first_column: int, teacher: Tensor) -> Tensor:
         return reference.alignment_kl_rows(
             cosines,
-            col_offset + start,
-            blocks(self.teacher, start, start + cosines.shape[0]),
+            first_column,
+            teacher,
             student_temperature=self.student_temperature,
             teacher_temperature=self.teacher_temperature,
             margin=self.margin,
             temperature=self.temperature,
         )
 
+    def closed_losses(self, student: Tensor, block: Block, sink: Sink) -> Tensor:
+        """See `InfoNCE.closed_losses`."""
+        assert self.teacher is not None
+        return closed_form.alignment_kl(
+            student,
+            block.constant(self.teacher),
+            self.temperature * self.student_temperature,
+            self.teacher_temperature,
+            sink,
+            block.spare,
+        )
+
 
 @dataclass(frozen=True, eq=False)
-class ListNet:
+class ListNet(_Taught):
     """Arguments of `dalr_kernels.list_net`; without `teacher` the shared one is used."""
 
     temperature: float
@@ -150,25 +208,32 @@ class ListNet:
         checks.weight(self.weight)
         checks.teacher(self.teacher, rows, cols.shape[0])
 
-    def similarities(self) -> list[Similarity]:
-        """Constant matrices that the term reads."""
-        return [] if self.teacher is None else [self.teacher]
-
-    def losses(self, cosines: Tensor, start: int, col_offset: int, blocks: Blocks) -> Tensor:
-        """One loss per row of a block that starts at row `start`; ``[r]``."""
-        assert self.teacher is not None
+    def _definition(self, cosines: Tensor, first_column: int, teacher: Tensor) -> Tensor:
         return reference.list_net_rows(
             cosines,
-            col_offset + start,
-            blocks(self.teacher, start, start + cosines.shape[0]),
+            first_column,
+            teacher,
             teacher_temperature=self.teacher_temperature,
             temperature=self.temperature,
             margin=self.margin,
         )
 
+    def closed_losses(self, student: Tensor, block: Block, sink: Sink) -> Tensor:
+        """See `InfoNCE.closed_losses`."""
+        assert self.teacher is not None
+        return closed_form.list_net(
+            student,
+            block.first_column,
+            block.constant(self.teacher),
+            self.temperature,
+            self.teacher_temperature,
+            sink,
+            block.spare,
+        )
+
 
 @dataclass(frozen=True, eq=False)
-class ListMLE:
+class ListMLE(_Taught):
     """Arguments of `dalr_kernels.list_mle`; without `teacher` the shared one is used."""
 
     temperature: float
@@ -189,21 +254,29 @@ class ListMLE:
         if not self.eps >= 0.0:
             raise ValueError(f"eps must not be negative, got {self.eps}")
 
-    def similarities(self) -> list[Similarity]:
-        """Constant matrices that the term reads."""
-        return [] if self.teacher is None else [self.teacher]
-
-    def losses(self, cosines: Tensor, start: int, col_offset: int, blocks: Blocks) -> Tensor:
-        """One loss per row of a block that starts at row `start`; ``[r]``."""
-        assert self.teacher is not None
+    def _definition(self, cosines: Tensor, first_column: int, teacher: Tensor) -> Tensor:
         return reference.list_mle_rows(
             cosines,
-            col_offset + start,
-            blocks(self.teacher, start, start + cosines.shape[0]),
+            first_column,
+            teacher,
             temperature=self.temperature,
             margin=self.margin,
             mean=self.reduction == "mean",
             eps=self.eps,
+        )
+
+    def closed_losses(self, student: Tensor, block: Block, sink: Sink) -> Tensor:
+        """See `InfoNCE.closed_losses`."""
+        assert self.teacher is not None
+        share = 1.0 / student.shape[1] if self.reduction == "mean" else 1.0
+        return closed_form.list_mle(
+            student,
+            block.constant(self.teacher),
+            self.temperature,
+            self.eps,
+            share,
+            sink,
+            block.spare,
         )
 
 
@@ -228,17 +301,7 @@ class RowLosses(NamedTuple):
     list_mle: Tensor | None
 
 
-def block_cache(
-    similarities: list[Similarity], dtype: torch.dtype
-) -> tuple[Blocks, Callable[[], None]]:
-    """Blocks of normalised similarities, each made once per span, and a way to forget them."""
+def constant_blocks(similarities: list[Similarity], dtype: torch.dtype) -> Blocks:
+    """Blocks of similarities that are normalised once."""
     units = {id(s): s.normalised(dtype) for s in similarities}
-    kept: dict[tuple[int, int, int], Tensor] = {}
-
-    def block(similarity: Similarity, start: int, stop: int) -> Tensor:
-        key = id(similarity), start, stop
-        if key not in kept:
-            kept[key] = units[id(similarity)].block(start, stop)
-        return kept[key]
-
-    return block, kept.clear
+    return lambda similarity, start, stop: units[id(similarity)].block(start, stop)

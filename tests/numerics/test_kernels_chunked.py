@@ -8,6 +8,7 @@ from typing import Any
 import dalr_kernels as K
 import pytest
 import torch
+from dalr_kernels import closed_form
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peak_memory import PeakMemory
@@ -196,6 +197,10 @@ def test_no_gradient_work_without_need(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("gradient computed")
 
+    def refuse_slope(sink: closed_form.Sink, *_: Any) -> None:
+        assert sink.slope is None, "gradient computed"
+
+    monkeypatch.setattr(closed_form.Sink, "add", refuse_slope)
     monkeypatch.setattr(torch.autograd, "grad", refuse)
     for name in NAMES:
         assert float(problem.loss(name, chunk_rows=2)) == pytest.approx(wanted[name], rel=1e-12)
