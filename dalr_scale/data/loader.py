@@ -7,6 +7,7 @@ never change what a step sees, and a resumed run simply starts at its step.
 from __future__ import annotations
 
 import itertools
+import logging
 import os
 import queue
 import signal
@@ -32,7 +33,9 @@ from dalr_scale.errors import UserError
 
 ImageTransform = Callable[[Image.Image], Tensor]
 T = TypeVar("T")
+_log = logging.getLogger(__name__)
 _RECEIVED = 2  # batches that wait in this process
+_SLOW = 10.0  # seconds of waiting for a batch before a warning
 _LEAVE = 5.0  # seconds for the thread to end; it may wait for a worker
 
 
@@ -181,7 +184,7 @@ class StepLoader(DataLoader):
             RuntimeError: a worker process has died.
         """
         batches = super().__iter__()
-        if self.num_workers and not self.pin_memory:  # pinning has such a thread already
+        if self.num_workers:
             batches = ahead(batches, _RECEIVED)
         try:
             for batch in batches:
@@ -216,7 +219,7 @@ def ahead(items: Iterator[T], count: int) -> Iterator[T]:
     thread.start()
     try:
         while True:
-            item, error = ready.get()
+            item, error = _patiently(ready)
             if isinstance(error, StopIteration):
                 return
             if error is not None:
@@ -227,6 +230,17 @@ def ahead(items: Iterator[T], count: int) -> Iterator[T]:
         stopped.set()
         room.release()
         thread.join(_LEAVE)
+
+
+def _patiently(ready: queue.SimpleQueue[T]) -> T:
+    """Wait for an item, and say when that takes long; ending the run is the watchdog's part."""
+    started = time.monotonic()
+    while True:
+        try:
+            return ready.get(timeout=_SLOW)
+        except queue.Empty:
+            waited = time.monotonic() - started
+            _log.warning("no batch for %.0f s: slow storage, or too few data.workers", waited)
 
 
 def make_loader(

@@ -17,6 +17,7 @@ from shard_tools import jpeg, picture_bytes, write_pairs
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from dalr_scale.data import loader as loader_module
 from dalr_scale.data.features_store import write_features
 from dalr_scale.data.images import check_image, decode_image
 from dalr_scale.data.index import ensure_index
@@ -395,6 +396,24 @@ def test_batches_are_received_before_they_are_asked_for() -> None:
     with pytest.raises(UserError, match="the fifth"):
         next(received)
     assert list(ahead(iter("abc"), 1)) == list("abc")
+
+
+def test_a_long_wait_for_a_batch_is_said(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    come = threading.Event()
+
+    def items() -> Iterator[int]:
+        yield 0
+        come.wait(30)
+        yield 1
+
+    received = ahead(items(), 1)
+    assert next(received) == 0 and not caplog.text
+    monkeypatch.setattr(loader_module, "_SLOW", 0.05)
+    threading.Timer(0.3, come.set).start()
+    assert next(received) == 1
+    assert "slow storage" in caplog.text
 
 
 def test_a_loader_that_is_left_early_leaves_no_thread(sources) -> None:
