@@ -19,6 +19,7 @@ from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
+from dalr_kernels import half_operands
 from torch import Tensor, nn
 
 from dalr_scale.config import Config
@@ -102,12 +103,15 @@ class DeepSpeedEngine:
                 f"{world.size}"
             )
         _refuse_scalar_parameters(model)
+        # some heads return float32 (unit vectors, gathered columns) that was bfloat16 before
+        self.bf16 = filled["bf16"]["enabled"]
         self.engine: Any = accelerator.prepare(model, optimizer)[0]
         self.module = self.engine.module
         self.world = world
 
     def forward(self, task: str, **inputs: Any) -> Any:
-        return self.engine(task, **inputs)
+        with half_operands(self.bf16):
+            return self.engine(task, **inputs)
 
     def gradients(self) -> contextlib.AbstractContextManager[None]:
         return self.engine.coalesce_grad_reduction()
@@ -181,7 +185,8 @@ class PlainEngine:
         if task == "encode" and self.bf16:
             with torch.autocast(self.world.device.type, torch.bfloat16):
                 return self.module(task, **inputs).float()
-        return self.module(task, **inputs)
+        with half_operands(self.bf16):
+            return self.module(task, **inputs)
 
     @contextlib.contextmanager
     def gradients(self) -> Iterator[None]:

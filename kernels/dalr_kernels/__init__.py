@@ -2,6 +2,7 @@
 
 from .column_kl import column_alignment_kl
 from .losses import alignment_kl, consistency, global_to_local, info_nce, list_mle, list_net
+from .precision import half_operands
 from .shared import row_losses
 from .similarity import Similarity, unit
 from .stationary import own_token_loss, token_negatives
@@ -18,6 +19,7 @@ __all__ = [
     "column_alignment_kl",
     "consistency",
     "global_to_local",
+    "half_operands",
     "info_nce",
     "list_mle",
     "list_net",

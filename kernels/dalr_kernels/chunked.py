@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .closed_form import Spare
 from .reference import normalise_tokens
+from .similarity import EPSILON, length
 
 
 class BlockLosses(Protocol):
@@ -59,11 +60,11 @@ def limited_workspace(limit_bytes: int) -> Iterator[None]:
         WORKSPACE_BYTES.update(before)
 
 
-def rows_per_chunk(rows_RD: Tensor, num_cols: int, workspace_bytes: int) -> int:
+def rows_per_chunk(rows: Tensor, num_cols: int, dtype: torch.dtype, workspace_bytes: int) -> int:
     """Rows that fit workspace and cache, evened out so that the last chunk is not tiny."""
-    num_rows, row_bytes = rows_RD.shape[0], rows_RD.element_size() * num_cols
+    num_rows, row_bytes = rows.shape[0], dtype.itemsize * num_cols
     fit = max(1, workspace_bytes // (LIVE_MATRICES * row_bytes))
-    if not rows_RD.is_cuda:
+    if not rows.is_cuda:
         fit = min(fit, max(FEWEST_ROWS, CACHED_BYTES // row_bytes))
     return math.ceil(num_rows / math.ceil(num_rows / fit))
 
@@ -75,15 +76,21 @@ def spans(length: int, step: int) -> Iterator[tuple[int, int]]:
 
 
 def mean_over_rows(
-    rows_RD: Tensor, cols_ND: Tensor, terms: BlockLosses, chunk_rows: int
+    rows: Tensor, cols: Tensor, terms: BlockLosses, dtype: torch.dtype, chunk_rows: int
 ) -> tuple[Tensor, Tensor]:
-    """Weighted mean of the losses of ``rows @ cols.T``, `chunk_rows` rows at a time.
+    """Weighted mean of losses of ``unit(rows) @ unit(cols).T``, `chunk_rows` rows at a time.
+
+    Args:
+        rows: ``[R, D]`` as given, not of unit length.
+        cols: ``[N, D]``, likewise.
+        terms: The losses.
+        dtype: What they are computed in.
+        chunk_rows: Rows of a block.
 
     Returns:
         The total, differentiable, and the mean of each loss without its weight, ``[K]``.
     """
-    wanted = _wanted(rows_RD), _wanted(cols_ND)
-    return _RowChunks.apply(rows_RD, cols_ND, terms, chunk_rows, wanted)
+    return _RowChunks.apply(rows, cols, terms, dtype, chunk_rows, (_wanted(rows), _wanted(cols)))
 
 
 def _wanted(tensor: Tensor) -> bool:
@@ -94,12 +101,14 @@ class _RowChunks(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        rows_RD: Tensor,
-        cols_ND: Tensor,
+        rows: Tensor,
+        cols: Tensor,
         terms: BlockLosses,
+        dtype: torch.dtype,
         chunk_rows: int,
         wanted: tuple[bool, bool],
     ) -> tuple[Tensor, Tensor]:
+        (rows_RD, row_lengths), (cols_ND, col_lengths) = (_unit(x.to(dtype)) for x in (rows, cols))
         num_rows = rows_RD.shape[0]
         losses_KR = rows_RD.new_empty(len(terms.weights), num_rows)
         grad_rows = torch.empty_like(rows_RD) if wanted[0] else None
@@ -115,8 +124,13 @@ class _RowChunks(torch.autograd.Function):
                     torch.mm(slope, cols_ND, out=grad_rows[start:stop])
                 if grad_cols is not None:
                     grad_cols.addmm_(slope.T, rows_RD[start:stop])
+        if grad_rows is not None:
+            _through_unit(grad_rows, rows_RD, row_lengths)
+        if grad_cols is not None:
+            _through_unit(grad_cols, cols_ND, col_lengths)
         components_K = losses_KR.mean(dim=1)
         ctx.save_for_backward(grad_rows, grad_cols)
+        ctx.dtypes = rows.dtype, cols.dtype
         ctx.mark_non_differentiable(components_K)
         return components_K @ components_K.new_tensor(terms.weights), components_K
 
@@ -124,8 +138,27 @@ class _RowChunks(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         _refuse_second_derivative()
         upstream = grad_outputs[0]
-        grads = [None if saved is None else saved * upstream for saved in ctx.saved_tensors]
-        return grads[0], grads[1], None, None, None
+        grads = [
+            None if saved is None else (saved * upstream).to(dtype)
+            for saved, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        ]
+        return grads[0], grads[1], None, None, None, None
+
+
+def _unit(vectors: Tensor) -> tuple[Tensor, Tensor]:
+    lengths = length(vectors)
+    return vectors / lengths, lengths
+
+
+def _through_unit(gradient: Tensor, units: Tensor, lengths: Tensor) -> None:
+    """Turn the gradient by unit vectors into that by the vectors, in place.
+
+    Only the part across a vector counts: ``(g - x (g x)) / ||x||``. Below the smallest length a
+    vector is divided by a constant, and nothing is taken off.
+    """
+    along = torch.einsum("nd,nd->n", gradient, units)[:, None]
+    gradient.addcmul_(units, along.masked_fill_(lengths <= EPSILON, 0.0), value=-1.0)
+    gradient.div_(lengths)
 
 
 def _refuse_second_derivative() -> None:

@@ -85,7 +85,7 @@ def column_alignment_kl(
             teacher_temperature,
             margin,
             col_offset,
-            chunked.rows_per_chunk(rows_RD, len(cols), workspace),
+            chunked.rows_per_chunk(rows, len(cols), dtype, workspace),
         )
         merges = merge_max or _alone, merge_sum or _alone
         wanted = rows_RD.requires_grad and torch.is_grad_enabled()

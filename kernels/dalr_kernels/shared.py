@@ -150,10 +150,9 @@ def _in_chunks(
     rows: Tensor, cols: Tensor, terms: Sequence[Term], col_offset: int, how: How, workspace: int
 ) -> tuple[Tensor, Tensor]:
     dtype = checks.compute_dtype(rows, cols)
-    rows_RD, cols_ND = unit(rows.to(dtype)), unit(cols.to(dtype))
-    fit = chunked.rows_per_chunk(rows_RD, len(cols), workspace)
+    fit = chunked.rows_per_chunk(rows, len(cols), dtype, workspace)
     row_pass = RowPass(terms, len(rows), col_offset, dtype)
-    return chunked.mean_over_rows(rows_RD, cols_ND, row_pass, how.chunk_rows or fit)
+    return chunked.mean_over_rows(rows, cols, row_pass, dtype, how.chunk_rows or fit)
 
 
 def _fused(impl: str, rows: Tensor, cols: Tensor) -> bool:

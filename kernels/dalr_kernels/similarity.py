@@ -15,8 +15,12 @@ EPSILON = 1e-8
 
 def unit(vectors: Tensor) -> Tensor:
     """Scale the last axis to length one: ``x / max(||x||, 1e-8)``; a zero vector stays zero."""
-    norm = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
-    return vectors / norm.clamp_min(EPSILON)
+    return vectors / length(vectors)
+
+
+def length(vectors: Tensor) -> Tensor:
+    """What `unit` divides by, the last axis kept: ``max(||x||, 1e-8)``."""
+    return torch.linalg.vector_norm(vectors, dim=-1, keepdim=True).clamp_min(EPSILON)
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,7 +69,7 @@ class Similarity:
     def normalised(self, dtype: torch.dtype) -> UnitSimilarity:
         """Normalise all factors once in ``dtype``, detached, for use block by block."""
         factors = tuple(
-            (float(weight), unit(rows.detach().to(dtype)), unit(cols.detach().to(dtype)))
+            (float(weight), *_unit_pair(rows.detach(), cols.detach(), dtype))
             for weight, rows, cols in self.factors
         )
         return UnitSimilarity(factors, self.dtype)
@@ -93,6 +97,27 @@ class UnitSimilarity:
             cosines = (rows[start:stop] @ cols.T).to(self.dtype).to(rows.dtype)
             torch.mul(cosines, weight, out=out) if beta == 0.0 else out.add_(cosines, alpha=weight)
         return out
+
+
+def _unit_pair(rows: Tensor, cols: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Both sides of unit length; local rows that are a slice of the columns are not copied."""
+    unit_cols = unit(cols.to(dtype))
+    first = _first_row(rows, cols)
+    if first is None:
+        return unit(rows.to(dtype)), unit_cols
+    return unit_cols[first : first + len(rows)], unit_cols
+
+
+def _first_row(rows: Tensor, cols: Tensor) -> int | None:
+    """Where `rows` begins in `cols`, if it is a view of consecutive rows of it."""
+    if rows is cols:
+        return 0
+    same = rows.dtype == cols.dtype and rows.stride() == cols.stride() and cols.stride(0) > 0
+    if not same or rows.untyped_storage().data_ptr() != cols.untyped_storage().data_ptr():
+        return None
+    gap = int(rows.storage_offset()) - int(cols.storage_offset())
+    first, rest = divmod(gap, int(cols.stride(0)))
+    return first if rest == 0 and 0 <= first <= len(cols) - len(rows) else None
 
 
 def _check_factor(index: int, rows: Tensor, cols: Tensor, device: torch.device) -> None:

@@ -62,6 +62,20 @@ def test_ragged_chunks(mode: str, chunk: int) -> None:
     assert check(case, mode=mode, chunk_rows=chunk) < 1.0
 
 
+@MODES
+def test_float32_that_was_16_bit_before(mode: str) -> None:
+    # Heads of a bf16 run return float32: multiplied in float16, within its tolerances.
+    case = cases.make((9, 83, 60, 40), torch.float32, "triple, one margin, two teachers")
+    with K.half_operands():
+        got = case.run("triton", torch.float32, mode=mode)
+    assert all(x.dtype == torch.float32 for x in got)
+    eager, truth = case.eager(), case.truth()
+    assert case.excess(got, eager, truth) > 1.0  # control: not the float32 products
+    case.dtype = torch.float16
+    assert case.excess(got, eager, truth) < 1.0
+    assert check(cases.make((9, 83, 60, 40), torch.float32, "triple, plain"), mode=mode) < 1.0
+
+
 def spoil(
     monkeypatch: pytest.MonkeyPatch, change: Callable[[engine.Inputs], engine.Inputs]
 ) -> None:

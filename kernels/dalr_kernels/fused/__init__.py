@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..precision import multiplies_in_half
 from ..terms import InfoNCE, Term
 from .plan import Limits, describe, flatten, groups, pack
 
@@ -51,6 +52,7 @@ def weighted_mean(
         limits.workspace_bytes,
         limits.chunk,
         limits.mode,
+        multiplies_in_half(),
         grad and rows.requires_grad,
         grad and cols.requires_grad,
     )

@@ -28,6 +28,7 @@ class Inputs(NamedTuple):
     row_ids: Tensor | None
     col_ids: Tensor | None
     col_offset: int
+    half: bool
 
 
 class Gradients(NamedTuple):
@@ -57,7 +58,7 @@ def run(
     from . import stream  # which needs `Pass`
 
     rows, cols = inputs.rows, inputs.cols
-    dtype = operand_dtype(rows, cols)
+    dtype = operand_dtype(rows, cols, inputs.half)
     with full_sums(rows.device):
         task = prepare(inputs, limits, dtype, want_rows, want_cols)
         if task.sizes.mode == "workspace":
@@ -82,13 +83,13 @@ def run(
     return total.float(), components.float(), grads[0], grads[1]
 
 
-def operand_dtype(rows: Tensor, cols: Tensor) -> torch.dtype:
-    """float16 for 16-bit towers, else float32.
+def operand_dtype(rows: Tensor, cols: Tensor, half: bool) -> torch.dtype:
+    """float16 for 16-bit towers or where the caller wants it, else float32.
 
     Unit vectors fit float16, whose 11 bits make cosines eight times more accurate than bfloat16.
     """
     wide = rows.dtype == torch.float32 or cols.dtype == torch.float32
-    return torch.float32 if wide else torch.float16
+    return torch.float32 if wide and not half else torch.float16
 
 
 def prepare(

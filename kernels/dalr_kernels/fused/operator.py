@@ -16,7 +16,8 @@ Result = tuple[Tensor, Tensor, Tensor, Tensor]
 SCHEMA = (
     "(Tensor rows, Tensor cols, Tensor[] factors, float[] numbers, int[] codes, "
     "Tensor? row_ids, Tensor? col_ids, "
-    "int col_offset, int workspace_bytes, int? chunk, str mode, bool want_rows, bool want_cols) "
+    "int col_offset, int workspace_bytes, int? chunk, str mode, bool half, "
+    "bool want_rows, bool want_cols) "
     "-> (Tensor, Tensor, Tensor, Tensor)"
 )
 
@@ -34,12 +35,15 @@ def row_losses(
     workspace_bytes: int,
     chunk: int | None,
     mode: str,
+    half: bool,
     want_rows: bool,
     want_cols: bool,
 ) -> Result:
     """Total, mean of each term, and the total's gradients; see ``engine.run``."""
     scalars, layout, matrices = unpack(list(factors), numbers, codes)
-    inputs = engine.Inputs(rows, cols, matrices, scalars, layout, row_ids, col_ids, col_offset)
+    inputs = engine.Inputs(
+        rows, cols, matrices, scalars, layout, row_ids, col_ids, col_offset, half
+    )
     return engine.run(inputs, Limits(workspace_bytes, chunk, mode), want_rows, want_cols)
 
 
@@ -70,7 +74,7 @@ def _backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Any, ...]:
         None if dtype is None else scaled(grad, upstream, dtype)
         for grad, dtype in zip(ctx.saved_tensors, ctx.types, strict=True)
     ]
-    return *grads, [None] * ctx.num_factors, *[None] * 10
+    return *grads, [None] * ctx.num_factors, *[None] * 11
 
 
 row_losses.register_autograd(_backward, setup_context=_keep)

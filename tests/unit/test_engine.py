@@ -1,0 +1,55 @@
+"""Which precision the engines ask the fused losses for."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from dalr_kernels.precision import multiplies_in_half
+from torch import nn
+
+from dalr_scale.config import build_config
+from dalr_scale.dist.engine import DeepSpeedEngine, Engine, PlainEngine
+from dalr_scale.dist.world import World
+
+
+class Recorder(nn.Module):
+    """A model that says whether products in 16 bits are wanted while it runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(2, 2)
+
+    def forward(self, task: str, states: torch.Tensor) -> Any:
+        return (states, multiplies_in_half()) if task == "loss" else self.linear(states)
+
+
+def engine(kind: str, precision: str) -> Engine:
+    model = Recorder()
+    if kind == "ddp":
+        config = build_config([{"engine": {"kind": "ddp", "precision": precision}}])
+        optimizer = torch.optim.SGD(model.parameters())
+        return PlainEngine(model, optimizer, config, World(0, 1, torch.device("cpu")))
+    # DeepSpeed itself is left out: what matters is what happens around its call
+    found = DeepSpeedEngine.__new__(DeepSpeedEngine)
+    vars(found).update(vars(SimpleNamespace(engine=model, bf16=precision == "bf16")))
+    return found
+
+
+@pytest.mark.parametrize("kind", ["ddp", "zero"])
+@pytest.mark.parametrize(("precision", "wanted"), [("bf16", True), ("fp32", False)])
+def test_a_bf16_run_multiplies_in_half_precision(kind: str, precision: str, wanted: bool) -> None:
+    ran = engine(kind, precision)
+    assert ran.forward("loss", states=torch.ones(1, 2))[1] == wanted
+    assert not multiplies_in_half(), "only inside the call"
+
+
+def test_the_plain_engine_encodes_in_bf16_and_hands_on_float32() -> None:
+    # The loss therefore sees float32, which says nothing about how it came about.
+    states = engine("ddp", "bf16").forward("encode", states=torch.full((1, 2), 0.1))
+    exact = engine("ddp", "fp32").forward("encode", states=torch.full((1, 2), 0.1))
+    assert states.dtype == exact.dtype == torch.float32
+    assert torch.equal(states, states.bfloat16().float())
+    assert not torch.equal(exact, exact.bfloat16().float())
