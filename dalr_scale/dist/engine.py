@@ -103,7 +103,7 @@ class DeepSpeedEngine:
                 f"{world.size}"
             )
         _refuse_scalar_parameters(model)
-        # some heads return float32 (unit vectors, gathered columns) that was bfloat16 before
+        # gathered columns come as float32 that was bfloat16 before
         self.bf16 = filled["bf16"]["enabled"]
         self.engine: Any = accelerator.prepare(model, optimizer)[0]
         self.module = self.engine.module
