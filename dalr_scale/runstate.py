@@ -211,15 +211,24 @@ def write_status(
     if outcome not in OUTCOMES:
         raise ValueError(f"unknown outcome {outcome!r}; it is one of {', '.join(OUTCOMES)}")
     before = read_status(run_dir) or {}
-    status = {
-        "outcome": outcome,
-        "step": step,
+    kept = {
         "checkpoint": checkpoint or before.get("checkpoint"),
-        "reason": reason,
-        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "starts_without_progress": before.get("starts_without_progress", 0),
         "started_at_step": before.get("started_at_step", step),
         "last_stop": before.get("last_stop"),
+    }
+    _replace_status(run_dir, outcome, step, reason, kept)
+
+
+def _replace_status(
+    run_dir: Path, outcome: Outcome, step: int, reason: str, further: dict[str, Any]
+) -> None:
+    status = {
+        "outcome": outcome,
+        "step": step,
+        "reason": reason,
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        **further,
         **job_identity(),
     }
     write_durably(run_dir / "status.json", (json.dumps(status, indent=1) + "\n").encode())
@@ -246,15 +255,13 @@ def start_status(run_dir: Path, step: int) -> int:
     died = before.get("outcome") in ("running", "failed")
     stuck = died and before.get("started_at_step") == step
     fruitless = int(before.get("starts_without_progress", 0)) + 1 if stuck else 0
-    checkpoint = before.get("checkpoint")
     fresh = {
+        "checkpoint": before.get("checkpoint"),
         "starts_without_progress": fruitless,
         "started_at_step": step,
-        "checkpoint": checkpoint,
         "last_stop": _last_stop(before),
     }
-    write_durably(run_dir / "status.json", json.dumps(fresh).encode())
-    write_status(run_dir, "running", step=step)
+    _replace_status(run_dir, "running", step, "", fresh)
     return fruitless
 
 

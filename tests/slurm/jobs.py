@@ -124,7 +124,9 @@ class Jobs:
     ) -> Job:
         """Submits ``sbatch OPTIONS slurm/SCRIPT WORDS`` with the run folder `name`."""
         run = self.folder / name
-        given = {"OMP_NUM_THREADS": "1", "RUN_DIR": str(run), **SECRETS}
+        # nothing here is compiled, but DeepSpeed loads the compiler, in each process of each start
+        quick = {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"}
+        given = {**quick, "RUN_DIR": str(run), **SECRETS}
         if not (REPOSITORY / ".venv" / "bin" / "python").exists():
             given["VENV"] = sys.prefix
         output = self.folder / f"{name}_%j.out"

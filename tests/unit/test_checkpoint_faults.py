@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import random
 import signal
@@ -445,6 +446,18 @@ def test_state_survives_json() -> None:
 def test_states_that_make_no_sense_are_refused(change: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=f"run state: {next(iter(change))}"):
         runstate.RunState.from_json(state_at(1).to_json() | change)
+
+
+def test_nobody_reads_a_status_without_its_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The job script and people read the file at any moment, also while a start begins."""
+    write_status(tmp_path, "preempted", step=4)
+    seen = []
+    monkeypatch.setattr(runstate, "write_durably", lambda _, data: seen.append(json.loads(data)))
+    start_status(tmp_path, 4)
+    assert [status["outcome"] for status in seen] == ["running"]
+    assert seen[0]["last_stop"]["outcome"] == "preempted" and "job_id" in seen[0]
 
 
 def test_the_status_tells_how_the_start_before_ended(
