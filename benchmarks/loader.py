@@ -306,7 +306,8 @@ def table(record: Record) -> str:
     lines += ["| what | measured | goal | met |", "|---|---|---|---|"]
 
     def row(what: str, shown: str, goal: str, met: bool) -> None:
-        lines.append(f"| {what} | {shown} | {goal} | {'yes' if met else 'no'} |")
+        answer = "-" if goal == "-" else "yes" if met else "no"
+        lines.append(f"| {what} | {shown} | {goal} | {answer} |")
 
     for name, goal in (("features", 5), ("text", 5), ("images", 1)):
         found = record.get("throughput", {}).get(name)
