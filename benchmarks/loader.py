@@ -229,10 +229,10 @@ def _write_recipe_data(shards: Path, data: Path) -> None:
     flickr, wiki = shards / "flickr8k", shards / "wiki"
     source = data / "flickr8k"
     if not wiki.exists():  # features that are there already are skipped below
-        captions = ["--captions", source / "captions.txt", "--limit", 800, "--prefix", "train"]
+        captions = ["--captions", source / "captions.txt", "--limit", 400, "--prefix", "train"]
         command("prepare", source / "images.tar", *captions, "--output", flickr)
         text = data / "wiki" / "wiki_en_sentences_1m.txt.xz"
-        command("prepare", text, "--output", wiki, "--limit", 4000)
+        command("prepare", text, "--output", wiki, "--limit", 2500)
     npz = source / "mobilenet_v1_1024.npz"
     command("features", flickr, "--name", "mobilenet", "--from-npz", npz, "--quiet")
     teacher = ["--text-teacher", TEACHER, "--pooler", "mean", "--max-length", 64, "--quiet"]
