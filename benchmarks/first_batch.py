@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,27 +29,38 @@ ROWS, WIDTH, BATCH = 100, 16, 256
 
 def write(folder: Path, shards: int) -> None:
     """Shards of 100 sentences, each with its index, one feature set and its token ids."""
-    if (folder / "vocab.txt").exists():
+    if (folder / "done").exists():
         return
     sentences = (f"a w{n % 499} w{n % 7} w{n}" for n in range(shards * ROWS))
-    paths = write_text_shards(sentences, folder, "text", per_member=ROWS, members_per_shard=1)
+    paths = write_text_shards(
+        sentences, folder, "text", per_member=ROWS, members_per_shard=1, overwrite=True
+    )
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", *(f"w{n}" for n in range(500))]
     (folder / "vocab.txt").write_text("\n".join(words) + "\n")
-    tokenizer = load_tokenizer(folder / "vocab.txt")
-    sha256 = tokenizer_hash(tokenizer)
+    with ProcessPoolExecutor() as pool:
+        list(pool.map(_write_beside, paths, chunksize=100))
+    (folder / "done").touch()
+
+
+def _write_beside(path: Path) -> None:
+    ensure_index(path)
     values = np.random.default_rng(0).normal(size=(ROWS, WIDTH))
-    for path in paths:
-        ensure_index(path)
-        write_features(path, "clip", values, level="item", manifest_extra={})
-        lines = Source([path]).read(np.arange(ROWS)).sentences
-        write_tokens(path, lines, tokenizer, sha256)
+    write_features(path, "clip", values, level="item", manifest_extra={})
+    lines = Source([path]).read(np.arange(ROWS)).sentences
+    tokenizer, sha256 = _tokenizer(path.parent)
+    write_tokens(path, lines, tokenizer, sha256)
+
+
+@lru_cache(maxsize=1)
+def _tokenizer(folder: Path) -> tuple[Any, str]:
+    tokenizer = load_tokenizer(folder / "vocab.txt")
+    return tokenizer, tokenizer_hash(tokenizer)
 
 
 def read(folder: Path) -> None:
     """Print the seconds of each part as JSON."""
     torch.set_num_threads(1)
-    tokenizer = load_tokenizer(folder / "vocab.txt")
-    sha256 = tokenizer_hash(tokenizer)
+    tokenizer, sha256 = _tokenizer(folder)
     started = time.perf_counter()
     paths = expand_shards([str(folder / "text-*.tar")])
     listed = time.perf_counter()

@@ -21,8 +21,8 @@ import numpy as np
 from dalr_scale.data.shards import open_regular, read_exactly
 from dalr_scale.errors import UserError
 
-_PAGE = 4096  # reading a page too much costs less than a second call
-_BLOCK = 1 << 24
+_CALL = 1 << 15  # bytes that are read in the time that one more call takes, about 4 us
+_BLOCK = 1 << 24  # bytes read at once where nothing asks for more
 
 
 class CutOff(UserError):
@@ -161,7 +161,7 @@ class FileArray:
         """Whether it is cheaper to read everything in between than to make ``calls`` calls."""
         if low < 0 or high > len(self):
             raise self.file.cut_off()
-        return (high - low - rows) * self.row_bytes <= calls * _PAGE
+        return (high - low - rows) * self.row_bytes <= min(calls * _CALL, _BLOCK)
 
     def _one_by_one(self, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         width = self.row_bytes

@@ -119,9 +119,15 @@ def pack(batch: Any) -> Any:
         end += -(-tensor.numel() * tensor.element_size() // _ALIGN) * _ALIGN
     left = {name: v for name, v in fields.items() if (name, "") not in tensors}
     left.pop("features")
-    packed = PackedBatch(torch.empty(end, dtype=torch.uint8).share_memory_(), slots, left)
+    packed = PackedBatch(_shared(end), slots, left)
     places = packed.unpack()
     for (name, role), tensor in tensors.items():
         place = places.features[role] if role else getattr(places, name)
         place.copy_(tensor)
     return packed
+
+
+def _shared(size: int) -> Tensor:
+    """Return uint8 [size] in shared memory; ``share_memory_`` would copy what is not there yet."""
+    storage = torch.UntypedStorage._new_shared(size)  # as torch's own collate function does
+    return torch.empty(0, dtype=torch.uint8).set_(storage, 0, (size,))

@@ -13,9 +13,10 @@ import queue
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -183,14 +184,13 @@ class StepLoader(DataLoader):
             UserError: a batch cannot be read.
             RuntimeError: a worker process has died.
         """
-        batches = super().__iter__()
-        if self.num_workers:
-            batches = ahead(batches, _RECEIVED)
+        batches: Iterator[Any] = super().__iter__()
         try:
-            for batch in batches:
-                if isinstance(batch, UserError):
-                    raise batch
-                yield batch.unpack() if isinstance(batch, PackedBatch) else batch
+            with closing(ahead(batches, _RECEIVED if self.num_workers else 0)) as received:
+                for batch in received:
+                    if isinstance(batch, UserError):
+                        raise batch
+                    yield batch.unpack() if isinstance(batch, PackedBatch) else batch
         except (ConnectionError, EOFError) as error:
             # The queue broke before the worker's death was reported. The report interrupts this
             # sleep with an error that names the process.
@@ -198,12 +198,16 @@ class StepLoader(DataLoader):
             raise RuntimeError("a loader worker died while it sent a batch") from error
 
 
-def ahead(items: Iterator[T], count: int) -> Iterator[T]:
+def ahead(items: Iterator[T], count: int) -> Generator[T, None, None]:
     """Yield ``items``, which a thread takes up to ``count`` items before they are asked for.
 
     A batch that a worker has finished is not here yet: its memory is received from the worker,
-    which answers when it is scheduled. On a busy host a step would wait for that.
+    which answers when it is scheduled. On a busy host a step would wait for that. With a count of 0
+    there is no thread.
     """
+    if not count:
+        yield from items
+        return
     ready: queue.SimpleQueue[tuple[T | None, BaseException | None]] = queue.SimpleQueue()
     room = threading.Semaphore(count)
     stopped = threading.Event()
