@@ -299,7 +299,8 @@ def test_the_operator_is_registered_rightly() -> None:
     rows, cols = draw(3, 4, seed=1).requires_grad_(), draw(5, 4, seed=2).requires_grad_()
     scalars, layout, _ = plan.describe([K.InfoNCE(0.05, 0.18)])
     arguments = (
-        rows, cols, [], list(scalars), list(layout), None, None, 0, 2**20, None, "auto", True, True,
+        rows, cols, [], list(scalars), list(layout), None, None, 0, 2**20, None, "auto", False,
+        True, True,
     )  # fmt: skip
     torch.library.opcheck(row_losses, arguments)
     torch.library.opcheck(scaled, (draw(3, 4), torch.tensor(2.0), torch.float16))

@@ -213,17 +213,3 @@ def test_a_clock_that_differs_is_measured(tmp_path: Path) -> None:
     assert process.wait(timeout=20) == 0
     assert found.clock_offset == pytest.approx(3600, abs=2) and found.problems == []
     assert len(compare([report("n1"), found])) == 1
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not Path("/proc/driver/nvidia/version").exists(), reason="no NVIDIA driver")
-def test_gpus_are_counted_and_sum_over_nccl(tmp_path: Path) -> None:
-    import torch
-
-    from dalr_scale.dist.nccl_check import all_reduce
-    from dalr_scale.node_report import examine
-
-    count = torch.cuda.device_count()
-    assert examine(tmp_path, count, []).gpus == count
-    assert any("processes for" in p for p in examine(tmp_path, count + 1, []).problems)
-    assert all_reduce("127.0.0.1", free_port(), 1, 0) is None
