@@ -94,6 +94,6 @@ def random_inputs(
     teachers = random_teachers(model, rows, paired=True)
     if model.spec.needs.tokens:
         teachers.tokens = [torch.randn(rows, length - 1, width) for width in shape.tokens]
-        teachers.token_masks = [mask[:, 1:].float() for _ in shape.tokens]
+        teachers.token_masks = [mask[:, 1:].bool() for _ in shape.tokens]
     ids = torch.randint(0, 1000, (rows, length))
     return StepInputs(ids, mask, teachers, 0, world.rank, 1, micro)

@@ -9,6 +9,7 @@ builder draws its data and trains its teachers (``data.builder``), and missing i
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import time
 from collections.abc import Sequence
 
@@ -17,6 +18,7 @@ import torch
 from dalr_scale import report
 from dalr_scale.assembly import build_model, build_streams, prepare_data
 from dalr_scale.config import Config, load_config
+from dalr_scale.dist.engine import resolve_precision
 from dalr_scale.dist.world import World
 from dalr_scale.errors import UserError
 from dalr_scale.models.dalr import DalrModel
@@ -33,10 +35,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--config", help="recipe name, TOML file or run folder")
     parser.add_argument("--ranks", type=int, default=1, help="processes to plan for")
     parser.add_argument("--no-timing", action="store_true", help="do not time a chunk here")
+    parser.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto",
+        help="what the run will compute on: it decides workspace and automatic precision; auto: "
+        "this host's",
+    )  # fmt: skip
     options, overrides = parser.parse_known_args(argv)
     if options.ranks < 1:
         raise UserError(f"--ranks {options.ranks}: plan for at least 1 process")
-    config = load_config(options.config, overrides)
+    config, device = plan_device(load_config(options.config, overrides), options.device)
     world = World(0, options.ranks, torch.device("cpu"))
     check_arithmetic(config, options.ranks)
     if config.data.builder != "none":
@@ -44,16 +51,33 @@ def main(argv: Sequence[str] | None = None) -> int:
     prepare_data(config, World(0, 1, world.device))
     streams = build_streams(config, options.ranks)
     parts = build_model(config, streams, world)
+    where = "this host's" if options.device == "auto" else "as asked for"
+    print(f"planned for: {device.type} ({where}), {config.engine.precision}")
     print(report.arithmetic(config, streams, parts.model, options.ranks))
-    print(report.needs(config, parts.model, options.ranks))
+    print(report.needs(config, parts.model, options.ranks, device))
     if not options.no_timing:
         seconds = time_step(config, parts.model, options.ranks)
         hours = seconds * streams.total_steps / 3600
         print(
-            f"\nencoder time on this host: {seconds:.2f} s a step, {hours:.2f} h for "
+            f"\nencoder time on this host's CPU: {seconds:.2f} s a step, {hours:.2f} h for "
             f"{streams.total_steps:,} steps (loss, teachers and communication not counted)"
         )
     return 0
+
+
+def plan_device(config: Config, asked: str) -> tuple[Config, torch.device]:
+    """The device to plan for, and the configuration with the precision that ``auto`` means there.
+
+    A CUDA device that this host does not have is taken to compute in bf16, as every one since
+    Ampere does.
+    """
+    here = "cuda" if torch.cuda.is_available() else "cpu"
+    device = here if asked == "auto" else asked
+    precision = resolve_precision(config)
+    if config.engine.precision == "auto" and device != here:
+        precision = "bf16" if device == "cuda" else "fp32"
+    engine = dataclasses.replace(config.engine, precision=precision)
+    return dataclasses.replace(config, engine=engine), torch.device(device)
 
 
 def time_step(config: Config, model: DalrModel, ranks: int) -> float:

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from dalr_scale.assembly import Streams
 from dalr_scale.checkpoint import package_versions
 from dalr_scale.config import Config
@@ -47,9 +49,11 @@ def arithmetic(config: Config, streams: Streams, model: DalrModel, world_size: i
     return format_table(f"run {config.run.name}, {config.run_dir}", table)
 
 
-def needs(config: Config, model: DalrModel, world_size: int) -> str:
-    """Predicted memory of a rank, and what it sends in a step."""
-    memory = plan_memory(config, model, world_size)
+def needs(
+    config: Config, model: DalrModel, world_size: int, device: torch.device | None = None
+) -> str:
+    """Predicted memory of a rank on `device` (this host's), and what it sends in a step."""
+    memory = plan_memory(config, model, world_size, device)
     rows = [
         {"memory of a rank": n.replace("_", " "), "MiB": v / MIB} for n, v in vars(memory).items()
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from dalr_scale.assembly import build_model, build_streams
 from dalr_scale.config import Config, build_config
 from dalr_scale.dist.world import World
 from dalr_scale.errors import UserError
+from dalr_scale.models import dalr
 from dalr_scale.models.dalr import DalrModel, FeatureWidths, LossSpec
 from dalr_scale.plan import main, time_step
 from dalr_scale.predict import (
@@ -20,6 +22,7 @@ from dalr_scale.predict import (
     LiveBytes,
     column_wires,
     loss_bytes_per_row,
+    parameter_traffic,
     plan_memory,
     random_teachers,
 )
@@ -76,6 +79,109 @@ def test_sharding_divides_what_it_says(tiny_data: Path, model: DalrModel) -> Non
     assert one.total == sum(vars(one).values())
 
 
+Bytes = dict[str, int]
+# Bytes a parameter on 4 ranks: weights, gradients (with what sums and averages them), optimizer
+# times ranks; engines in chunks, AdamW.
+STATES: dict[tuple[str, str], Bytes] = {
+    ("ddp", "fp32"): {"weights": 4, "gradients": 8, "optimizer": 8},
+    ("ddp", "bf16"): {"weights": 4, "gradients": 8, "optimizer": 8},  # autocast only
+    ("ddp", "fp64"): {"weights": 8, "gradients": 16, "optimizer": 16},
+    ("zero2", "fp32"): {"weights": 4, "gradients": 4, "optimizer": 3},
+    ("zero2", "bf16"): {"weights": 2, "gradients": 6, "optimizer": 3},
+    ("zero3", "bf16"): {"weights": 2, "gradients": 6, "optimizer": 3},
+}
+
+
+@pytest.mark.parametrize(("kind", "precision"), STATES)
+def test_states_in_each_engine_and_precision(
+    kind: str, precision: str, tiny_data: Path, model: DalrModel
+) -> None:
+    changes = {"engine.kind": kind, "engine.precision": precision, "batch.micro_size": 3}
+    plan = plan_memory(tiny_config(tiny_data, changes), model, 4)
+    parameters = sum(p.numel() for p in model.parameters())
+    expected = {name: each * parameters for name, each in STATES[kind, precision].items()}
+    expected["weights"] //= 4 if kind == "zero3" else 1
+    assert {name: getattr(plan, name) for name in expected} == expected
+    number = 8 if precision == "fp64" else 2 if precision == "bf16" and kind != "ddp" else 4
+    assert plan.cached_states == 6 * 4 * 16 * number  # rows, two views with gradients, width
+
+
+def test_one_chunk_needs_no_sum_and_one_rank_no_copy(tiny_data: Path, model: DalrModel) -> None:
+    parameters = sum(p.numel() for p in model.parameters())
+    changes = {"engine.precision": "bf16"}
+    assert plan_memory(tiny_config(tiny_data, changes), model, 4).gradients == 2 * parameters
+    changes = {"engine.kind": "ddp"}
+    assert plan_memory(tiny_config(tiny_data, changes), model, 1).gradients == 4 * parameters
+
+
+def test_an_offloaded_optimizer_is_not_on_the_device(tiny_data: Path, model: DalrModel) -> None:
+    config = tiny_config(tiny_data, {"engine.offload_optimizer": True})
+    on = {d: plan_memory(config, model, 2, torch.device(d)).optimizer for d in ("cpu", "cuda")}
+    assert on == {"cpu": 12 * sum(p.numel() for p in model.parameters()) // 2, "cuda": 0}
+    sgd = tiny_config(tiny_data, {"engine.kind": "ddp", "optim.name": "sgd"})
+    assert plan_memory(sgd, model, 1).optimizer == 0
+
+
+def test_columns_and_vectors_follow_the_precision(tiny_data: Path, model: DalrModel) -> None:
+    """A column is held as it came, widened if it had 16 bits, of unit length, with gradient."""
+
+    def plan(kind: str, precision: str, preset: str = "dalr"):
+        changes = {"engine.kind": kind, "engine.precision": precision, "objective.preset": preset}
+        return plan_memory(tiny_config(tiny_data, changes), model, 2)
+
+    assert plan("ddp", "bf16").columns == plan("ddp", "fp32").columns
+    assert plan("ddp", "fp64").loss_vectors == 2 * plan("ddp", "fp32").loss_vectors
+    config = tiny_config(tiny_data, {"objective.preset": "simcse"})
+    alone = build_model(config, build_streams(config), World(0, 1, torch.device("cpu"))).model
+    held = {"fp32": 3 * 4, "bf16": 2 + 3 * 4, "fp64": 3 * 8}  # bytes of a number of z2
+    for precision, each in held.items():
+        kind = "ddp" if precision == "fp64" else "zero2"
+        changes = {"engine.kind": kind, "engine.precision": precision}
+        found = plan_memory(
+            tiny_config(tiny_data, changes | {"objective.preset": "simcse"}), alone, 2
+        )
+        assert found.columns == 12 * (16 * each + 16)  # and row numbers
+
+
+@pytest.mark.parametrize("preset", ["simcse", "mcse", "kdmcse", "dalr"])
+def test_the_batch_is_what_a_step_holds(preset: str, tiny_data: Path) -> None:
+    changes = {"objective.preset": preset, "teachers.caption": "features:cap"}
+    config = tiny_config(tiny_data, changes)
+    model = build_model(config, build_streams(config), World(0, 1, torch.device("cpu"))).model
+    rows, length = config.batch.global_size, config.data.max_length
+    teachers = random_teachers(model, rows, paired=True)
+    tokens = model.widths.tokens if model.spec.needs.tokens else ()
+    teachers.tokens = [torch.zeros(rows, length - 1, width) for width in tokens]
+    teachers.token_masks = [torch.ones(rows, length - 1, dtype=torch.bool) for _ in tokens]
+    held: list = [torch.zeros(2, rows, length, dtype=torch.long), teachers.ids, *teachers.text]
+    held += [*teachers.token_masks, teachers.image, teachers.caption]
+    plan = plan_memory(config, model, 1)
+    assert plan.batch == sum(t.nbytes for t in held if t is not None)
+    assert plan.token_features == sum(t.nbytes for t in teachers.tokens)
+    stored = [t for t in (*teachers.text, teachers.image, teachers.caption) if t is not None]
+    assert plan.loaded_features == sum(4 * t.numel() for t in stored)
+
+
+@pytest.mark.parametrize(
+    ("device", "shown"),
+    [
+        ("cuda", ("cuda (as asked for), bf16", "zero2, bf16")),
+        ("cpu", ("cpu (as asked for), fp32", "zero2, fp32")),
+    ],
+)
+def test_a_login_node_plans_for_another_device(
+    device: str, shown: tuple[str, ...], tiny_data: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    path = write_config(tiny_config(tiny_data), tmp_path / "own.toml")
+    assert main(["--config", str(path), "--device", device, "--no-timing"]) == 0
+    printed = capsys.readouterr().out
+    assert all(text in printed for text in shown), printed
+    workspace = {"cpu": 256, "cuda": 1024}[device]
+    line = next(line for line in printed.splitlines() if "workspace" in line)
+    assert float(line.split()[-1].replace(",", "")) == workspace, line
+
+
 def wires(config: Config, *, paired: bool = True) -> dict[str, tuple[int, int]]:
     world = World(0, 1, torch.device("cpu"))
     model = build_model(config, build_streams(config), world).model
@@ -129,25 +235,58 @@ def test_columns_cost_no_more_than_they_must(preset: str) -> None:
 def test_half_precision_halves_what_goes_out_not_what_comes_back(tiny_data: Path) -> None:
     found = wires(tiny_config(tiny_data, {"engine.precision": "bf16"}))
     assert found["z2"] == (2 * 16, 4 * 16)
+    on_ddp = wires(tiny_config(tiny_data, {"engine.precision": "bf16", "engine.kind": "ddp"}))
+    assert on_ddp["z2"] == (4 * 16, 4 * 16)  # heads outside of autocast return float32
+    exact = wires(tiny_config(tiny_data, {"engine.precision": "fp64", "engine.kind": "ddp"}))
+    assert exact["z2"] == (8 * 16, 8 * 16)
 
 
-@pytest.mark.parametrize("preset", ["simcse", "mcse", "dalr"])
-def test_the_memory_of_a_loss_pass_is_linear_in_its_rows(preset: str, tiny_data: Path) -> None:
-    """The cost of a row, measured on two small batches, is that of a larger one."""
-    config = tiny_config(tiny_data, {"objective.preset": preset})
-    world = World(0, 1, torch.device("cpu"))
-    model = build_model(config, build_streams(config), world).model
-    per_row = loss_bytes_per_row(model)
-    peaks = []
+@pytest.mark.parametrize(
+    ("kind", "precision", "each"),
+    [("ddp", "bf16", 4), ("ddp", "fp64", 8), ("zero1", "bf16", 2), ("zero2", "fp32", 4)],
+)
+def test_parameters_travel_in_the_precision_they_are_kept_in(
+    kind: str, precision: str, each: int, tiny_data: Path, model: DalrModel
+) -> None:
+    config = tiny_config(tiny_data, {"engine.kind": kind, "engine.precision": precision})
+    parameters = sum(p.numel() for p in model.parameters())
+    assert parameter_traffic(config, model, 2) == 2 * parameters * each / 2
+
+
+def row_costs(model: DalrModel) -> tuple[float, float]:
+    """Bytes of a row of a loss pass: as predicted, and between 96 and 768 rows."""
+    predicted, peaks = loss_bytes_per_row(model), []
     with chunked.limited_workspace(TRIAL_WORKSPACE):
-        for rows in (96, 288):
+        for rows in (96, 768):
             states = torch.randn(2, rows, 16).requires_grad_()
             teachers = random_teachers(model, rows, paired=True)
             with LiveBytes() as live:
                 model.loss(states, teachers, step=0, offset=0)[0].backward()
             peaks.append(live.peak)
-    slope = (peaks[1] - peaks[0]) / 192 + 2 * 16 * 4
-    assert per_row == pytest.approx(slope, rel=0.1)
+    return predicted, (peaks[1] - peaks[0]) / 672 + 2 * 16 * 4
+
+
+@pytest.mark.parametrize("preset", ["simcse", "mcse", "dalr"])
+def test_the_memory_of_a_loss_pass_is_linear_in_its_rows(
+    preset: str, tiny_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The cost of a row, measured on two small batches, is that of a larger one."""
+    config = tiny_config(tiny_data, {"objective.preset": preset})
+    world = World(0, 1, torch.device("cpu"))
+    model = build_model(config, build_streams(config), world).model
+    predicted, measured = row_costs(model)
+    assert measured == pytest.approx(predicted, rel=0.1)
+
+    plain = dalr.text_terms
+
+    def keeping_all_pairs(rows, cols, *args, **options):
+        terms = plain(rows, cols, *args, **options)
+        pairs = (rows.z1 @ cols.z2.T).exp()  # in the graph until the backward pass
+        return dataclasses.replace(terms, total=terms.total + 0.0 * pairs.sum())
+
+    monkeypatch.setattr(dalr, "text_terms", keeping_all_pairs)  # control
+    predicted, measured = row_costs(model)
+    assert measured > 1.3 * predicted
 
 
 def test_no_ranks_are_refused() -> None:
