@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from dalr_scale.config import Config
 from dalr_scale.data.batch import Batch
@@ -35,6 +36,9 @@ class OnlineTeachers:
     Attributes:
         num_text, num_tokens: sentence and token teachers of the run, stored ones included.
         student_ids: teachers read the student's token ids (equal tokenizers), not the sentences.
+        pad_alike: all ranks pad what teachers read to one length, because token features at
+            padding count (the published global-to-local norm runs over the padded token axis).
+        micro_rows: rows that a teacher encodes at a time; 0: all.
     """
 
     image: Any = None
@@ -43,6 +47,8 @@ class OnlineTeachers:
     num_text: int = 0
     num_tokens: int = 0
     student_ids: bool = False
+    pad_alike: bool = False
+    micro_rows: int = 0
 
     @property
     def read_sentences(self) -> bool:
@@ -56,39 +62,59 @@ class OnlineTeachers:
             with_text: whether this batch is distilled (paired, or by configuration).
         """
         paired = batch.kind == "pair"
+        ids, mask = batch.input_ids, batch.attention_mask
+        if self.pad_alike:  # in every step: ranks that hold different kinds must not part here
+            ids, mask = pad_to_common_length(ids, mask)
         # stored as float16: travelling as such costs half the bytes and loses nothing
         features = {role: values.half() for role, values in batch.features.items()}
         tokens = {}
         if batch.tokens is not None and batch.token_mask is not None:
             tokens["stored"] = (batch.tokens, batch.token_mask)
         if paired and self.image is not None:
-            features["image"] = self.image.encode(batch.images)
+            assert batch.images is not None
+            (features["image"],) = self._in_chunks(self._encode_images, batch.images)
         for online in self.texts if paired or with_text else ():
-            pooled, own, mask = self._encode(online.teacher, batch)
+            read = (ids, mask) if self.student_ids else online.teacher.tokenize(batch.sentences)
+            pooled, *own = self._in_chunks(online.teacher.encode_ids, *read)
             for role in online.roles:
                 if role.startswith("tokens"):
-                    tokens[role] = (own, mask)
+                    tokens[role] = tuple(own)
                 else:
                     features[role] = pooled
         count = self.num_tokens if paired else 0
         pairs = [tokens.get(f"tokens{k}") or tokens["stored"] for k in range(count)]
-        padded = [pad_to_common_length(*pair) for pair in pairs]
         return TeacherBatch(
             ids=batch.image_ids,
             paired=paired,
             image=features.get("image"),
             caption=features.get("caption") if paired else None,
             text=[features[f"text{k}"] for k in range(self.num_text)] if with_text else [],
-            tokens=[values for values, _ in padded],
-            token_masks=[mask for _, mask in padded],
+            tokens=[values for values, _ in pairs],
+            token_masks=[own_mask for _, own_mask in pairs],
         )
 
-    def _encode(self, teacher: Any, batch: Batch) -> tuple[Any, Any, Any]:
-        """Sentence features, token features and mask; padded alike on all ranks where it counts."""
-        if not self.student_ids:
-            return teacher.encode(batch.sentences)
-        ids, mask = pad_to_common_length(batch.input_ids, batch.attention_mask)
-        return teacher.encode_ids(ids, mask)
+    def _encode_images(self, images: Tensor) -> tuple[Tensor]:
+        return (self.image.encode(images),)
+
+    def _in_chunks(
+        self, encode: Callable[..., tuple[Tensor | None, ...]], *inputs: Tensor
+    ) -> list[Any]:
+        """What `encode` gives for all rows, computed for some of them at a time."""
+        rows = len(inputs[0])
+        size = self.micro_rows or rows
+        parts = [encode(*(x[at : at + size] for x in inputs)) for at in range(0, rows, size)]
+        return [
+            None if column[0] is None else _stack(column) for column in zip(*parts, strict=True)
+        ]
+
+
+def _stack(parts: Sequence[Tensor]) -> Tensor:
+    """Rows of all parts; a shorter token axis [n, T, ...] is filled with zeros."""
+    if parts[0].ndim < 2 or len({part.shape[1] for part in parts}) == 1:
+        return torch.cat(list(parts))
+    longest = max(part.shape[1] for part in parts)
+    pad = torch.nn.functional.pad
+    return torch.cat([pad(p, (0, 0) * (p.ndim - 2) + (0, longest - p.shape[1])) for p in parts])
 
 
 def build_online_teachers(
@@ -117,7 +143,15 @@ def build_online_teachers(
         num_text=len(config.teachers.text) if needs.text else 0,
         num_tokens=len(config.teachers.tokens) if needs.tokens else 0,
         student_ids=config.objective.teacher_tokenizer == "must_match",
+        pad_alike=_pads_alike(config, texts),
+        micro_rows=config.batch.micro_size,
     )
+
+
+def _pads_alike(config: Config, texts: Sequence[OnlineText]) -> bool:
+    same_ids = config.objective.teacher_tokenizer == "must_match"
+    online = any(role.startswith("tokens") for text in texts for role in text.roles)
+    return same_ids and online and config.objective.g2l_norm == "axis"
 
 
 def _text_roles(config: Config, needs: Needs) -> dict[tuple[str, str], list[str]]:

@@ -205,7 +205,7 @@ class Trainer:
         run_log.step(
             self.step,
             values | {"lr": lr, "grad_norm": result.grad_norm_preclip},
-            samples=self.config.batch.global_size,
+            samples=len(ids),
             data_seconds=waited,
             tags={"stream": batch.kind, "ids": hashlib.sha256(ids.tobytes()).hexdigest()[:16]},
         )
@@ -296,11 +296,13 @@ class Trainer:
             )
         saved = checkpoint.manifest.world_size
         if saved != self.world.size and self.world.rank == 0:
+            keyed = self.config.batch.dropout_keys == "row"
             log.warning(
                 "saved by %d ranks, going on with %d: the same batches in the same order; losses "
-                "to rounding, dropout masks are others",
+                "to rounding%s",
                 saved,
                 self.world.size,
+                "" if keyed else ", dropout masks are others",
             )
 
     def _state(self) -> RunState:

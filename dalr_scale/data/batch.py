@@ -130,4 +130,4 @@ def pack(batch: Any) -> Any:
 def _shared(size: int) -> Tensor:
     """Return uint8 [size] in shared memory; ``share_memory_`` would copy what is not there yet."""
     storage = torch.UntypedStorage._new_shared(size)  # as torch's own collate function does
-    return torch.empty(0, dtype=torch.uint8).set_(storage, 0, (size,))
+    return torch.empty(0, dtype=torch.uint8).set_(storage)

@@ -57,6 +57,15 @@ class ColumnGather:
             self._start(name, rows, chunk.start, chunk.stop, ordered=True)
         self._land(only_arrived=True)
 
+    def settle(self) -> None:
+        """Before collectives of another process group: lands all pieces, where NCCL needs that.
+
+        Kernels of two NCCL communicators that run at the same time may each hold what the other
+        needs (see "safe concurrent usage" of ``torch.distributed.new_group``).
+        """
+        if self._pieces and self._pieces[0].values.is_cuda:
+            self._land(only_arrived=False)
+
     def wait(self) -> dict[str, Tensor]:
         """All columns by name, [W * b, ...], rows in the order of the global batch."""
         self._land(only_arrived=False)

@@ -2,6 +2,7 @@
 
 Both engines offer the same few calls. A step opens one ``gradients()`` block, back-propagates
 into it as often as it likes, and leaves it with gradients averaged over ranks by one reduction.
+The block is told over how many chunks they add up, since bfloat16 cannot add many.
 Repeated bare ``backward`` calls would be silently wrong on ZeRO-1 and ZeRO-2, where each one
 reduces and the last one wins.
 """
@@ -41,10 +42,18 @@ class StepResult:
 
 
 class Engine(Protocol):
+    """What a step asks of an engine.
+
+    Attributes:
+        module: the trainable module.
+        gathers_weights: whether ``forward`` calls collectives of its own (ZeRO-3).
+    """
+
     module: nn.Module
+    gathers_weights: bool
 
     def forward(self, task: str, **inputs: Any) -> Any: ...
-    def gradients(self) -> contextlib.AbstractContextManager[None]: ...
+    def gradients(self, chunks: int = 1) -> contextlib.AbstractContextManager[None]: ...
     def backward(self, loss: Tensor) -> None: ...
     def step(self, lr: float) -> StepResult: ...
     def save(self, folder: Path) -> None: ...
@@ -107,17 +116,27 @@ class DeepSpeedEngine:
         self.bf16 = filled["bf16"]["enabled"]
         self.engine: Any = accelerator.prepare(model, optimizer)[0]
         self.module = self.engine.module
+        self.gathers_weights = config.engine.kind == "zero3"
         self.world = world
+        self._sums: WideSums | None = None
 
     def forward(self, task: str, **inputs: Any) -> Any:
         with half_operands(self.bf16):
             return self.engine(task, **inputs)
 
-    def gradients(self) -> contextlib.AbstractContextManager[None]:
-        return self.engine.coalesce_grad_reduction()
+    @contextlib.contextmanager
+    def gradients(self, chunks: int = 1) -> Iterator[None]:
+        with self.engine.coalesce_grad_reduction():
+            self._sums = WideSums(self.module) if self.bf16 and chunks > 1 else None
+            yield
+            if self._sums is not None:
+                self._sums.write_back()
+                self._sums = None
 
     def backward(self, loss: Tensor) -> None:
         self.engine.backward(loss)
+        if self._sums is not None:
+            self._sums.add()
 
     def step(self, lr: float) -> StepResult:
         set_learning_rate(self.engine.optimizer, lr)
@@ -160,6 +179,40 @@ class DeepSpeedEngine:
         return state
 
 
+class WideSums:
+    """Sums of half-precision gradients in float32.
+
+    Chunks would add up in bfloat16, in which 256 equal gradients are as much as any larger number
+    of them: the sum stands still where its rounding exceeds what is added.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._parameters = list(module.parameters())
+        self._sums: dict[int, Tensor] = {}
+
+    @torch.no_grad()
+    def add(self) -> None:
+        """Moves what the parameters' gradients hold to the sums."""
+        for number, parameter in enumerate(self._parameters):
+            grad = parameter.grad
+            if grad is None:
+                continue
+            if number in self._sums:
+                self._sums[number] += grad
+            else:
+                self._sums[number] = grad.float()
+            # kept in its place: a parameter of ZeRO-3 has no shape now that a gradient could take
+            grad.zero_()
+
+    @torch.no_grad()
+    def write_back(self) -> None:
+        """Rounds the sums into the gradients, once."""
+        for number, total in self._sums.items():
+            grad = self._parameters[number].grad
+            assert grad is not None
+            grad.copy_(total)
+
+
 class PlainEngine:
     """Data parallelism without sharding: whole weights on each rank, one flat all-reduce.
 
@@ -174,6 +227,7 @@ class PlainEngine:
         if precision == "fp64":
             model.double()
         self.module = model.to(world.device)
+        self.gathers_weights = False
         self.optimizer, self.world = optimizer, world
         self.clip = config.optim.clip
         self.bf16 = precision == "bf16"
@@ -189,7 +243,8 @@ class PlainEngine:
             return self.module(task, **inputs)
 
     @contextlib.contextmanager
-    def gradients(self) -> Iterator[None]:
+    def gradients(self, chunks: int = 1) -> Iterator[None]:
+        del chunks  # gradients have the weights' precision, which is float32 or better
         self.optimizer.zero_grad(set_to_none=True)
         yield
         self._average()

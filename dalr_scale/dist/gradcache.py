@@ -58,10 +58,17 @@ class StepInputs:
 
 @dataclass(frozen=True)
 class ChunkPlan:
-    """The order in which a rank encodes its rows, and where it is cut."""
+    """The order in which a rank encodes its rows, and where it is cut.
+
+    Attributes:
+        order: [b] int64, this rank's rows.
+        chunks: slices of `order`.
+        lengths: tokens of the longest row of each chunk.
+    """
 
     order: Tensor
     chunks: tuple[slice, ...]
+    lengths: tuple[int, ...]
 
     @classmethod
     def of(cls, inputs: StepInputs) -> ChunkPlan:
@@ -69,11 +76,13 @@ class ChunkPlan:
         starts = range(0, inputs.rows, size)
         chunks = tuple(slice(s, min(s + size, inputs.rows)) for s in starts)
         order = torch.arange(inputs.rows, device=inputs.input_ids.device)
+        lengths = inputs.attention_mask.sum(1)
         if inputs.sort and len(chunks) > 1:
-            lengths = inputs.attention_mask.sum(1)
             # longest first: a chunk that does not fit the memory shows at once
             order = torch.sort(lengths, descending=True, stable=True).indices
-        return cls(order, chunks)
+        # all of them at once: asking a GPU for a length waits until it has caught up
+        longest = torch.stack([lengths[order[chunk]].max() for chunk in chunks]).tolist()
+        return cls(order, chunks, tuple(max(1, int(length)) for length in longest))
 
     def rows_of(self, chunk: int) -> Tensor:
         """Row numbers of a chunk within this rank's share."""
@@ -92,7 +101,7 @@ def backward_global_batch(engine: Engine, inputs: StepInputs) -> tuple[Tensor, d
     require_agreement(inputs)
     plan = ChunkPlan.of(inputs)
     gather = start_gather(engine, inputs, plan)
-    with engine.gradients():
+    with engine.gradients(len(plan.chunks)):
         states, last = encode_all(engine, inputs, plan, gather)
         loss, terms = engine.forward(
             "loss",
@@ -130,6 +139,8 @@ def encode_all(
     piece = torch.empty(0)
     for chunk, where in enumerate(plan.chunks):
         last = chunk == len(plan.chunks) - 1
+        if gather is not None and engine.gathers_weights:
+            gather.settle()
         piece = _encode(engine, inputs, plan, chunk, grad=last)
         if states is None:
             states = piece.new_empty(2, inputs.rows, piece.shape[-1])
@@ -153,9 +164,8 @@ def _encode(
     (https://github.com/deepspeedai/DeepSpeed/issues/988), so views share the batch axis.
     """
     rows = plan.rows_of(chunk)
-    mask = inputs.attention_mask[rows]
-    length = max(1, int(mask.sum(1).max()))
-    ids, mask = inputs.input_ids[rows, :length], mask[:, :length]
+    length = plan.lengths[chunk]
+    ids, mask = inputs.input_ids[rows, :length], inputs.attention_mask[rows, :length]
     _key_dropout(inputs, rows, chunk)
     with torch.set_grad_enabled(grad):
         states = engine.forward(

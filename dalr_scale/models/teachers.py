@@ -71,6 +71,13 @@ class TextTeacher(_Frozen):
         """Encode one batch of token ids; see `encode` for the result."""
         raise NotImplementedError
 
+    def tokenize(self, sentences: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Token ids and mask [B, L] of sentences, in their order, on the teacher's device."""
+        ((rows, ids, mask),) = self.batches(sentences, len(sentences))
+        inverse = torch.empty(len(rows), dtype=torch.long)
+        inverse[rows] = torch.arange(len(rows))
+        return ids[inverse].to(self.device), mask[inverse].to(self.device)
+
     @torch.no_grad()
     def encode(self, sentences: Sequence[str]) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Encode one batch of sentences.
@@ -80,10 +87,7 @@ class TextTeacher(_Frozen):
             the end token kept, and their mask [B, T] (bool), both None unless the teacher was
             loaded with `tokens`. All float32, on the teacher's device.
         """
-        ((rows, ids, mask),) = self.batches(sentences, len(sentences))
-        inverse = torch.empty(len(rows), dtype=torch.long)
-        inverse[rows] = torch.arange(len(rows))
-        return self.encode_ids(ids[inverse].to(self.device), mask[inverse].to(self.device))
+        return self.encode_ids(*self.tokenize(sentences))
 
 
 class HFTextTeacher(TextTeacher):

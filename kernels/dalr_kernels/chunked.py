@@ -237,13 +237,14 @@ def stream_negatives(
     sum_R1 = rows_RD.new_zeros((num_rows, 1))
     centre_RD = torch.zeros_like(rows_RD) if wanted else None
     for low, high in spans(arguments.tokens_NTD.shape[0], block):
-        tokens = normalise_tokens(arguments.tokens_NTD[low:high].to(rows_RD.dtype), arguments.norm)
-        tokens_MD = tokens.flatten(0, 1)
+        tokens_MD, owner_M = _real_tokens(arguments, slice(low, high), rows_RD.dtype)
+        if not len(owner_M):
+            continue
         for start, stop in spans(num_rows, chunk):
             rows = slice(start, stop)
             logits = rows_RD[rows] @ tokens_MD.T
-            logits /= arguments.temperature
-            _drop_cells(logits, arguments, rows, slice(low, high))
+            logits *= 1.0 / arguments.temperature
+            _drop_cells(logits, arguments, rows, slice(low, high), owner_M)
             new_top = torch.maximum(top_R1[rows], logits.amax(dim=1, keepdim=True))
             # Rows without any negative so far: avoid -inf - (-inf).
             finite_top = new_top.masked_fill(new_top == -math.inf, 0.0)
@@ -258,21 +259,30 @@ def stream_negatives(
     return (top_R1 + sum_R1.log()).squeeze(1), centre_RD
 
 
-def _drop_cells(logits: Tensor, arguments: TokenArguments, rows: slice, block: slice) -> None:
-    """Set padding, the own sentence and same-image sentences of a logit block to -inf."""
-    mask_BT = arguments.mask_NT[block]
-    cells = logits.view(logits.shape[0], *mask_BT.shape)
-    cells.masked_fill_(~mask_BT, -math.inf)
+def _real_tokens(
+    arguments: TokenArguments, block: slice, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Normalised tokens of some sentences without padding ``[M, D]``, and whose they are."""
+    tokens = normalise_tokens(arguments.tokens_NTD[block].to(dtype), arguments.norm)
+    mask = arguments.mask_NT[block]
+    owners = torch.arange(len(mask), device=mask.device)[:, None].expand_as(mask)
+    return tokens[mask], owners[mask]
+
+
+def _drop_cells(
+    logits: Tensor, arguments: TokenArguments, rows: slice, block: slice, owner_M: Tensor
+) -> None:
+    """Set tokens of the own sentence and of same-image sentences to -inf."""
     excluded = excluded_cells(
         logits.shape[0],
-        mask_BT.shape[0],
+        block.stop - block.start,
         arguments.col_offset + rows.start - block.start,
         None if arguments.row_ids is None else arguments.row_ids[rows],
         None if arguments.col_ids is None else arguments.col_ids[block],
         logits.device,
         own=True,
     )
-    cells.masked_fill_(excluded[:, :, None], -math.inf)
+    logits.masked_fill_(excluded[:, owner_M], -math.inf)
 
 
 def excluded_cells(

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import checks, chunked
-from .margin import angular_margin
+from .closed_form import Spare, angular_margin
 from .shared import workspace_of
 from .similarity import Similarity, UnitSimilarity, unit
 
@@ -96,6 +96,24 @@ def _alone(values: Tensor) -> Tensor:
     return values
 
 
+class _Cells(NamedTuple):
+    """A block ``[r, N]``; its content may be overwritten.
+
+    Attributes:
+        rows: Which local rows.
+        student: Student logits.
+        teacher: Teacher logits.
+        inner: Derivative of the cosines after the margin by those before, or None for 1.
+        spare: A matrix of the same shape with any content.
+    """
+
+    rows: slice
+    student: Tensor
+    teacher: Tensor
+    inner: Tensor | None
+    spare: Tensor
+
+
 @dataclass(frozen=True, eq=False)
 class _Problem:
     cols_ND: Tensor
@@ -106,15 +124,22 @@ class _Problem:
     col_offset: int
     chunk_rows: int
 
-    def blocks(self, rows_RD: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Row slices with their cosines and teacher logits, ``[r, N]`` each."""
+    def blocks(self, rows_RD: Tensor, *, slopes: bool) -> Iterator[_Cells]:
+        """All rows, some at a time, in the same few matrices."""
+        spare = Spare(rows_RD, min(self.chunk_rows, len(rows_RD)), len(self.cols_ND))
         for start, stop in chunked.spans(len(rows_RD), self.chunk_rows):
-            teacher = self.teacher.block(start, stop).div_(self.teacher_temperature)
-            yield slice(start, stop), rows_RD[start:stop] @ self.cols_ND.T, teacher
-
-    def student(self, cosines: Tensor, start: int) -> Tensor:
-        shifted = angular_margin(cosines, self.col_offset + start, self.margin)
-        return shifted / self.student_temperature
+            with spare.lend(5, stop - start) as (student, teacher, cosines, inner, rest):
+                self.teacher.block(start, stop, teacher).mul_(1.0 / self.teacher_temperature)
+                plain = self.margin == 0.0
+                torch.mm(rows_RD[start:stop], self.cols_ND.T, out=student if plain else cosines)
+                if not plain:
+                    angular_margin(
+                        cosines, self.col_offset + start, self.margin, None, False, student,
+                        inner if slopes else None, spare,
+                    )  # fmt: skip
+                student.mul_(1.0 / self.student_temperature)
+                slope = None if plain or not slopes else inner
+                yield _Cells(slice(start, stop), student, teacher, slope, rest)
 
 
 class _ColumnKl(torch.autograd.Function):
@@ -142,14 +167,15 @@ def _statistics(
     top_2N = rows_RD.new_full((2, num_cols), -torch.inf)
     sums_2N = rows_RD.new_zeros((2, num_cols))
     gap_N = rows_RD.new_zeros(num_cols)  # sum of exp(teacher) * (teacher - student)
-    for rows, cosines, teacher in problem.blocks(rows_RD):
-        student = problem.student(cosines, rows.start)
+    for cells in problem.blocks(rows_RD, slopes=False):
+        student, teacher = cells.student, cells.teacher
         higher = torch.maximum(top_2N, torch.stack([student.amax(0), teacher.amax(0)]))
         decay = (top_2N - higher).exp()
         top_2N = higher
-        weight = (teacher - top_2N[1]).exp()
-        gap_N = gap_N * decay[1] + (weight * teacher.sub_(student)).sum(0)
-        exponentials = torch.stack([student.sub_(top_2N[0]).exp_().sum(0), weight.sum(0)])
+        gap = torch.sub(teacher, student, out=cells.spare)
+        gap.mul_(teacher.sub_(top_2N[1]).exp_())
+        gap_N = gap_N * decay[1] + gap.sum(0)
+        exponentials = torch.stack([student.sub_(top_2N[0]).exp_().sum(0), teacher.sum(0)])
         sums_2N = sums_2N * decay + exponentials
     highest = merge_max(top_2N.clone())
     decay = (top_2N - highest).exp()
@@ -161,11 +187,10 @@ def _statistics(
 def _gradient(rows_RD: Tensor, problem: _Problem, log_sums: Tensor) -> Tensor:
     """d (sum over all columns / R) / d rows: (p - q) through the margin, times the columns."""
     gradient = torch.empty_like(rows_RD)
-    for rows, cosines, teacher in problem.blocks(rows_RD):
-        with torch.enable_grad():
-            cosines.requires_grad_()
-            student = problem.student(cosines, rows.start)
-        slope = (student.detach() - log_sums[0]).exp_() - teacher.sub_(log_sums[1]).exp_()
-        (slope,) = torch.autograd.grad(student, cosines, slope / len(rows_RD))
-        torch.mm(slope, problem.cols_ND, out=gradient[rows])
-    return gradient
+    for cells in problem.blocks(rows_RD, slopes=True):
+        slope = cells.student.sub_(log_sums[0]).exp_()
+        slope.sub_(cells.teacher.sub_(log_sums[1]).exp_())
+        if cells.inner is not None:
+            slope.mul_(cells.inner)
+        torch.mm(slope, problem.cols_ND, out=gradient[cells.rows])
+    return gradient.mul_(1.0 / (problem.student_temperature * len(rows_RD)))

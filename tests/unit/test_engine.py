@@ -1,4 +1,4 @@
-"""Which precision the engines ask the fused losses for."""
+"""In which precision the engines run losses and add up gradients."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dalr_kernels.precision import multiplies_in_half
 from torch import nn
 
 from dalr_scale.config import build_config
-from dalr_scale.dist.engine import DeepSpeedEngine, Engine, PlainEngine
+from dalr_scale.dist.engine import DeepSpeedEngine, Engine, PlainEngine, WideSums
 from dalr_scale.dist.world import World
 
 
@@ -53,3 +53,31 @@ def test_the_plain_engine_encodes_in_bf16_and_hands_on_float32() -> None:
     assert states.dtype == exact.dtype == torch.float32
     assert torch.equal(states, states.bfloat16().float())
     assert not torch.equal(exact, exact.bfloat16().float())
+
+
+def summed_in_chunks(count: int, *, wide: bool) -> float:
+    """Gradient of a bf16 weight after `count` chunks that each say 1."""
+    layer = nn.Linear(1, 1, bias=False).bfloat16()
+    sums = WideSums(layer) if wide else None
+    for _ in range(count):
+        layer(torch.ones(1, 1, dtype=torch.bfloat16)).sum().backward()
+        if sums is not None:
+            sums.add()
+    if sums is not None:
+        sums.write_back()
+    assert layer.weight.grad is not None and layer.weight.grad.dtype == torch.bfloat16
+    return float(layer.weight.grad)
+
+
+def test_many_chunks_add_up_in_float32() -> None:
+    assert summed_in_chunks(512, wide=True) == 512
+    assert summed_in_chunks(512, wide=False) == 256  # control: bfloat16 counts no further
+
+
+def test_a_parameter_without_gradient_is_left_alone() -> None:
+    layers = nn.ModuleList([nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False)]).bfloat16()
+    sums = WideSums(layers)
+    layers[0](torch.ones(1, 1, dtype=torch.bfloat16)).sum().backward()
+    sums.add()
+    sums.write_back()
+    assert [layer.weight.grad is None for layer in layers] == [False, True]

@@ -15,12 +15,14 @@ from .plan import Limits, describe, flatten, groups, pack
 
 __all__ = ["Limits", "groups", "unavailable", "weighted_mean"]
 
+# Here, not in the function: torch.compile of torch 2.11 cannot trace the search.
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def unavailable(rows: Tensor, cols: Tensor) -> str | None:
     """Why the kernels cannot run on these tensors, or None."""
-    if importlib.util.find_spec("triton") is None:
+    if not HAS_TRITON:
         return "needs the package triton"
     for name, tensor in (("rows", rows), ("cols", cols)):
         if tensor.dtype not in DTYPES:
