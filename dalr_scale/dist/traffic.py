@@ -32,10 +32,17 @@ _VOLUMES: Mapping[str, tuple[int, float]] = {
     "broadcast_": (0, 1.0),
     "reduce_": (0, 1.0),
 }
+# Operators that send nothing worth counting.
+_EMPTY = frozenset({"barrier", "monitored_barrier_", "wait_tensor"})
+# Functional collectives reach the process group below the dispatcher, under names of their own.
+_NAMESPACES = frozenset({"c10d", "_c10d_functional", "_c10d_functional_autograd"})
 
 
 class TrafficCounter(TorchDispatchMode):
     """Counts inside a ``with`` block.
+
+    A collective whose volume is not known here ends in a RuntimeError: counted as nothing, it
+    would make any comparison with a prediction worthless.
 
     Attributes:
         sent: bytes by (``"columns"`` or ``"engine"``, operator): the columns' process group, and
@@ -55,13 +62,15 @@ class TrafficCounter(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        if func.namespace == "c10d":
+        if func.namespace in _NAMESPACES:
             self._count(func._opname, args)
         return func(*args, **(kwargs or {}))
 
     def _count(self, operator: str, args: tuple[Any, ...]) -> None:
-        if operator not in _VOLUMES:
+        if operator in _EMPTY:
             return
+        if operator not in _VOLUMES:
+            raise RuntimeError(f"the volume of the collective '{operator}' is not known")
         which, times = _VOLUMES[operator]
         group = next(a for a in tree_leaves(args) if isinstance(a, torch.ScriptObject))
         process_group = dist.ProcessGroup.unbox(group)

@@ -264,6 +264,9 @@ def sabotage(fault: str) -> Iterator[None]:
         "columns without gradient": lambda: mock.patch.object(
             dalr, "with_gradient", lambda gathered, local: gathered
         ),
+        "column gradients averaged": lambda: mock.patch.object(
+            gather._WithGradient, "backward", staticmethod(mean_over_ranks)
+        ),
         "statistics per rank": lambda: mock.patch.object(
             consistency, "all_reduce_sum", lambda x: x * dist.get_world_size()
         ),
@@ -279,6 +282,12 @@ def sabotage(fault: str) -> Iterator[None]:
     }
     with patches[fault]():
         yield
+
+
+def mean_over_ranks(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    """What all ranks say about this rank's columns, divided by W."""
+    total = gather._reduce_scatter_sum(grad)
+    return (total / dist.get_world_size()).to(ctx.dtype), None
 
 
 def own_part(partial: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
@@ -366,11 +375,14 @@ def pairwise(axes: Sequence[Sequence[Any]]) -> list[tuple[Any, ...]]:
 ZERO = ("zero1", "zero2", "zero3")
 FAULTS = [
     Case(2, "dalr", fault="columns without gradient"),
+    Case(2, "dalr", fault="column gradients averaged"),
     Case(2, "dalr", fault="statistics per rank"),
     Case(2, "dalr", fault="tokens of this rank only"),
     Case(2, "dalr", "zero1", chunks="four", fault="one reduction per chunk"),
     Case(2, "dalr", "zero2", chunks="four", fault="one reduction per chunk"),
     Case(2, "dalr", dropout="row", fault="keys by place in the rank"),
+    Case(2, "dalr", "zero2", "pair", "four", "row", "bf16", "columns without gradient"),
+    Case(2, "dalr", "zero2", "pair", "four", "row", "bf16", "one reduction per chunk"),
 ]
 
 

@@ -1,18 +1,23 @@
-"""What a world of ranks shows besides its numbers: traffic, and how bad batches end."""
+"""What a world of ranks shows besides its numbers: traffic, order, dropout, how bad batches end."""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import torch
+import torch.distributed as dist
 from accelerate.state import AcceleratorState
-from cases import LENGTH, WIDTH, Case, build, learning_rate, step_inputs
+from cases import KINDS, LENGTH, WIDTH, Case, build, learning_rate, sabotage, step_inputs
 from torch import Tensor
 
 from dalr_scale.config import TeachersConfig
+from dalr_scale.dist import gradcache
+from dalr_scale.dist.columns import ColumnGather
 from dalr_scale.dist.gradcache import StepInputs, backward_global_batch
 from dalr_scale.dist.traffic import TrafficCounter
 from dalr_scale.dist.world import World
@@ -27,7 +32,16 @@ TRAFFIC = [
     for batch in ("pair", "text")
     for chunks in ("one", "four")
     if kind == "zero2" or (preset, batch) == ("dalr", "pair")
+] + [Case(2, "dalr", "ddp", "pair", chunks) for chunks in ("one", "four")]
+REPEATED = [
+    Case(2, "dalr", kind, "pair", "four", fault="one reduction per chunk")
+    for kind in ("zero1", "zero2", "zero3")
 ]
+REPLAYS = [
+    *(Case(2, "dalr", kind, "pair", "four", "rank") for kind in KINDS),
+    *(Case(2, "dalr", kind, "pair", "four", "rank", "checkpoint") for kind in ("zero2", "zero3")),
+]
+ALIKE = [Case(2, "dalr", kind, chunks="four") for kind in ("ddp", "zero2")]
 
 
 def traffic(case: Case, world: World) -> dict[str, Any]:
@@ -38,7 +52,7 @@ def traffic(case: Case, world: World) -> dict[str, Any]:
     )
     config = dataclasses.replace(config, teachers=teachers)
     inputs = _stored(step_inputs(case, config, world, 0, engine.module))
-    with TrafficCounter() as counter:
+    with sabotage(case.fault), TrafficCounter() as counter:
         backward_global_batch(engine, inputs)
         engine.step(learning_rate("sgd"))
     paired = case.batch == "pair"
@@ -49,7 +63,7 @@ def traffic(case: Case, world: World) -> dict[str, Any]:
         "columns predicted": sum(predicted.values()),
         "engine": counter.total("engine"),
         "engine predicted": parameter_traffic(config, model, world.size),
-        "engine calls": sum(n for (group, _), n in counter.calls.items() if group == "engine"),
+        "engine calls": {op: n for (group, op), n in counter.calls.items() if group == "engine"},
     }
 
 
@@ -127,15 +141,130 @@ def disagreement(change: Callable[[StepInputs], StepInputs], world: World) -> li
     return world.gather_objects(said)
 
 
-def identical_rows(world: World) -> dict[str, float]:
-    """A batch in which all rows of all ranks are the same sentence and picture."""
+def unlisted_collective(world: World) -> str:
+    """What the counter says about a collective whose volume nobody has written down."""
+    whole = torch.zeros(world.size)
+    try:
+        with TrafficCounter():
+            dist.all_to_all_single(torch.empty(world.size), whole)
+    except RuntimeError as error:
+        return str(error)
+    return "no error"
+
+
+def replay(case: Case, world: World) -> dict[str, float]:
+    """Dropout keyed by rank: how far second passes are from first ones, and ranks from each other.
+
+    All ranks encode the same rows, so that only the masks can differ.
+    """
+    engine, config = _engine(case, world)
+    first_rows = World(0, world.size, world.device)
+    inputs = step_inputs(case, config, first_rows, 0, engine.module)
+    inputs = dataclasses.replace(inputs, rank=world.rank)
+    plain = gradcache.seed_dropout
+    calls = itertools.count()
+
+    def moving(*key: int) -> None:
+        plain(*key, next(calls))
+
+    def without_rank(seed: int, step: int, rank: int, chunk: int) -> None:
+        plain(seed, step, chunk)
+
+    passes = encoded(engine, inputs)
+    found = {"second pass": _second_pass(passes), "ranks": _between_ranks(passes, world)}
+    found["gradient norm"] = engine.step(0.0).grad_norm_preclip
+    with mock.patch.object(gradcache, "seed_dropout", moving):
+        found["second pass, moving key"] = _second_pass(encoded(engine, inputs))
+    with mock.patch.object(gradcache, "seed_dropout", without_rank):
+        found["ranks, key without rank"] = _between_ranks(encoded(engine, inputs), world)
+    return found
+
+
+def encoded(engine: Any, inputs: StepInputs) -> list[Tensor]:
+    """The states of every encoding of a step, in the order in which they are made."""
+    seen: list[Tensor] = []
+    plain = type(engine).forward
+
+    def forward(self: Any, task: str, **values: Any) -> Any:
+        result = plain(self, task, **values)
+        if task == "encode":
+            seen.append(result.detach().clone())
+        return result
+
+    with mock.patch.object(type(engine), "forward", forward):
+        backward_global_batch(engine, inputs)
+    return seen
+
+
+def _second_pass(passes: list[Tensor]) -> float:
+    """Four chunks in order, then all but the last backwards: the largest difference of a pair."""
+    assert len(passes) == 7
+    pairs = zip(passes[:3], reversed(passes[4:]), strict=True)
+    return max(float((first - second).abs().max()) for first, second in pairs)
+
+
+def _between_ranks(passes: list[Tensor], world: World) -> float:
+    """The smallest, over chunks, of the largest difference between two ranks' states."""
+    everyone = [torch.empty_like(torch.stack(passes[:4])) for _ in range(world.size)]
+    dist.all_gather(everyone, torch.stack(passes[:4]))
+    return float((everyone[0] - everyone[1]).abs().amax(dim=(1, 2)).min())
+
+
+class LateGather(ColumnGather):
+    """Starts every gather only when its columns are wanted."""
+
+    def __init__(self, order: Tensor) -> None:
+        super().__init__(order)
+        self._late: list[Callable[[], None]] = []
+
+    def add(self, name: str, rows: Tensor) -> None:
+        self._late.append(lambda: super(LateGather, self).add(name, rows))
+
+    def add_chunk(self, columns: dict[str, Tensor], chunk: slice) -> None:
+        self._late.append(lambda: super(LateGather, self).add_chunk(columns, chunk))
+
+    def wait(self) -> dict[str, Tensor]:
+        for start in self._late:
+            start()
+        return super().wait()
+
+
+def order_of_events(world: World, gather: type[ColumnGather]) -> list[str]:
+    """Tasks of the engine, and gathers that are left running, as a step starts them."""
     case = Case(2, "dalr", chunks="four")
     engine, config = _engine(case, world)
+    inputs = step_inputs(case, config, world, 0, engine.module)
+    events: list[str] = []
+    forward, all_gather = type(engine).forward, dist.all_gather_into_tensor
+
+    def seen_forward(self: Any, task: str, **values: Any) -> Any:
+        events.append(task)
+        return forward(self, task, **values)
+
+    def seen_gather(output: Tensor, local: Tensor, **options: Any) -> Any:
+        if options.get("async_op"):
+            events.append(f"gather {local.numel()}")
+        return all_gather(output, local, **options)
+
+    with (
+        mock.patch.object(type(engine), "forward", seen_forward),
+        mock.patch.object(dist, "all_gather_into_tensor", seen_gather),
+        mock.patch.object(gradcache, "ColumnGather", gather),
+    ):
+        backward_global_batch(engine, inputs)
+    return events
+
+
+def identical_rows(case: Case, world: World) -> dict[str, float]:
+    """A batch in which all rows of all ranks are the same sentence and picture, views included."""
+    engine, config = _engine(case, world)
+    module: Any = engine.module
+    module.encoder.perturbed = False  # cosines of exactly one
     inputs = step_inputs(case, config, world, 0, engine.module)
     rows = inputs.rows
 
     def same(*shape: int) -> Tensor:
-        return torch.ones(rows, *shape, dtype=torch.float64)
+        return torch.ones(rows, *shape, dtype=case.dtype)
 
     teachers = TeacherBatch(
         torch.zeros(rows, dtype=torch.long), True, same(WIDTH), same(WIDTH),
@@ -147,10 +276,16 @@ def identical_rows(world: World) -> dict[str, float]:
     )
     loss, _ = backward_global_batch(engine, inputs)
     norm = engine.step(0.0).grad_norm_preclip
-    return {"loss": float(loss), "finite": float(math.isfinite(norm))}
+    states = module.encoder(ids[:2], torch.ones_like(ids[:2]))
+    return {"views apart": float((states[0] - states[1]).abs().max()), "loss": float(loss), "finite": float(math.isfinite(norm))}
 
 
 def collect(world: World) -> dict[str, Any]:
-    found: dict[str, Any] = {"traffic": {c.name: traffic(c, world) for c in TRAFFIC}}
-    said = {name: disagreement(change, world) for name, change in DISAGREEMENTS.items()}
-    return found | {"disagreement": said, "identical rows": identical_rows(world)}
+    return {
+        "traffic": {c.name: traffic(c, world) for c in TRAFFIC + REPEATED},
+        "disagreement": {n: disagreement(change, world) for n, change in DISAGREEMENTS.items()},
+        "identical rows": {c.name: identical_rows(c, world) for c in ALIKE},
+        "unlisted": unlisted_collective(world),
+        "replay": {c.name: replay(c, world) for c in REPLAYS},
+        "events": {g.__name__: order_of_events(world, g) for g in (ColumnGather, LateGather)},
+    }

@@ -254,29 +254,30 @@ def test_parameters_travel_in_the_precision_they_are_kept_in(
 
 
 def row_costs(model: DalrModel) -> tuple[float, float]:
-    """Bytes of a row of a loss pass: as predicted, and between 96 and 768 rows."""
+    """Bytes of a row of a loss pass: as predicted, and between 96 and 576 rows."""
     predicted, peaks = loss_bytes_per_row(model), []
     with chunked.limited_workspace(TRIAL_WORKSPACE):
-        for rows in (96, 768):
+        for rows in (96, 576):
             states = torch.randn(2, rows, 16).requires_grad_()
             teachers = random_teachers(model, rows, paired=True)
             with LiveBytes() as live:
                 model.loss(states, teachers, step=0, offset=0)[0].backward()
             peaks.append(live.peak)
-    return predicted, (peaks[1] - peaks[0]) / 672 + 2 * 16 * 4
+    return predicted, (peaks[1] - peaks[0]) / 480 + 2 * 16 * 4
 
 
 @pytest.mark.parametrize("preset", ["simcse", "mcse", "dalr"])
-def test_the_memory_of_a_loss_pass_is_linear_in_its_rows(
-    preset: str, tiny_data: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_memory_of_a_loss_pass_is_linear_in_its_rows(preset: str, tiny_data: Path) -> None:
     """The cost of a row, measured on two small batches, is that of a larger one."""
     config = tiny_config(tiny_data, {"objective.preset": preset})
     world = World(0, 1, torch.device("cpu"))
-    model = build_model(config, build_streams(config), world).model
-    predicted, measured = row_costs(model)
+    predicted, measured = row_costs(build_model(config, build_streams(config), world).model)
     assert measured == pytest.approx(predicted, rel=0.1)
 
+
+def test_control_a_matrix_of_all_pairs_is_not_linear(
+    model: DalrModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     plain = dalr.text_terms
 
     def keeping_all_pairs(rows, cols, *args, **options):
@@ -284,9 +285,9 @@ def test_the_memory_of_a_loss_pass_is_linear_in_its_rows(
         pairs = (rows.z1 @ cols.z2.T).exp()  # in the graph until the backward pass
         return dataclasses.replace(terms, total=terms.total + 0.0 * pairs.sum())
 
-    monkeypatch.setattr(dalr, "text_terms", keeping_all_pairs)  # control
+    monkeypatch.setattr(dalr, "text_terms", keeping_all_pairs)
     predicted, measured = row_costs(model)
-    assert measured > 1.3 * predicted
+    assert measured > 1.2 * predicted
 
 
 def test_no_ranks_are_refused() -> None:
