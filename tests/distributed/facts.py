@@ -1,4 +1,4 @@
-"""What a world of ranks shows besides its numbers: traffic, order, dropout, how bad batches end."""
+"""What a world of ranks shows besides its numbers: traffic, order, dropout, and bad batches."""
 
 from __future__ import annotations
 
@@ -276,8 +276,10 @@ def identical_rows(case: Case, world: World) -> dict[str, float]:
     )
     loss, _ = backward_global_batch(engine, inputs)
     norm = engine.step(0.0).grad_norm_preclip
-    states = module.encoder(ids[:2], torch.ones_like(ids[:2]))
-    return {"views apart": float((states[0] - states[1]).abs().max()), "loss": float(loss), "finite": float(math.isfinite(norm))}
+    with torch.no_grad():
+        states = module.encoder(ids[:2], torch.ones_like(ids[:2]))
+    apart = float((states[0] - states[1]).abs().max())
+    return {"loss": float(loss), "finite": float(math.isfinite(norm)), "views apart": apart}
 
 
 def collect(world: World) -> dict[str, Any]:

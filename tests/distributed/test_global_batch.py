@@ -229,9 +229,9 @@ def test_ranks_that_disagree_say_so_on_every_rank(
 
 @pytest.mark.parametrize("case", ALIKE, ids=lambda c: c.name)
 def test_identical_rows_give_a_finite_step(case: Case, facts: dict) -> None:
-    """Both views of all rows are one vector: every cosine is one."""
+    """Both views of all rows are one vector: every cosine is one, but for rounding."""
     found = facts["identical rows"][case.name]
-    assert found["views apart"] == 0.0
+    assert found["views apart"] < 1e-6
     assert np.isfinite(found["loss"]) and found["finite"] == 1.0
 
 
