@@ -92,8 +92,8 @@ def random_inputs(
     lengths = torch.randint(length // 4, length + 1, (rows, 1))
     mask = (torch.arange(length) < lengths).long()
     teachers = random_teachers(model, rows, paired=True)
-    if model.spec.needs.tokens:
-        teachers.tokens = [torch.randn(rows, length - 1, width) for width in shape.tokens]
-        teachers.token_masks = [mask[:, 1:].bool() for _ in shape.tokens]
+    widths = shape.tokens if model.spec.needs.tokens else ()
+    teachers.tokens = [torch.randn(rows, length - 1, width) for width in widths]
+    teachers.token_masks = [mask[:, 1:].bool() for _ in widths]
     ids = torch.randint(0, 1000, (rows, length))
     return StepInputs(ids, mask, teachers, 0, world.rank, 1, micro)
