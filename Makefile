@@ -83,7 +83,7 @@ kernels-bench: $(STAMP)
 	$(BIN)/python kernels/bench/cpu.py $(ARGS)
 batch-bench: $(STAMP) versions
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev,bench]"
-	$(BIN)/python benchmarks/global_batch.py $(ARGS)
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python benchmarks/global_batch.py $(ARGS)
 
 data-bench: $(STAMP) versions
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev,bench]"

@@ -124,6 +124,10 @@ class TextTerms:
     values: dict[str, Tensor]
 
 
+# Losses do not look for NaN in their inputs here (check_finite=False): the trainer looks at their
+# means over all ranks, and names the step and its items.
+
+
 def text_terms(
     rows: Views, cols: Views, objective: ObjectiveConfig, weights: Sequence[float], offset: int,
     *, paired: bool, distil: bool,
@@ -143,7 +147,7 @@ def text_terms(
     rank = distil and objective.rank_weight > 0
     teacher = text_similarity(rows, cols, objective, weights) if align or rank else None
     found = kernels.row_losses(
-        rows.z1, cols.z2, teacher, info_nce=contrast, col_offset=offset,
+        rows.z1, cols.z2, teacher, info_nce=contrast, col_offset=offset, check_finite=False,
         alignment_kl=_alignment(objective, factors["ima"]) if align else None,
         **(_ranking(rows, cols, objective, weights, factors["rank"]) if rank else {}),
     )  # fmt: skip
@@ -274,7 +278,8 @@ def _cross_entropy(
         kernels.info_nce(
             p, columns, temperature=objective.vl_temperature, margin=objective.vl_margin,
             soft_labels=labels, clamp_soft_labels=objective.clamp_soft_labels,
-            mask_above=above, col_offset=offset, **_mask_ids(rows, cols, objective),
+            mask_above=above, col_offset=offset, check_finite=False,
+            **_mask_ids(rows, cols, objective),
         )
         for p in (rows.p1, rows.p2)
     ]  # fmt: skip
@@ -324,7 +329,9 @@ def _cross_kl(
         rows.z1_image, cols.image, images, col_offset=offset, merge_max=merge_max,
         merge_sum=merge_sum, **options,
     )  # fmt: skip
-    by_text = kernels.alignment_kl(rows.z1_image, cols.image, texts, col_offset=offset, **options)
+    by_text = kernels.alignment_kl(
+        rows.z1_image, cols.image, texts, col_offset=offset, check_finite=False, **options
+    )
     return (by_image + by_text) / 2
 
 

@@ -37,7 +37,7 @@ def info_nce(
     impl: str = "auto",
     mode: str = "auto",
     deterministic: bool = True,
-    check_finite: bool = False,
+    check_finite: bool | None = None,
     chunk_rows: int | None = None,
     workspace_bytes: int | None = None,
 ) -> Tensor:
@@ -61,7 +61,7 @@ def info_nce(
             or "auto"; this and all further options as in `row_losses`.
         mode: "workspace", "stream" or "auto", of "triton".
         deterministic: Same bits for the same inputs, shapes and device.
-        check_finite: Refuse NaN and infinity in rows and columns.
+        check_finite: Refuse NaN and infinity in rows and columns; None: on a CPU.
         chunk_rows: Rows per chunk; by default what fits `workspace_bytes`.
         workspace_bytes: Temporary memory; default 256 MiB, on CUDA 1 GiB.
 
@@ -97,7 +97,7 @@ def alignment_kl(
     impl: str = "auto",
     mode: str = "auto",
     deterministic: bool = True,
-    check_finite: bool = False,
+    check_finite: bool | None = None,
     chunk_rows: int | None = None,
     workspace_bytes: int | None = None,
 ) -> Tensor:
@@ -152,7 +152,7 @@ def list_net(
     impl: str = "auto",
     mode: str = "auto",
     deterministic: bool = True,
-    check_finite: bool = False,
+    check_finite: bool | None = None,
     chunk_rows: int | None = None,
     workspace_bytes: int | None = None,
 ) -> Tensor:

@@ -25,7 +25,7 @@ class How(NamedTuple):
     impl: str = "auto"
     mode: str = "auto"
     deterministic: bool = True
-    check_finite: bool = False
+    check_finite: bool | None = None
     chunk_rows: int | None = None
     workspace_bytes: int | None = None
 
@@ -43,7 +43,7 @@ def row_losses(
     impl: str = "auto",
     mode: str = "auto",
     deterministic: bool = True,
-    check_finite: bool = False,
+    check_finite: bool | None = None,
     chunk_rows: int | None = None,
     workspace_bytes: int | None = None,
 ) -> RowLosses:
@@ -67,8 +67,9 @@ def row_losses(
             block and recomputes; "auto" takes "workspace" when enough rows fit.
         deterministic: True gives the same bits for the same inputs, shapes and device. False
             would permit sums in any order; no kernel uses that so far.
-        check_finite: Refuse NaN and infinity in rows and columns. Off by default: it waits for
-            the device, and a NaN in the inputs gives a NaN loss anyway.
+        check_finite: Refuse NaN and infinity in rows and columns, by name. None: on a CPU only,
+            and not while torch compiles, because the check waits for the device. Unchecked, they
+            give a NaN loss.
         chunk_rows: Rows per chunk of "torch" and of mode "workspace", rows and columns per block
             of mode "stream"; by default what fits `workspace_bytes`.
         workspace_bytes: Temporary memory; default 256 MiB, on CUDA 1 GiB.
@@ -110,7 +111,7 @@ def weighted_mean(
     checks.implementation(how.impl)
     checks.mode(how.mode)
     workspace = workspace_of(rows.device, how.chunk_rows, how.workspace_bytes)
-    if how.check_finite:
+    if _checks_values(how, rows):
         checks.finite("rows", rows)
         checks.finite("cols", cols)
     with torch.autocast(rows.device.type, enabled=False):
@@ -119,6 +120,12 @@ def weighted_mean(
         if _fused(how.impl, rows, cols):
             return _with_kernels(rows, cols, terms, col_offset, how, workspace)
         return _in_chunks(rows, cols, terms, col_offset, how, workspace)
+
+
+def _checks_values(how: How, rows: Tensor) -> bool:
+    if how.check_finite is not None:
+        return how.check_finite
+    return rows.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def workspace_of(device: torch.device, chunk_rows: int | None, workspace_bytes: int | None) -> int:
