@@ -43,10 +43,10 @@ def tolerance(case: Case) -> float:
     """ZeRO keeps fp32 gradients and master weights whatever the model's precision.
 
     AdamW divides a gradient by its own size: where that is rounding, so is the step. bf16 has
-    eight bits, and chunks add up in it.
+    eight bits, and what other chunks and ranks round is not the same numbers.
     """
     if case.option == "bf16":
-        return 0.1
+        return 0.06
     if case.option == "adamw":
         return 1e-8 if case.kind == "ddp" else 1e-4
     return 1e-10 if case.kind == "ddp" else 1e-5
