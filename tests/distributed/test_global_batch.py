@@ -43,10 +43,10 @@ def tolerance(case: Case) -> float:
     """ZeRO keeps fp32 gradients and master weights whatever the model's precision.
 
     AdamW divides a gradient by its own size: where that is rounding, so is the step. bf16 has
-    eight bits, and chunks add up in it.
+    eight bits, and what other chunks and ranks round is not the same numbers.
     """
     if case.option == "bf16":
-        return 0.1
+        return 0.06
     if case.option == "adamw":
         return 1e-8 if case.kind == "ddp" else 1e-4
     return 1e-10 if case.kind == "ddp" else 1e-5
@@ -165,9 +165,9 @@ def reductions(found: dict) -> int:
 
 @pytest.mark.parametrize("case", REPEATED, ids=lambda c: c.name)
 def test_control_bare_backward_calls_reduce_once_for_each(case: Case, facts: dict) -> None:
-    """Without the block that puts the reduction off, four chunks and the loss make five."""
+    """Without the block that puts the reduction off, the loss and each of four chunks reduce."""
     once = facts["traffic"][dataclasses.replace(case, fault="").name]
-    assert reductions(facts["traffic"][case.name]) >= reductions(once) + 4
+    assert reductions(facts["traffic"][case.name]) >= reductions(once) + 3
 
 
 def test_no_collective_is_counted_as_nothing(facts: dict) -> None:
