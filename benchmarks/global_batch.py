@@ -267,7 +267,8 @@ def main() -> None:
     memory = measure_memory(options.largest)
     record = {
         "date": date.today().isoformat(),
-        "host": f"{os.cpu_count()} CPU cores, {platform.machine()}",
+        "host": f"{os.cpu_count()} CPU cores, {torch.get_num_threads()} thread(s), "
+        f"{platform.machine()}",
         "versions": package_versions(),
         "memory": memory,
         "growth": growth(memory),
