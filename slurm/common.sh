@@ -212,7 +212,11 @@ on_node() {
 node_name() { echo "${SLURMD_NODENAME:-$(hostname)}"; }
 
 enter_environment() {
-  [[ -z ${ENV_SETUP:-} ]] || eval "$ENV_SETUP"
+  if [[ -n ${ENV_SETUP:-} ]]; then
+    set +u # what sites provide reads variables that are not set
+    eval "$ENV_SETUP"
+    set -u
+  fi
   if [[ $CONTAINER == none && -x $VENV/bin/python ]]; then PATH=$VENV/bin:$PATH; fi
   # the code is this checkout's, also where packages come from an image
   export PYTHONPATH=$CHECKOUT:$CHECKOUT/kernels${PYTHONPATH:+:$PYTHONPATH}

@@ -383,3 +383,12 @@ def test_restarts_without_progress_end(fakes: Fakes) -> None:
 def test_without_a_status_the_exit_status_is_passed_on(fakes: Fakes) -> None:
     fakes.write("srun", "exit 4")
     assert fakes.run().returncode == 4 and not fakes.requeued
+
+
+def test_a_site_may_read_variables_that_are_not_set(fakes: Fakes) -> None:
+    """Activation scripts do; the job's own scripts stop at them."""
+    fakes.write("srun", LOCAL_SRUN)
+    setup = 'export FROM_SITE="site$NOWHERE_SET"'
+    done = fakes.run(ENV_SETUP=setup)
+    assert done.returncode == 0, done.stderr
+    assert fakes.environment["FROM_SITE"] == "site"
