@@ -322,7 +322,7 @@ def table(record: Record) -> str:
         seconds = sorted(record["first"]["seconds"])
         median = statistics.median(seconds)
         row("first batch of 10,000 shards, median", f"{median:.2f} s", "2 s", median < 2)
-        # the first of three reads 40,000 files from the disk, where nothing has cached them
+        # the first of three processes finds 40,000 files uncached if they were written long ago
         row("first batch of 10,000 shards, slowest", f"{seconds[-1]:.2f} s", "-", True)
     if "order" in record:
         found = record["order"]

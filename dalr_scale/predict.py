@@ -68,9 +68,9 @@ def column_wires(config: Config, model: DalrModel, *, paired: bool = True) -> li
     """Everything that crosses between ranks for a batch of one kind, by name.
 
     Student columns go out as the engine's heads return them (`number_bytes`) and their gradients
-    come back in float32, in fp64 runs in float64;
-    stored teacher features go out as the float16 that they are stored in. Token features never
-    travel: sentence vectors visit them, and softmax-weighted means come back.
+    come back in float32, in fp64 runs in float64; stored teacher features go out as the float16
+    that they are stored in. Token features never travel: sentence vectors visit them, and
+    softmax-weighted means come back.
     """
     needs, widths, objective = model.spec.needs, model.widths, config.objective
     student, wide = number_bytes(config), compared_bytes(config)
