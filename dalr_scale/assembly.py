@@ -256,7 +256,8 @@ def build_model(config: Config, streams: Streams, world: World) -> ModelParts:
         check_stored_tokenizers(config, streams.pairs, encoder.tokenizer)
     widths = _widths(config, streams, teachers, needs)
     spec = LossSpec(config.objective, text_weights(config), config.run.seed)
-    model = DalrModel(encoder, config.model, spec, widths)
+    # a pretrained encoder comes in evaluation mode: without dropout and activation checkpointing
+    model = DalrModel(encoder, config.model, spec, widths).train()
     return ModelParts(model, teachers, encoder.tokenizer)
 
 

@@ -32,13 +32,14 @@ from dalr_scale.data.order import ORDER_VERSION
 from dalr_scale.dist.engine import Engine, StepResult
 from dalr_scale.dist.gradcache import StepInputs, backward_global_batch
 from dalr_scale.dist.world import World
-from dalr_scale.errors import UserError
+from dalr_scale.errors import TrainingError, UserError
 from dalr_scale.eval.suite import EvaluationSuite
 from dalr_scale.metrics import RunLog
 from dalr_scale.models.encoder import SentenceEncoder
 from dalr_scale.optim import learning_rate
 from dalr_scale.preempt import StopFlag, StopReason, Watchdog
 from dalr_scale.runstate import RunState, StreamState, write_durably, write_status
+from dalr_scale.watch import SIGNS, Watch
 
 log = logging.getLogger(__name__)
 
@@ -51,10 +52,6 @@ FREE_KEYS = {
 
 
 MAX_SKIPPED = 3
-
-
-class TrainingError(RuntimeError):
-    """Training cannot go on; the message names step and cause."""
 
 
 class Trainer:
@@ -77,6 +74,7 @@ class Trainer:
         self.best_score: float | None = None
         self.best_step: int | None = None
         self.watchdog = Watchdog()
+        self.watch = Watch(parts.model.encoder, speaks=world.rank == 0)
         self.save_errors = SaveErrors(config.save.on_error)
         self._last_save = time.monotonic()
         self._saved_step = -1
@@ -100,6 +98,7 @@ class Trainer:
                 self._save_if_due(reason)
             if reason is not None:
                 break
+        self.watch.finish(self.step)
         self.save()
         self.watchdog.disarm()
         return reason
@@ -107,11 +106,16 @@ class Trainer:
     def train_step(self, batch: Batch) -> tuple[dict[str, float], StepResult]:
         """One optimizer step from one global batch; returns loss and terms over all ranks."""
         self._arm("training step")
+        self.watch.require_training_mode(self.engine.module, self.step + 1)
         batch = batch.to(self.world.device)
         inputs = self._step_inputs(batch)
         loss, terms = backward_global_batch(self.engine, inputs)
+        self.watch.check_gradients(self.engine, batch.kind, self.step + 1)
         values = self._means({"loss": loss, **terms})
         self._require_finite(values, batch)
+        found = {name: values.pop(name) for name in SIGNS}
+        columns = len(batch.item_ids) * self.world.size
+        self.watch.check_means(values, found, columns=columns, step=self.step + 1)
         result = self.engine.step(learning_rate(self.config.optim, self.step, self.total_steps))
         self._require_sound(result)
         self.step += 1
@@ -223,7 +227,8 @@ class Trainer:
         self._arm("evaluation")
         scores = self.suite.score_dev(self.engine)
         run_log.scores(self.step, scores)
-        score = scores[self.suite.select]
+        # hosts may differ in a score's last bit, and the export is a collective: rank 0 decides
+        score = self.world.broadcast_object(scores[self.suite.select])
         if self.best_score is None or score > self.best_score:
             self.best_score, self.best_step = score, self.step
             self.export(self.run_dir / "best", scores)
@@ -277,10 +282,21 @@ class Trainer:
         self._arm("loading")
         self.engine.load(checkpoint.path, checkpoint.manifest.world_size)
         state = checkpoint.state
+        self._require_same_step(checkpoint)
         self.step, self._saved_step = state.step, state.step
         self.best_score, self.best_step = state.best_score, state.best_step
         self.streams.bad_rows.restore(state.bad_items)
         return True
+
+    def _require_same_step(self, checkpoint: Checkpoint) -> None:
+        """The weights must be those of the step that the checkpoint's record names."""
+        taken = self.engine.steps
+        if taken is not None and taken != checkpoint.state.step:
+            raise UserError(
+                f"{checkpoint.path} is recorded as step {checkpoint.state.step}, but its engine "
+                f"state has taken {taken} steps: files of two checkpoints are mixed; remove it to "
+                "continue from an older one"
+            )
 
     def _check_continuable(self, checkpoint: Checkpoint) -> None:
         changed = check_fingerprint(

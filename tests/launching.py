@@ -12,7 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
@@ -60,6 +60,7 @@ def train(
     ranks: int = 1,
     end_at: tuple[int, str] | None = None,
     environment: Mapping[str, str] | None = None,
+    setup: Callable[[], None] | None = None,
     patience: float = 120,
 ) -> Outcome:
     """Runs the training command in `ranks` fresh processes and waits for them.
@@ -70,6 +71,8 @@ def train(
         end_at: after this many steps, ``"STOP"`` touches the file and ``"SIGTERM"`` sends the
             signal to the last rank.
         environment: further variables.
+        setup: called in each process before training, to switch a guarantee off; a module's own
+            function.
         patience: seconds that a process may take.
     """
     base = {"OMP_NUM_THREADS": "1", **(environment or {})}
@@ -78,7 +81,9 @@ def train(
     processes = []
     for rank in range(ranks):
         own = base | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        process = CONTEXT.Process(target=_one_rank, args=(list(words), own, str(log), end_at))
+        process = CONTEXT.Process(
+            target=_one_rank, args=(list(words), own, str(log), end_at, setup)
+        )
         process.start()
         processes.append(process)
     try:
@@ -94,7 +99,11 @@ def train(
 
 
 def _one_rank(
-    words: list[str], environment: dict[str, str], log: str, end_at: tuple[int, str] | None
+    words: list[str],
+    environment: dict[str, str],
+    log: str,
+    end_at: tuple[int, str] | None,
+    setup: Callable[[], None] | None,
 ) -> None:
     os.environ.update(environment)
     # a child of the server would start its loader workers through the server too
@@ -106,6 +115,8 @@ def _one_rank(
     from dalr_scale.train import main
     from dalr_scale.trainer import Trainer
 
+    if setup is not None:
+        setup()
     original = Trainer.train_step
 
     def train_step(self, batch):

@@ -47,14 +47,23 @@ class Engine(Protocol):
     Attributes:
         module: the trainable module.
         gathers_weights: whether ``forward`` calls collectives of its own (ZeRO-3).
+        steps: optimizer steps taken, skipped ones included; None where a checkpoint of an
+            earlier version did not say.
+
+    `untouched` is a collective call between ``gradients()`` and ``step()``: for each parameter
+    that no term of the step reached, the largest absolute gradient that the optimizer is about to
+    apply to it. Every value must be 0.
     """
 
     module: nn.Module
     gathers_weights: bool
 
     def forward(self, task: str, **inputs: Any) -> Any: ...
+    @property
+    def steps(self) -> int | None: ...
     def gradients(self, chunks: int = 1) -> contextlib.AbstractContextManager[None]: ...
     def backward(self, loss: Tensor) -> None: ...
+    def untouched(self) -> dict[str, float]: ...
     def step(self, lr: float) -> StepResult: ...
     def save(self, folder: Path) -> None: ...
     def load(self, folder: Path, saved_ranks: int) -> None: ...
@@ -119,6 +128,11 @@ class DeepSpeedEngine:
         self.gathers_weights = config.engine.kind == "zero3"
         self.world = world
         self._sums: WideSums | None = None
+        self._untouched: list[str] = []
+
+    @property
+    def steps(self) -> int | None:
+        return int(self.engine.global_steps)
 
     def forward(self, task: str, **inputs: Any) -> Any:
         with half_operands(self.bf16):
@@ -132,6 +146,14 @@ class DeepSpeedEngine:
             if self._sums is not None:
                 self._sums.write_back()
                 self._sums = None
+            self._untouched = zero_missing_gradients(self.module, self.engine.optimizer)
+
+    def untouched(self) -> dict[str, float]:
+        from deepspeed.utils import safe_get_full_grad
+
+        parameters = dict(self.module.named_parameters())
+        gradients = {name: safe_get_full_grad(parameters[name]) for name in self._untouched}
+        return {n: 0.0 if g is None else float(g.abs().max()) for n, g in gradients.items()}
 
     def backward(self, loss: Tensor) -> None:
         self.engine.backward(loss)
@@ -177,6 +199,35 @@ class DeepSpeedEngine:
         if self.world.rank == 0:
             state |= _buffers(self.module, prefix)
         return state
+
+
+@torch.no_grad()
+def zero_missing_gradients(module: nn.Module, optimizer: Any) -> list[str]:
+    """Gives each trainable parameter without a gradient an explicit zero; returns their names.
+
+    DeepSpeed reduces only the parameters that have a gradient, but its optimizer step reads the
+    reduced gradients of all of them: ZeRO-3, and every stage with optimizer offload, would apply
+    what an earlier step left in those buffers (seen in 0.19.8: ``stage3.py``,
+    ``independent_gradient_partition_epilogue``; ``stage_1_and_2.py``, ``copy_grads_in_partition``).
+    """
+    # with a wider accumulation type, ZeRO-1 keeps gradients in an attribute of their own
+    parked = getattr(optimizer, "use_grad_accum_attribute", False)
+    missing = []
+    for name, parameter in module.named_parameters():
+        held = getattr(parameter, "grad_accum", None) if parked else parameter.grad
+        if held is not None or not parameter.requires_grad:
+            continue
+        missing.append(name)
+        shape = getattr(parameter, "ds_shape", parameter.shape)
+        zero = torch.zeros(shape, dtype=parameter.dtype, device=parameter.device)
+        if parked:
+            parameter.grad_accum = zero.to(optimizer.gradient_accumulation_dtype)
+            continue
+        # a parameter of ZeRO-3 is empty outside of a forward pass, and refuses a whole gradient
+        data, parameter.data = parameter.data, zero
+        parameter.grad = torch.zeros_like(zero)
+        parameter.data = data
+    return missing
 
 
 class WideSums:
@@ -231,6 +282,8 @@ class PlainEngine:
         self.optimizer, self.world = optimizer, world
         self.clip = config.optim.clip
         self.bf16 = precision == "bf16"
+        self.steps: int | None = 0
+        self._untouched: list[str] = []
         if world.size > 1:
             for parameter in model.parameters():
                 dist.broadcast(parameter.data, src=0)
@@ -247,13 +300,16 @@ class PlainEngine:
         del chunks  # gradients have the weights' precision, which is float32 or better
         self.optimizer.zero_grad(set_to_none=True)
         yield
+        self._untouched = zero_missing_gradients(self.module, self.optimizer)
         self._average()
+
+    def untouched(self) -> dict[str, float]:
+        parameters = dict(self.module.named_parameters())
+        gradients = {name: parameters[name].grad for name in self._untouched}
+        return {n: 0.0 if g is None else float(g.abs().max()) for n, g in gradients.items()}
 
     def _average(self) -> None:
         parameters = [p for g in self.optimizer.param_groups for p in g["params"]]
-        for p in parameters:
-            if p.grad is None:
-                p.grad = torch.zeros_like(p)
         if self.world.size == 1:
             return
         flat = torch.cat([p.grad.reshape(-1) for p in parameters])
@@ -272,19 +328,21 @@ class PlainEngine:
         applied = math.isfinite(norm)  # the same on all ranks: gradients are averaged already
         if applied:
             self.optimizer.step()
+        self.steps = None if self.steps is None else self.steps + 1
         return StepResult(norm, applied)
 
     def save(self, folder: Path) -> None:
         if self.world.rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
             state = {"model": self.module.state_dict(), "optimizer": self.optimizer.state_dict()}
-            torch.save(state, folder / "engine.pt")
+            torch.save(state | {"steps": self.steps}, folder / "engine.pt")
 
     def load(self, folder: Path, saved_ranks: int) -> None:
         del saved_ranks  # every rank holds everything
         state = torch.load(folder / "engine.pt", map_location=self.world.device, weights_only=True)
         self.module.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
+        self.steps = state.get("steps")
 
     def full_state(self, prefix: str) -> dict[str, Tensor]:
         if self.world.rank != 0:

@@ -23,6 +23,7 @@ from dalr_scale.dist.gather import column_group, several_ranks
 from dalr_scale.errors import UserError
 from dalr_scale.models.dalr import TeacherBatch, teacher_columns
 from dalr_scale.models.row_dropout import RowKeys, integer_key
+from dalr_scale.watch import signs
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,8 @@ def backward_global_batch(engine: Engine, inputs: StepInputs) -> tuple[Tensor, d
     """Leaves the averaged gradient of the global loss on the engine.
 
     Returns:
-        This rank's share of the loss (the mean over its rows) and its terms, detached.
+        This rank's share of the loss (the mean over its rows) and its terms, detached; among the
+        terms what `dalr_scale.watch.signs` finds in the states.
 
     Raises:
         UserError: the ranks hold different kinds or sizes of batches; raised on all of them.
@@ -117,7 +119,7 @@ def backward_global_batch(engine: Engine, inputs: StepInputs) -> tuple[Tensor, d
             piece = last if last is not None else _encode(engine, inputs, plan, chunk, grad=True)
             last = None
             engine.backward((piece * states.grad[:, plan.rows_of(chunk)]).sum())
-    return loss.detach(), terms
+    return loss.detach(), terms | signs(states.detach())
 
 
 def start_gather(engine: Engine, inputs: StepInputs, plan: ChunkPlan) -> ColumnGather | None:

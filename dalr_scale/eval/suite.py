@@ -137,13 +137,14 @@ class FolderEngine:
 
 @contextlib.contextmanager
 def _evaluating(engine: Forward) -> Iterator[None]:
-    """No dropout and no gradient inside; training mode again after."""
+    """No dropout and no gradient inside; the mode that it was in again after."""
+    before = engine.module.training
     engine.module.eval()
     try:
         with torch.no_grad():
             yield
     finally:
-        engine.module.train()
+        engine.module.train(before)
 
 
 def build_suite(
