@@ -108,9 +108,9 @@ class Watch:
         if stale:
             name, size = max(stale.items(), key=lambda item: item[1])
             raise TrainingError(
-                f"step {step}: no term of this {kind} batch reaches {name}, yet the optimizer holds "
-                f"a gradient of {size:.3g} for it from an earlier step; this DeepSpeed version "
-                "cannot be used with batches that alternate"
+                f"step {step}: no term of this {kind} batch reaches {name}, yet the optimizer "
+                f"holds a gradient of {size:.3g} for it from an earlier step; this DeepSpeed "
+                "version cannot be used with batches that alternate"
             )
 
     def check_means(
@@ -130,8 +130,9 @@ class Watch:
         if found["view_gap"] == 0.0:
             if self._dropout >= REAL_DROPOUT:
                 raise TrainingError(
-                    f"step {step}: both views of every sentence are equal, although the encoder has "
-                    f"dropout {self._dropout:g}: it is not applied; this is a fault of the program"
+                    f"step {step}: both views of every sentence are equal, although the encoder "
+                    f"has dropout {self._dropout:g}: it is not applied; this is a fault of the "
+                    "program"
                 )
             self._warn(
                 "views",
@@ -156,14 +157,14 @@ class Watch:
                 "collapse",
                 f"step {step}: all sentences get nearly the same vector (mean cosine of different "
                 f"sentences {cosine:.4f}, contrastive loss {loss:.3f}, ln N = {chance:.3f}); try "
-                "--model.pooler=mean, a higher optim.lr or a warm-up, and see whether the loss falls",
+                "--model.pooler=mean, a higher optim.lr or a warm-up",
             )
         elif chance > 0 and loss >= NEAR_CHANCE * chance:
             self._warn(
                 "chance",
                 f"step {step}: the contrastive loss {loss:.3f} has not left ln N = {chance:.3f}, "
-                "what guessing gives: the encoder does not tell the sentences of a batch apart; try "
-                "a higher optim.lr, more steps, or --model.pooler=mean",
+                "what guessing gives: the encoder does not tell the sentences of a batch apart; "
+                "try a higher optim.lr, more steps, or --model.pooler=mean",
             )
 
     def _warn(self, name: str, message: str) -> None:

@@ -221,7 +221,8 @@ def zero_missing_gradients(module: nn.Module, optimizer: Any) -> list[str]:
         shape = getattr(parameter, "ds_shape", parameter.shape)
         zero = torch.zeros(shape, dtype=parameter.dtype, device=parameter.device)
         if parked:
-            parameter.grad_accum = zero.to(optimizer.gradient_accumulation_dtype)
+            wide = zero.to(optimizer.gradient_accumulation_dtype)
+            parameter.grad_accum = wide  # pyright: ignore[reportAttributeAccessIssue]
             continue
         # a parameter of ZeRO-3 is empty outside of a forward pass, and refuses a whole gradient
         data, parameter.data = parameter.data, zero
