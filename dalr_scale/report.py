@@ -45,8 +45,23 @@ def arithmetic(config: Config, streams: Streams, model: DalrModel, world_size: i
             "value": f"{config.engine.kind}, {resolve_precision(config)}",
         },
         {"what": "objective", "value": config.objective.preset},
+        *_several_teachers(config, model),
     ]
     return format_table(f"run {config.run.name}, {config.run_dir}", table)
+
+
+def _several_teachers(config: Config, model: DalrModel) -> list[dict[str, str]]:
+    """Weights of the teachers, where there are several: their order decides."""
+    spec, rows = model.spec, []
+    if spec.needs.text and len(spec.text_weights) > 1:
+        pairs = zip(config.teachers.text, spec.text_weights, strict=True)
+        value = ", ".join(f"{weight:g} {name}" for name, weight in pairs)
+        rows.append({"what": "sentence teachers, weights", "value": value})
+    if len(spec.token_weights) > 1:
+        how = "tokens mixed" if spec.objective.g2l_mix == "features" else "losses added"
+        value = ", ".join(f"{weight:g}" for weight in spec.token_weights)
+        rows.append({"what": "token teachers, weights", "value": f"{value}; {how}"})
+    return rows
 
 
 def needs(
@@ -75,7 +90,12 @@ def needs(
 def write_result(
     config: Config, before: dict[str, Any], after: dict[str, float], trainer: Any, seconds: float
 ) -> None:
-    """RUN/result.json: scores before and after, and where they come from."""
+    """RUN/result.json: scores x 100 before and after, and where they come from.
+
+    Args:
+        before: RUN/before.json, scores x 100.
+        after: fractions, as they are computed.
+    """
     result = {
         "name": config.run.name,
         "preset": config.objective.preset,
