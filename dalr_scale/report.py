@@ -12,6 +12,7 @@ from dalr_scale.assembly import Streams
 from dalr_scale.checkpoint import package_versions
 from dalr_scale.config import Config
 from dalr_scale.dist.engine import resolve_precision
+from dalr_scale.eval.unit import UNIT, in_percent, read_scores
 from dalr_scale.metrics import format_table, print_table
 from dalr_scale.models.dalr import DalrModel
 from dalr_scale.predict import column_traffic, parameter_traffic, plan_memory
@@ -104,7 +105,8 @@ def write_result(
         "best_step": trainer.best_step,
         "seconds": round(seconds, 1),
         **before,
-        "trained": after,
+        "unit": UNIT,
+        "trained": in_percent(after),
         "versions": package_versions(),
     }
     text = json.dumps(result, indent=1) + "\n"
@@ -116,7 +118,7 @@ def print_result(run_dir: Path) -> None:
     path = run_dir / "result.json"
     if not path.exists():
         return
-    result = json.loads(path.read_text(encoding="utf-8"))
+    result = read_scores(path)
     trained, untrained = result["trained"], result.get("untrained", {})
     lexical = result.get("lexical", {})
     rows = [
@@ -131,7 +133,8 @@ def print_result(run_dir: Path) -> None:
     ]
     title = (
         f"{result['name']}: preset {result['preset']}, seed {result['seed']}, "
-        f"{result['steps']} steps (best at {result['best_step']}), {result['seconds']:.0f} s, x 100"
+        f"{result['steps']} steps (best at {result['best_step']}), {result['seconds']:.0f} s, "
+        f"{UNIT}"
     )
     if rows:
         print_table(title, rows)
@@ -143,11 +146,11 @@ def print_result(run_dir: Path) -> None:
 
 
 def _percent(score: float | None) -> str:
-    return "-" if score is None else f"{100 * score:.2f}"
+    return "-" if score is None else f"{score:.2f}"
 
 
 def _gap(before: float | None, after: float) -> str:
     """Share of the distance from the untrained score to a perfect one."""
-    if before is None or before >= 1:
+    if before is None or before >= 100:
         return "-"
-    return f"{100 * (after - before) / (1 - before):.0f} %"
+    return f"{100 * (after - before) / (100 - before):.0f} %"
