@@ -15,6 +15,7 @@ from common import curves
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dalr_scale.eval.unit import read_scores
 from dalr_scale.metrics import Meter, RunLog, drop_later_records, format_table, logging_to
 
 
@@ -259,6 +260,15 @@ def test_a_flush_leaves_nothing_to_lose(tmp_path: Path) -> None:
         log.flush()
         assert curves(tmp_path)["train/text/loss"] == [(1, 3.0)]
         assert len(records(tmp_path)) == 1
+
+
+def test_scores_without_a_unit_are_fractions_of_an_earlier_version(tmp_path: Path) -> None:
+    path = tmp_path / "result.json"
+    path.write_text(json.dumps({"steps": 3, "trained": {"STS-B": 0.5}, "lexical": {"STS-B": 0.25}}))
+    old = read_scores(path)
+    assert (old["steps"], old["trained"], old["lexical"]) == (3, {"STS-B": 50}, {"STS-B": 25})
+    path.write_text(json.dumps(old))
+    assert read_scores(path) == old
 
 
 # Tables and log files
