@@ -144,6 +144,18 @@ def test_an_interrupted_run_reports_what_the_uninterrupted_one_does(
         assert len({step for step, _ in points}) == len(points), tag
 
 
+def test_a_run_killed_after_its_last_step_reports_its_final_scores_once(
+    launch: Launch, reference: Path, folder: Path
+) -> None:
+    """No step remains, and the final scores were written, but not that the run is finished."""
+    run = shutil.copytree(reference, folder / "ended")
+    (run / "status.json").write_text(json.dumps(status(run) | {"outcome": "failed"}))
+    outcome = launch("ended", DRAWN)
+    assert outcome.codes == (0,) and f"resumed at step {STEPS}" in outcome.output
+    assert reports(run) == reports(reference)
+    assert status(run)["outcome"] == "finished"
+
+
 def test_curves_are_drawn_by_stream_and_end_with_the_final_scores(reference: Path) -> None:
     found, result = curves(reference), json.loads((reference / "result.json").read_text())
     assert [step for step, _ in found["scores/graded-dev"]] == [0, 4, 8, 12]
