@@ -15,6 +15,7 @@ rank's part.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -134,7 +135,11 @@ def _empty_shard(
     rows = [{key: torch.zeros(f.numel()) for key in (MASTER, *keys)} for f in flat]
     shard[_MASTERS[whole]] = [row[MASTER] for row in rows]
     shard[_BASE[whole]] |= {
-        "state": {g: {key: row[key] for key in keys} | others for g, row in enumerate(rows)}
+        # a copy each: groups that shared a step count would all advance it
+        "state": {
+            g: {key: row[key] for key in keys} | copy.deepcopy(others)
+            for g, row in enumerate(rows)
+        }
         if keys or others
         else {}
     }
