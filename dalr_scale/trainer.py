@@ -132,6 +132,7 @@ class Trainer:
             micro_rows=self.config.batch.micro_size,
             row_keys=self.parts.model.encoder.row_keys,
             sort=self.config.batch.sort_by_length,
+            global_rows=self.streams.plan.batch_rows(batch.step),
         )
 
     def _batches(self, reason: StopReason | None) -> Iterator[tuple[Batch, float]]:
@@ -290,9 +291,10 @@ class Trainer:
             log.warning("continuing although %s", line)
         if checkpoint.state.tail_rule != self.streams.plan.tail:
             raise UserError(
-                f"{checkpoint.path} keeps the last, shorter batch of a pass and this run drops it "
-                "(or the reverse); several ranks always drop it: start one process, or set "
-                "objective.tail=drop in a new run"
+                f"{checkpoint.path} was written with objective.tail={checkpoint.state.tail_rule}, "
+                f"this run has {self.streams.plan.tail}, which is another order of batches: set "
+                f"--objective.tail={checkpoint.state.tail_rule} --run.allow_change=true, or start "
+                "a new run"
             )
         saved = checkpoint.manifest.world_size
         if saved != self.world.size and self.world.rank == 0:
