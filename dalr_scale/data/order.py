@@ -191,7 +191,7 @@ class StreamPlan:
             raise ValueError(f"parts {parts} do not make {items} items, {self.global_batch} rows")
         if self.tail == "keep":
             raise UserError(
-                "a shorter last batch cannot be kept of weighted sources; drop the tail"
+                "a shorter last batch cannot be kept of weighted sources; set objective.tail=drop"
             )
         for number, part in enumerate(parts):
             if part.items < part.rows:
@@ -284,14 +284,11 @@ class StreamPlan:
 
     def batch_rows(self, step: int) -> int:
         """Return how many items the global batch of a step has, without making its order."""
+        if self.tail == "drop":
+            return self.global_batch
         kind, _, batch = self.position(step)
         items = self.text_items if kind == "text" else self.pair_items
-        weighted = len(self._parts(kind)) > 1
-        return (
-            self.global_batch
-            if weighted
-            else min(self.global_batch, items - batch * self.global_batch)
-        )
+        return min(self.global_batch, items - batch * self.global_batch)
 
     def prepare(self, step: int) -> None:
         """Make the orders of both streams' current passes, so that forked workers share them."""
