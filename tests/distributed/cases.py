@@ -330,11 +330,13 @@ def tails() -> list[Case]:
     Of 5 rows on 4 ranks the ranks have 2, 2, 1 and 0; of 10 rows 3, 3, 3 and 1.
     """
     plain = [(2, 9), (4, 10), (4, 5), (4, 3), (4, 2)]
-    sizes = [Case(w, p, rows=n) for p in ("dalr", "dalr-reference", "kdmcse") for w, n in plain]
+    sizes = [Case(w, p, rows=n) for p in ("dalr", "dalr-reference") for w, n in plain]
+    sizes += [Case(w, "kdmcse", rows=n) for w, n in ((2, 9), (4, 5))]
     chunks = [Case(2, "dalr", "ddp", "pair", c, "row", rows=11) for c in ("four", "ragged")]
-    texts = [Case(4, p, "ddp", "text", "four", "row", rows=5) for p in ("simcse", "mcse", "dalr")]
-    zero = [Case(w, "dalr", k, "pair", "four", "row", rows=n) for k in ZERO for w, n in plain[:3]]
-    zero += [Case(4, "dalr-reference", k, rows=3) for k in ZERO]
+    texts = [Case(4, p, "ddp", "text", "four", "row", rows=5) for p in ("simcse", "dalr")]
+    parts = itertools.product(("zero2", "zero3"), ((2, 9), (4, 5)))
+    zero = [Case(w, "dalr", k, "pair", "four", "row", rows=n) for k, (w, n) in parts]
+    zero += [Case(2, "dalr", "zero1", rows=9), Case(4, "dalr-reference", "zero3", rows=3)]
     return sizes + chunks + texts + zero
 
 
