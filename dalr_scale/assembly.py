@@ -18,7 +18,7 @@ import torch
 
 from dalr_scale.config import Config
 from dalr_scale.data.bad_rows import BadRows
-from dalr_scale.data.order import Part, StreamPlan, Tail, share_rows
+from dalr_scale.data.order import Part, StreamPlan, share_rows
 from dalr_scale.data.remote import RemoteShards
 from dalr_scale.data.shards import expand_shards
 from dalr_scale.data.source import Source
@@ -61,11 +61,6 @@ class Streams:
         return "+".join(parts)
 
 
-def tail_rule(config: Config, world_size: int) -> Tail:
-    """A ragged last batch is kept by one process only: several ranks could not cut it equally."""
-    return "keep" if config.objective.tail == "keep" and world_size == 1 else "drop"
-
-
 def prepare_data(config: Config, world: World) -> None:
     """Draws the quickstart's data and trains its teachers, once, on rank 0."""
     if config.data.builder != "quickstart":
@@ -87,7 +82,7 @@ def prepare_data(config: Config, world: World) -> None:
         raise UserError(refusal)
 
 
-def build_streams(config: Config, world_size: int = 1) -> Streams:
+def build_streams(config: Config) -> Streams:
     """Opens the shards and their features, and lays out the order of the batches."""
     if not config.data.pairs and not config.data.text:
         raise UserError("data.pairs and data.text are both empty: name shards for one of them")
@@ -110,7 +105,7 @@ def build_streams(config: Config, world_size: int = 1) -> Streams:
         pair_items=pairs.num_items if pairs else 0,
         alternation="proportional" if fraction else config.objective.alternation,
         pair_fraction=Fraction(str(fraction)) if fraction else None,
-        tail=tail_rule(config, world_size),
+        tail=config.objective.tail,
         text_parts=_parts(text, data.text_weights, size),
         pair_parts=_parts(pairs, data.pair_weights, size),
     )

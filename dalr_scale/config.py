@@ -188,7 +188,7 @@ class ObjectiveConfig:
         "proportional", "how text-only and paired batches take turns"
     )
     tail: Literal["drop", "keep"] = opt(
-        "drop", "the last batch of a pass when it is not full (keep: one process only)"
+        "drop", "the last batch of a pass when it is not full (keep: if it has two rows or more)"
     )
 
 

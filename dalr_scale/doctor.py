@@ -168,7 +168,7 @@ def _try_configuration(args: argparse.Namespace, training: list[str]) -> list[st
     try:
         config = configuration(training)
         if config.data.builder == "none":
-            build_streams(config, args.nodes * args.processes)
+            build_streams(config)
     except UserError as error:
         return [f"node {node_name()}: {error}"]
     return []

@@ -18,7 +18,7 @@ from dalr_kernels import Similarity
 from torch import Tensor
 
 from dalr_scale.config import ObjectiveConfig
-from dalr_scale.dist.gather import merge_log_sum_exp, merge_max, merge_sum
+from dalr_scale.dist.gather import Share, merge_log_sum_exp, merge_max, merge_sum
 from dalr_scale.errors import UserError
 
 
@@ -51,6 +51,16 @@ class Views:
     tokens: Sequence[Tensor] = ()
     token_masks: Sequence[Tensor] = ()
     z1_tokens: Sequence[Tensor] = field(default_factory=list)
+
+    def head(self, count: int) -> Views:
+        """The first `count` rows of everything."""
+
+        def cut(value: Any) -> Any:
+            if isinstance(value, Tensor):
+                return value[:count]
+            return None if value is None else [tensor[:count] for tensor in value]
+
+        return Views(**{name: cut(value) for name, value in vars(self).items()})
 
 
 @dataclass(frozen=True)
@@ -158,14 +168,17 @@ def text_terms(
 
 def cross_terms(
     rows: Views, cols: Views, objective: ObjectiveConfig, weights: Sequence[float], offset: int,
-    unmatched: np.ndarray,
+    unmatched: np.ndarray, share: Share | None = None,
 ) -> dict[str, Tensor]:  # fmt: skip
-    """The cross-modal group: L_cons, L_CMA, L_xce and KDMCSE's caption branch."""
+    """The cross-modal group: L_cons, L_CMA, L_xce and KDMCSE's caption branch.
+
+    With a padded `share`, `rows` are the kept ones and `cols` the real ones.
+    """
     terms: dict[str, Tensor] = {}
     if objective.consistency_weight > 0:
         terms["cons"] = _consistency(rows, cols, objective, offset, unmatched)
     if objective.cross_kl_weight > 0:
-        terms["cma"] = _cross_kl(rows, cols, objective, weights, offset)
+        terms["cma"] = _cross_kl(rows, cols, objective, weights, offset, share)
     if objective.image_weight > 0:
         labels = _soft_labels(objective.soft_labels, rows, cols)
         terms["xce"] = _cross_entropy(rows, cols.u, labels, cols, objective, offset)
@@ -178,11 +191,15 @@ def cross_terms(
 
 
 def token_terms(
-    rows: Views, cols: Views, objective: ObjectiveConfig, weights: Sequence[float], offset: int
-) -> dict[str, Tensor]:
-    """L_g2l, the intra-modal term that reads the teachers' tokens; a weight for each of them."""
+    rows: Views, cols: Views, objective: ObjectiveConfig, weights: Sequence[float], offset: int,
+    share: Share | None = None,
+) -> dict[str, Tensor]:  # fmt: skip
+    """L_g2l, the intra-modal term that reads the teachers' tokens; a weight for each of them.
+
+    `share` as in `cross_terms`.
+    """
     if objective.g2l_weight > 0 and rows.tokens:
-        return {"g2l": _global_to_local(rows, cols, objective, weights, offset)}
+        return {"g2l": _global_to_local(rows, cols, objective, weights, offset, share)}
     return {}
 
 
@@ -312,27 +329,38 @@ def _consistency(
     total, _ = kernels.consistency(
         rows.aligned_text, rows.aligned_image, rows.aligned_unmatched, keep[own]
     )
-    # every rank's mean is averaged over ranks afterwards, hence rows of a rank over all pairs
-    ranks = all_rows // own_rows
-    return total * ranks / (all_rows + keep.sum())
+    # a mean over this rank's rows like the other terms, whose rows count N / kept pairs each
+    return total * (all_rows / own_rows) / (all_rows + keep.sum())
 
 
 def _cross_kl(
-    rows: Views, cols: Views, objective: ObjectiveConfig, weights: Sequence[float], offset: int
-) -> Tensor:
+    rows: Views, cols: Views, objective: ObjectiveConfig, weights: Sequence[float], offset: int,
+    share: Share | None,
+) -> Tensor:  # fmt: skip
     """L_CMA: pictures against texts under S_VV, and texts against pictures under S_TT."""
     assert rows.image is not None and cols.image is not None and rows.z1_image is not None
     options = _student(objective.cross_kl_student, objective) | _kl_temperatures(objective)
     images = Similarity(((1.0, rows.image, cols.image),))
     texts = text_similarity(rows, cols, objective, weights)
+    own, merges = rows.z1_image, (merge_max, merge_sum)
+    if share is not None and not share.valid:  # its one row is a copy: nothing to add or to learn
+        own, merges = own.detach(), (_add_no_maximum, _add_no_sum)
     by_image = kernels.column_alignment_kl(
-        rows.z1_image, cols.image, images, col_offset=offset, merge_max=merge_max,
-        merge_sum=merge_sum, **options,
+        own, cols.image, images, col_offset=offset, merge_max=merges[0], merge_sum=merges[1],
+        **options,
     )  # fmt: skip
     by_text = kernels.alignment_kl(
         rows.z1_image, cols.image, texts, col_offset=offset, check_finite=False, **options
     )
     return (by_image + by_text) / 2
+
+
+def _add_no_maximum(values: Tensor) -> Tensor:
+    return merge_max(values.fill_(-torch.inf))
+
+
+def _add_no_sum(values: Tensor) -> Tensor:
+    return merge_sum(values.zero_())
 
 
 def _alignment(objective: ObjectiveConfig, weight: float) -> kernels.AlignmentKL:
@@ -362,8 +390,9 @@ def _ranking(
 
 
 def _global_to_local(
-    rows: Views, cols: Views, objective: ObjectiveConfig, weights: Sequence[float], offset: int
-) -> Tensor:
+    rows: Views, cols: Views, objective: ObjectiveConfig, weights: Sequence[float], offset: int,
+    share: Share | None,
+) -> Tensor:  # fmt: skip
     """L_g2l of the mixed tokens, or the weighted sum over the token teachers.
 
     Tokens stay on their rank: all rows are scored against this rank's tokens, and the ranks'
@@ -379,14 +408,27 @@ def _global_to_local(
         "unit_rows": objective.g2l_unit_rows,
     }
     losses = []
-    for k, (share, _) in enumerate(zip(shares, tokens, strict=True)):
+    for k, (factor, _) in enumerate(zip(shares, tokens, strict=True)):
         partial = kernels.token_negatives(
             cols.z1_tokens[k], tokens[k], masks[k], first_own=offset, **ids, **options
         )
-        merged = merge_log_sum_exp(*partial)
+        merged = _merge_negatives(*partial, share)
         loss = kernels.own_token_loss(rows.z1_tokens[k], tokens[k], masks[k], *merged, **options)
-        losses.append(share * loss)
+        losses.append(factor * loss)
     return torch.stack(losses).sum()
+
+
+def _merge_negatives(
+    partial_N: Tensor, mean_ND: Tensor, share: Share | None
+) -> tuple[Tensor, Tensor]:
+    """The negatives of this rank's kept rows; padding travels as copies of the last row."""
+    if share is None or not share.padded:
+        return merge_log_sum_exp(partial_N, mean_ND)
+    if not share.valid:  # its one sentence is a copy of another rank's
+        partial_N = torch.full_like(partial_N, -torch.inf)
+    every = torch.as_tensor(share.places(0, share.ranks * share.rows), device=mean_ND.device)
+    partial_C, mean_CD = merge_log_sum_exp(partial_N[every], mean_ND[every])
+    return partial_C[: share.kept], mean_CD[: share.kept]
 
 
 def mix_tokens(tokens: Sequence[Tensor], shares: Sequence[float]) -> Tensor:

@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if config.data.builder != "none":
         print(f"{config.data.builder} data: drawn in {config.data.shards} unless they are there")
     prepare_data(config, World(0, 1, world.device))
-    streams = build_streams(config, options.ranks)
+    streams = build_streams(config)
     parts = build_model(config, streams, world)
     where = "this host's" if options.device == "auto" else "as asked for"
     print(f"planned for: {device.type} ({where}), {config.engine.precision}")

@@ -132,7 +132,7 @@ def _run(config: Config, world: Any, started: float) -> int:
 
     check_arithmetic(config, world.size)
     prepare_data(config, world)
-    streams = build_streams(config, world.size)
+    streams = build_streams(config)
     parts = build_model(config, streams, world)
     suite = build_suite(config, parts.model.encoder, open_held_out(config), world)
     if world.rank == 0:

@@ -116,7 +116,7 @@ class Trainer:
         values = self._means({"loss": loss, **terms})
         self._require_finite(values, batch)
         found = {name: values.pop(name) for name in SIGNS}
-        columns = len(batch.item_ids) * self.world.size
+        columns = self.streams.plan.batch_rows(batch.step)
         self.watch.check_means(values, found, columns=columns, step=self.step + 1)
         result = self.engine.step(learning_rate(self.config.optim, self.step, self.total_steps))
         self._require_sound(result)
@@ -138,6 +138,7 @@ class Trainer:
             micro_rows=self.config.batch.micro_size,
             row_keys=self.parts.model.encoder.row_keys,
             sort=self.config.batch.sort_by_length,
+            global_rows=self.streams.plan.batch_rows(batch.step),
         )
 
     def _batches(self, reason: StopReason | None, run_log: RunLog) -> Iterator[tuple[Batch, float]]:
@@ -314,9 +315,10 @@ class Trainer:
             log.warning("continuing although %s", line)
         if checkpoint.state.tail_rule != self.streams.plan.tail:
             raise UserError(
-                f"{checkpoint.path} keeps the last, shorter batch of a pass and this run drops it "
-                "(or the reverse); several ranks always drop it: start one process, or set "
-                "objective.tail=drop in a new run"
+                f"{checkpoint.path} was written with objective.tail={checkpoint.state.tail_rule}, "
+                f"this run has {self.streams.plan.tail}, which is another order of batches: set "
+                f"--objective.tail={checkpoint.state.tail_rule} --run.allow_change=true, or start "
+                "a new run"
             )
         saved = checkpoint.manifest.world_size
         if saved != self.world.size and self.world.rank == 0:

@@ -26,6 +26,8 @@ class BadRow(NamedTuple):
 class Batch:
     """The rows of one rank for one step; b rows, L tokens, T teacher tokens.
 
+    In the last batch of a pass the last rows may be padding (``order.rank_rows``).
+
     Attributes:
         step: number of the step.
         kind: ``text`` or ``pair``.

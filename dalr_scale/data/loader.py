@@ -28,7 +28,7 @@ from transformers import PreTrainedTokenizerBase
 from dalr_scale.data.augment import Augment, sample_rng
 from dalr_scale.data.batch import BadRow, Batch, PackedBatch, pack
 from dalr_scale.data.images import decode_image
-from dalr_scale.data.order import StreamPlan
+from dalr_scale.data.order import StreamPlan, rank_rows
 from dalr_scale.data.source import Records, Source
 from dalr_scale.errors import UserError
 
@@ -100,8 +100,8 @@ class StepDataset(Dataset):
         source = self.pairs if kind == "pair" else self.text
         assert source is not None
         whole = self.plan.batch_ids(step)
-        rows = len(whole) // self.world_size
-        ids = whole[self.rank * rows : (self.rank + 1) * rows].copy()
+        rows = rank_rows(len(whole), self.rank, self.world_size)
+        ids = whole[rows]
         bad: list[BadRow] = []
         stand_ins = self.plan.substitutes(kind)
         for attempt in itertools.count(1):
@@ -113,7 +113,7 @@ class StepDataset(Dataset):
             if attempt > stand_ins:
                 raise UserError(bad[-1].why)
             for row in faults:
-                ids[row] = self.plan.substitute(step, self.rank * rows + row, attempt)
+                ids[row] = self.plan.substitute(step, int(rows[row]), attempt)
         raise AssertionError("unreachable")
 
     def _reads_text(self, source: Source) -> bool:
@@ -294,8 +294,6 @@ def make_loader(
         )
     if not 0 <= rank < world_size:
         raise ValueError(f"rank {rank} is not in 0 ... {world_size - 1}")
-    if plan.tail == "keep" and world_size > 1:
-        raise UserError("a shorter last batch can be kept with one process only; drop the tail")
     if not 0 <= start_step <= total_steps:
         raise UserError(f"the run ends at step {total_steps}; it cannot start at step {start_step}")
     if tokenizer.pad_token_id is None:

@@ -85,6 +85,16 @@ def exact_fraction(value: float | str | Fraction) -> Fraction:
     return fraction
 
 
+def rank_rows(rows: int, rank: int, world_size: int) -> np.ndarray:
+    """Return which rows of a global batch a rank takes: int64 [c], c = ceil(rows / world_size).
+
+    Every rank takes equally many, in order; where the batch does not divide, places behind its end
+    repeat its last row.
+    """
+    own = -(-rows // world_size)
+    return np.minimum(np.arange(rank * own, (rank + 1) * own), rows - 1)
+
+
 @dataclass(frozen=True)
 class Part:
     """A weighted part of a stream: its items, and the rows of each batch that come from it."""
@@ -133,7 +143,7 @@ class StreamPlan:
         alternation: see above.
         pair_fraction: share of paired steps (``proportional`` only); None means N_pair's share.
         tail: what happens to the last, shorter batch of a pass. ``drop`` leaves it out, ``keep``
-            uses it when it has two items or more (one process only).
+            uses it when it has two items or more.
         text_parts, pair_parts: weighted parts of the streams, numbered one after the other; empty:
             one part. Every batch takes the same number of rows from each part, and each part is
             passed at its own pace, its own tail dropped.
@@ -181,7 +191,7 @@ class StreamPlan:
             raise ValueError(f"parts {parts} do not make {items} items, {self.global_batch} rows")
         if self.tail == "keep":
             raise UserError(
-                "a shorter last batch cannot be kept of weighted sources; drop the tail"
+                "a shorter last batch cannot be kept of weighted sources; set objective.tail=drop"
             )
         for number, part in enumerate(parts):
             if part.items < part.rows:
@@ -257,8 +267,8 @@ class StreamPlan:
     def batch_ids(self, step: int) -> np.ndarray:
         """Return the global batch of a step: int64 item numbers [global_batch] of its stream.
 
-        Rank r of W takes rows ``r * b ... (r + 1) * b - 1`` with b = global_batch / W. The batch
-        is shorter only for the last batch of a pass under ``tail="keep"``.
+        The batch is shorter only for the last batch of a pass under ``tail="keep"``. Which rows a
+        rank takes: ``rank_rows``.
         """
         if step < 0:
             raise ValueError(f"step {step} is negative")
@@ -271,6 +281,14 @@ class StreamPlan:
         for number in range(len(parts)):
             ids[layout == number] = self._part_ids(kind, number, step)
         return ids
+
+    def batch_rows(self, step: int) -> int:
+        """Return how many items the global batch of a step has, without making its order."""
+        if self.tail == "drop":
+            return self.global_batch
+        kind, _, batch = self.position(step)
+        items = self.text_items if kind == "text" else self.pair_items
+        return min(self.global_batch, items - batch * self.global_batch)
 
     def prepare(self, step: int) -> None:
         """Make the orders of both streams' current passes, so that forked workers share them."""

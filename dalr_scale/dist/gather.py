@@ -7,6 +7,11 @@ ranks say about it. The engine then **averages** parameter gradients over ranks.
 and 1/W make exactly the gradient of the mean over all N rows; no factor W stands anywhere. The
 rule holds with gradient caching too, because the cached gradients come out of this same pass.
 
+**Padded batches.** The last batch of a pass may have N rows that W does not divide. Every rank then
+holds c = ceil(N/W) rows, so that all collectives stay equally long; the places after row N-1 repeat
+it. Gathered columns are cut to their first N. Rank r has v_r real rows, and the mean over them is
+weighted v_r * W / N: averaged over ranks this is the mean over the N rows again (`Share`).
+
 Gathering without gradient loses the columns' part, and no factor repairs its direction
 (discussed at length in https://github.com/mlfoundations/open_clip/issues/616).
 """
@@ -15,9 +20,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -56,6 +63,65 @@ def one_rank_alone() -> Iterator[None]:
         yield
     finally:
         _alone = False
+
+
+@dataclass(frozen=True)
+class Share:
+    """A rank's part of a global batch whose end may be padded.
+
+    A rank without a real row keeps one copy of the last row, at its true place: it takes part in
+    every collective with finite numbers, and weighs nothing.
+
+    Attributes:
+        rows: rows that every rank holds, c.
+        first: place of this rank's first row in the padded batch, r * c.
+        global_rows: real rows of the global batch, N.
+        ranks: W.
+    """
+
+    rows: int
+    first: int
+    global_rows: int
+    ranks: int
+
+    @classmethod
+    def of(cls, rows: int, first: int = 0, global_rows: int | None = None) -> Share:
+        """The share of this rank; without `global_rows` the rows of all ranks are real."""
+        ranks = dist.get_world_size() if several_ranks() else 1
+        return cls(rows, first, ranks * rows if global_rows is None else global_rows, ranks)
+
+    @property
+    def padded(self) -> bool:
+        """Whether some rank holds padding; the same on every rank."""
+        return self.global_rows < self.ranks * self.rows
+
+    @property
+    def valid(self) -> int:
+        """This rank's real rows, v: its first ones."""
+        return min(max(self.global_rows - self.first, 0), self.rows)
+
+    @property
+    def kept(self) -> int:
+        """Rows that the losses see: the real ones, or one copy of the last row."""
+        return max(self.valid, 1)
+
+    @property
+    def offset(self) -> int:
+        """Place of the first kept row in the global batch."""
+        return min(self.first, self.global_rows - 1)
+
+    @property
+    def weight(self) -> float:
+        """What the mean over this rank's rows counts before ranks are averaged."""
+        return self.valid * self.ranks / self.global_rows
+
+    def places(self, first: int, count: int) -> np.ndarray:
+        """Rows of the global batch at `count` places of the padded one, int64."""
+        return np.minimum(np.arange(first, first + count), self.global_rows - 1)
+
+    def real(self, local: Tensor) -> Tensor:
+        """The real ones of this rank's rows [c, ...], perhaps none."""
+        return local[: self.valid] if self.padded else local
 
 
 def gather_rows(local: Tensor, *, grad: bool = True) -> Tensor:

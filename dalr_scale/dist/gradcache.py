@@ -35,6 +35,8 @@ class StepInputs:
         micro_rows: rows of a chunk; 0: all rows in one.
         row_keys: keys of the student's row-keyed dropout, or None for torch's own dropout.
         sort: cut chunks from the rows sorted by length, so that less padding is encoded.
+        global_rows: real rows of the global batch; what the ranks hold beyond them repeats its last
+            row (``dalr_scale.dist.gather``). None: all rows are real.
     """
 
     input_ids: Tensor
@@ -46,6 +48,7 @@ class StepInputs:
     micro_rows: int
     row_keys: RowKeys | None = None
     sort: bool = True
+    global_rows: int | None = None
 
     @property
     def rows(self) -> int:
@@ -94,8 +97,9 @@ def backward_global_batch(engine: Engine, inputs: StepInputs) -> tuple[Tensor, d
     """Leaves the averaged gradient of the global loss on the engine.
 
     Returns:
-        This rank's share of the loss (the mean over its rows) and its terms, detached; among the
-        terms what `dalr_scale.watch.signs` finds in the states.
+        This rank's share of the loss (the mean over its rows, weighted where some are padding) and
+        its terms, detached; their means over ranks are those of the global batch. Among the terms
+        is what `dalr_scale.watch.signs` finds in the states.
 
     Raises:
         UserError: the ranks hold different kinds or sizes of batches; raised on all of them.
@@ -112,6 +116,7 @@ def backward_global_batch(engine: Engine, inputs: StepInputs) -> tuple[Tensor, d
             step=inputs.step,
             offset=inputs.offset,
             gathered=gather.wait() if gather else None,
+            global_rows=inputs.global_rows,
         )
         engine.backward(loss)
         assert states.grad is not None
@@ -223,6 +228,7 @@ def _facts(inputs: StepInputs) -> dict[str, str]:
         "step": str(inputs.step),
         "kind": "paired" if teachers.paired else "text",
         "rows": str(inputs.rows),
+        "global rows": str(inputs.global_rows or dist.get_world_size() * inputs.rows),
         "chunk rows": str(inputs.micro_rows or inputs.rows),
         "token teachers": str(len(teachers.tokens)),
     }

@@ -1,17 +1,17 @@
 """The auxiliary consistency task: do this sentence and this picture belong together?
 
 Its aligners map both sides into a space whose cosines are the soft labels of the picture branch.
-Batch normalisation uses the statistics of the *global* batch: ``torch.nn.SyncBatchNorm`` refuses
-CPU tensors in a world of several ranks, and at one rank it would pass silently.
+Batch normalisation uses the statistics of the *global* batch, padding left out:
+``torch.nn.SyncBatchNorm`` refuses CPU tensors in a world of several ranks, and at one rank it would
+pass silently.
 """
 
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from dalr_scale.dist.gather import all_reduce_sum, several_ranks
+from dalr_scale.dist.gather import Share, all_reduce_sum
 
 
 class GlobalBatchNorm(nn.Module):
@@ -27,13 +27,16 @@ class GlobalBatchNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(width))
         self.eps = eps
 
-    def forward(self, x_BD: Tensor) -> Tensor:
-        """Normalises [b, D] by the mean and biased variance over all ranks' rows."""
+    def forward(self, x_BD: Tensor, share: Share | None = None) -> Tensor:
+        """Normalises [b, D] by the mean and biased variance over all ranks' real rows.
+
+        Padding, which `share` tells from real rows, is normalised alike.
+        """
+        share = share or Share.of(len(x_BD))
         x = x_BD if x_BD.dtype == torch.float64 else x_BD.float()
-        ranks = dist.get_world_size() if several_ranks() else 1
-        rows = x.shape[0] * ranks
-        centred = x - all_reduce_sum(x.sum(0)) / rows
-        variance = all_reduce_sum(centred.square().sum(0)) / rows
+        rows = share.global_rows
+        centred = x - all_reduce_sum(share.real(x).sum(0)) / rows
+        variance = all_reduce_sum(share.real(centred).square().sum(0)) / rows
         normal = centred * torch.rsqrt(variance + self.eps)
         return (normal * self.weight + self.bias).to(x_BD.dtype)
 
@@ -50,3 +53,9 @@ class Aligner(nn.Sequential):
             GlobalBatchNorm(output_width),
             nn.ReLU(),
         )
+
+    def forward(self, x_BD: Tensor, share: Share | None = None) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Aligns [b, D]; `share` as in `GlobalBatchNorm`."""
+        for layer in self:
+            x_BD = layer(x_BD, share) if isinstance(layer, GlobalBatchNorm) else layer(x_BD)
+        return x_BD

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from dalr_scale.config import ModelConfig, ObjectiveConfig
-from dalr_scale.dist.gather import gather_rows, with_gradient
+from dalr_scale.dist.gather import Share, gather_rows, with_gradient
 from dalr_scale.errors import UserError
 from dalr_scale.models.consistency import Aligner
 from dalr_scale.models.encoder import SentenceEncoder
@@ -165,7 +165,7 @@ class DalrModel(nn.Module):
 
     def loss(
         self, states: Tensor, teachers: TeacherBatch, step: int, offset: int,
-        gathered: Mapping[str, Tensor] | None = None,
+        gathered: Mapping[str, Tensor] | None = None, global_rows: int | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
         """The total of this rank's rows against the gathered columns, and its terms.
 
@@ -175,28 +175,38 @@ class DalrModel(nn.Module):
             step: optimizer step; keys the unmatched pictures' shift.
             offset: first row of this rank in the global batch.
             gathered: columns that have been gathered already, by name.
+            global_rows: real rows of the global batch, the others being padding at its end; None:
+                all of them.
 
         Returns:
-            The scalar total (gradients into `states` and the heads) and the detached terms.
+            The scalar total (gradients into `states` and the heads) and the detached terms, both
+            weighted so that their means over ranks are those over the global batch.
         """
         spec = self.spec
+        share = Share.of(states.shape[1], offset, global_rows)
         rows = self._with_teachers(self._rows(states[0], states[1], teachers), teachers)
         cols = gather_views(rows, gathered or {}, spec.needs)
         objective, weights = spec.objective, spec.text_weights
-        unmatched = unmatched_rows(objective, len(cols.ids), spec.seed, step)
+        unmatched = unmatched_rows(objective, share.global_rows, spec.seed, step)
         if teachers.paired and spec.needs.consistency:
-            self._align(rows, cols, unmatched[offset : offset + len(rows.ids)])
+            self._align(rows, cols, unmatched, share)
+        if share.padded:
+            rows, cols = rows.head(share.kept), cols.head(share.global_rows)
         distil = teachers.paired or objective.distil_text_batches
         text = text_terms(
-            rows, cols, objective, weights, offset, paired=teachers.paired, distil=distil
+            rows, cols, objective, weights, share.offset, paired=teachers.paired, distil=distil
         )
         others: dict[str, Tensor] = {}
         if teachers.paired and objective.cross_weight > 0:
-            others |= cross_terms(rows, cols, objective, weights, offset, unmatched)
+            others |= cross_terms(rows, cols, objective, weights, share.offset, unmatched, share)
         if distil and objective.intra_weight > 0:
-            others |= token_terms(rows, cols, objective, spec.token_weights, offset)
-        detached = {name: value.detach() for name, value in others.items()}
-        return total_loss(text, others, objective), text.values | detached
+            others |= token_terms(rows, cols, objective, spec.token_weights, share.offset, share)
+        total = total_loss(text, others, objective)
+        values = text.values | {name: value.detach() for name, value in others.items()}
+        if share.padded:
+            total = total * share.weight
+            values = {name: value * share.weight for name, value in values.items()}
+        return total, values
 
     def _rows(self, h1: Tensor, h2: Tensor, teachers: TeacherBatch) -> Views:
         """Applies the heads that work row by row and that a batch of this kind needs."""
@@ -217,20 +227,21 @@ class DalrModel(nn.Module):
             rows.z1_image = self.image_projection(z1) if hasattr(self, "image_projection") else z1
         return rows
 
-    def _align(self, rows: Views, cols: Views, unmatched: np.ndarray) -> None:
+    def _align(self, rows: Views, cols: Views, unmatched: np.ndarray, share: Share) -> None:
         """Adds what the consistency task reads; its normalisation is over the global batch.
 
         The unmatched pictures are aligned here rather than fetched: as a rearrangement of the
         global batch they have the same statistics, and nothing has to go back to their owners.
         """
         assert rows.image is not None
-        rows.aligned_text = self.text_aligner(rows.z1)
-        aligned = self.image_aligner(_like(rows.image, rows.z1))
+        rows.aligned_text = self.text_aligner(rows.z1, share)
+        aligned = self.image_aligner(_like(rows.image, rows.z1), share)
         rows.aligned_image = aligned
         if self.spec.objective.consistency_weight > 0:
             assert cols.image is not None
-            partners = cols.image[torch.as_tensor(unmatched, device=cols.image.device)]
-            rows.aligned_unmatched = self.image_aligner(_like(partners, rows.z1))
+            own = unmatched[share.places(share.first, share.rows)]
+            partners = cols.image[torch.as_tensor(own, device=cols.image.device)]
+            rows.aligned_unmatched = self.image_aligner(_like(partners, rows.z1), share)
         if self.spec.needs.consistency_labels:
             cols.aligned_image = gather_rows(aligned, grad=False)
 

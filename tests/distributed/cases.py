@@ -24,6 +24,7 @@ from transformers import BertConfig, BertModel
 
 from dalr_scale import objective
 from dalr_scale.config import BatchConfig, Config, EngineConfig, OptimConfig, build_config
+from dalr_scale.data.order import rank_rows
 from dalr_scale.dist import gather, gradcache
 from dalr_scale.dist.engine import DeepSpeedEngine, Engine, build_engine
 from dalr_scale.dist.gradcache import StepInputs, backward_global_batch
@@ -45,7 +46,10 @@ DROPOUT = ("off", "row")
 
 @dataclass(frozen=True)
 class Case:
-    """`option` is one of offload, checkpoint, bf16, adamw; `fault` switches a guarantee off."""
+    """`option` is one of offload, checkpoint, bf16, adamw; `fault` switches a guarantee off.
+
+    With `rows` the batch is the last one of a pass, of that many rows.
+    """
 
     world: int
     preset: str
@@ -55,10 +59,11 @@ class Case:
     dropout: str = "off"
     option: str = ""
     fault: str = ""
+    rows: int = 0
 
     @property
     def name(self) -> str:
-        return "-".join(str(v) for v in dataclasses.astuple(self) if v != "")
+        return "-".join(str(v) for v in dataclasses.astuple(self) if v not in ("", 0))
 
     @property
     def reference(self) -> Case:
@@ -172,12 +177,12 @@ def global_batch(case: Case, step: int) -> dict[str, Tensor]:
     }
     if case.batch == "text":
         batch["ids"] = torch.full((ROWS,), -1)
-    return batch
+    return {name: value[: case.rows or ROWS] for name, value in batch.items()}
 
 
 def step_inputs(case: Case, config: Config, world: World, step: int, module: Any) -> StepInputs:
-    rows = ROWS // world.size
-    own = slice(world.rank * rows, (world.rank + 1) * rows)
+    total = case.rows or ROWS
+    own = torch.from_numpy(rank_rows(total, world.rank, world.size))
     batch = {name: value[own] for name, value in global_batch(case, step).items()}
     teachers = TeacherBatch(ids=batch["ids"])
     if case.batch == "pair":
@@ -192,7 +197,7 @@ def step_inputs(case: Case, config: Config, world: World, step: int, module: Any
         )
     return StepInputs(
         batch["input_ids"], batch["attention_mask"], teachers, step, world.rank, 1,
-        case.micro_rows, module.encoder.row_keys,
+        case.micro_rows, module.encoder.row_keys, global_rows=total,
     )  # fmt: skip
 
 
@@ -207,7 +212,9 @@ def run(case: Case, world: World) -> dict[str, np.ndarray]:
             inputs = step_inputs(case, config, world, step, engine.module)
             loss, states_grad = watched_backward(engine, inputs)
             losses.append(world.all_mean([float(loss)])[0])
-            results[f"embedding.{step}"] = whole_gradient(states_grad, world)
+            whole = whole_gradient(states_grad, world)
+            results[f"embedding.{step}"] = whole[: case.rows or ROWS]
+            assert case.fault or not whole[case.rows or ROWS :].any()
             results |= {f"gradient.{step}.{n}": g for n, g in parameter_gradients(engine).items()}
             engine.step(learning_rate(config.optim.name))
         results |= {f"weight.{n}": w for n, w in weights(engine).items()}
@@ -276,6 +283,19 @@ def sabotage(fault: str) -> Iterator[None]:
         "tokens of this rank only": lambda: mock.patch.object(
             objective, "merge_log_sum_exp", own_part
         ),
+        "padding is real": lambda: mock.patch.object(
+            dalr.Share, "of", lambda rows, first, _: gather.Share(rows, first, 2 * rows, 2)
+        ),
+        "ranks count alike": lambda: mock.patch.object(gather.Share, "weight", 1.0),
+        "padding in the statistics": lambda: mock.patch.object(
+            gather.Share, "real", lambda self, local: local
+        ),
+        "copies in column sums": lambda: mock.patch.multiple(
+            objective, _add_no_maximum=gather.merge_max, _add_no_sum=gather.merge_sum
+        ),
+        "copies among tokens": lambda: mock.patch.object(
+            objective, "_merge_negatives", merge_with_copies
+        ),
         "keys by place in the rank": lambda: mock.patch.object(
             gradcache.StepInputs, "offset", property(lambda self: 0)
         ),
@@ -295,6 +315,29 @@ def own_part(partial: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
     rows = len(partial) // dist.get_world_size()
     own = slice(dist.get_rank() * rows, (dist.get_rank() + 1) * rows)
     return partial[own], mean[own]
+
+
+def merge_with_copies(partial: Tensor, mean: Tensor, share: gather.Share) -> Any:
+    """Negatives to which a rank without rows of its own adds its copy."""
+    places = torch.as_tensor(share.places(0, share.ranks * share.rows))
+    partial, mean = gather.merge_log_sum_exp(partial[places], mean[places])
+    return partial[: share.kept], mean[: share.kept]
+
+
+def tails() -> list[Case]:
+    """Last batches of a pass: rows that ranks cannot cut equally, and fewer than there are ranks.
+
+    Of 5 rows on 4 ranks the ranks have 2, 2, 1 and 0; of 10 rows 3, 3, 3 and 1.
+    """
+    plain = [(2, 9), (4, 10), (4, 5), (4, 3), (4, 2)]
+    sizes = [Case(w, p, rows=n) for p in ("dalr", "dalr-reference") for w, n in plain]
+    sizes += [Case(w, "kdmcse", rows=n) for w, n in ((2, 9), (4, 5))]
+    chunks = [Case(2, "dalr", "ddp", "pair", c, "row", rows=11) for c in ("four", "ragged")]
+    texts = [Case(4, p, "ddp", "text", "four", "row", rows=5) for p in ("simcse", "dalr")]
+    parts = itertools.product(("zero2", "zero3"), ((2, 9), (4, 5)))
+    zero = [Case(w, "dalr", k, "pair", "four", "row", rows=n) for k, (w, n) in parts]
+    zero += [Case(2, "dalr", "zero1", rows=9), Case(4, "dalr-reference", "zero3", rows=3)]
+    return sizes + chunks + texts + zero
 
 
 def cover() -> list[Case]:
@@ -383,6 +426,11 @@ FAULTS = [
     Case(2, "dalr", dropout="row", fault="keys by place in the rank"),
     Case(2, "dalr", "zero2", "pair", "four", "row", "bf16", "columns without gradient"),
     Case(2, "dalr", "zero2", "pair", "four", "row", "bf16", "one reduction per chunk"),
+    Case(2, "dalr", fault="padding is real", rows=9),
+    Case(2, "dalr", fault="ranks count alike", rows=9),
+    Case(2, "dalr", fault="padding in the statistics", rows=9),
+    Case(4, "dalr", fault="copies in column sums", rows=5),
+    Case(4, "dalr", fault="copies among tokens", rows=5),
 ]
 
 
@@ -391,7 +439,10 @@ def references() -> list[Case]:
     return sorted({c.reference for c in cover() if c.reference.kind != "ddp"}, key=lambda c: c.name)
 
 
-SETS = {"cover": lambda: [*dict.fromkeys(cover() + references() + FAULTS)], "product": product}
+SETS = {
+    "cover": lambda: [*dict.fromkeys(cover() + tails() + references() + FAULTS)],
+    "product": product,
+}
 
 
 def save(folder: Path, case: Case, results: dict[str, np.ndarray]) -> None:

@@ -165,12 +165,11 @@ def test_the_batch_arithmetic_names_its_numbers(numbers: tuple[int, int, int]) -
     assert "\n" not in message
 
 
-def test_ragged_batches_are_kept_by_one_process_only(tiny_data: Path) -> None:
+def test_ragged_batches_are_kept_on_request(tiny_data: Path) -> None:
     """144 pairs are 6 full batches; 170 sentences are 7 and a rest of 2."""
     keep = tiny_config(tiny_data, {"objective.tail": "keep"})
     drop = tiny_config(tiny_data)
-    assert [build_streams(keep, ranks).plan.n_text for ranks in (1, 2)] == [8, 7]
-    assert build_streams(drop, 1).plan.n_text == 7
+    assert [build_streams(config).plan.n_text for config in (keep, drop)] == [8, 7]
 
 
 def test_a_shard_without_a_usable_sample_is_named(tiny_data: Path, tmp_path: Path) -> None:
@@ -178,9 +177,9 @@ def test_a_shard_without_a_usable_sample_is_named(tiny_data: Path, tmp_path: Pat
     empty.write_bytes(bytes(1024))
     layer = as_layer({"data.text": [str(empty)], "objective.preset": "simcse", "data.pairs": []})
     with pytest.raises(UserError, match="text-000009"):
-        build_streams(build_config([tiny_layer(tiny_data), layer]), 1)
+        build_streams(build_config([tiny_layer(tiny_data), layer]))
 
 
 def test_the_same_settings_without_a_mistake_are_accepted(tiny_data: Path) -> None:
     """Control for the table above: it is the mistake that is refused."""
-    assert build_streams(tiny_config(tiny_data), 1).total_steps == 12
+    assert build_streams(tiny_config(tiny_data)).total_steps == 12

@@ -8,10 +8,40 @@ import pytest
 from common import history, records, status, tiny_config, write_config
 from launching import train
 
+from dalr_scale.assembly import build_streams
+
+COMPARED = ("cons", "cma", "xce", "ima", "rank", "g2l")
 NO_DROPOUT = (
     "--model.architecture.hidden_dropout_prob=0.0",
     "--model.architecture.attention_probs_dropout_prob=0.0",
 )
+
+
+def test_last_batches_are_the_same_at_one_two_and_three_ranks(
+    tiny_data: Path, tmp_path: Path
+) -> None:
+    """One pass over 170 sentences, the last 2 a batch of their own: at 3 ranks one holds a copy."""
+    settings = {"data.workers": 0, "objective.tail": "keep", "optim.steps": 17, "optim.clip": 1.0}
+    file = write_config(tiny_config(tiny_data, settings), tmp_path / "tiny.toml")
+    words = [f"--config={file}", "--engine.kind=zero2", "--eval.every=0", *NO_DROPOUT]
+    runs = [tmp_path / name for name in ("whole", "three", "moved")]
+    for folder, ranks in zip(runs, (1, 3), strict=False):
+        outcome = train([*words, f"--run.dir={folder}"], tmp_path / f"w{ranks}.log", ranks=ranks)
+        assert set(outcome.codes) == {0}, outcome.output
+    for ranks, end in ((1, (4, "STOP")), (2, None)):
+        log = tmp_path / f"moved{ranks}.log"
+        outcome = train([*words, f"--run.dir={runs[2]}"], log, ranks=ranks, end_at=end)
+        assert set(outcome.codes) == {0}, outcome.output
+    wanted = records(runs[0])
+    plan = build_streams(tiny_config(tiny_data, settings)).plan
+    assert [plan.batch_rows(r["step"] - 1) for r in wanted].count(2) == 1
+    for folder in runs[1:]:
+        found = records(folder)
+        assert [(r["step"], r["ids"]) for r in found] == [(r["step"], r["ids"]) for r in wanted]
+        for one, other in zip(found, wanted, strict=True):
+            terms = [name for name, value in other.items() if isinstance(value, float)]
+            for name in {"loss", "con", "grad_norm", *COMPARED} & {*terms}:
+                assert one[name] == pytest.approx(other[name], rel=1e-4), (one["step"], name)
 
 
 @pytest.mark.parametrize("kind", ["zero1", "zero2", "zero3"])

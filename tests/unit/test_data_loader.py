@@ -151,6 +151,49 @@ def test_ranks_and_workers_do_not_change_a_batch(sources) -> None:
         assert digest(list(loader_of(sources, num_workers=workers))) == reference
 
 
+KEPT = StreamPlan(3, 12, 100, 55, tail="keep")  # last batches of 4 sentences and 7 captions
+
+
+@pytest.mark.parametrize("world", [2, 3, 4, 6])
+def test_ranks_cut_a_last_batch_equally_and_repeat_its_last_row(world: int, sources) -> None:
+    whole = list(loader_of(sources, plan=KEPT))
+    parts = [list(loader_of(sources, plan=KEPT, rank=r, world_size=world)) for r in range(world)]
+    for one, batch, ranks in zip(whole, joined(parts), zip(*parts, strict=True), strict=True):
+        rows = len(one.item_ids)
+        assert rows == KEPT.batch_rows(one.step) == len(KEPT.batch_ids(one.step))
+        assert {len(rank.item_ids) for rank in ranks} == {-(-rows // world)}
+        places = np.minimum(np.arange(len(batch.item_ids)), rows - 1)
+        assert batch.item_ids.tolist() == one.item_ids[places].tolist()
+        assert batch.sentences == [one.sentences[place] for place in places]
+        assert all(torch.equal(batch.features[n], v[places]) for n, v in one.features.items())
+    assert {len(one.item_ids) for one in whole} == {12, 4, 7}
+
+
+def test_a_bad_last_row_and_its_copies_get_one_substitute(tmp_path: Path) -> None:
+    sentences = [f"sentence number {n} of" for n in range(20)]
+    shard = write_text_shards(iter(sentences), tmp_path, "text", per_member=8)[0]
+    source = Source([shard])
+    plan = StreamPlan(seed=1, global_batch=6, text_items=20, tail="keep")  # 6, 6, 6, 2
+    last = int(plan.batch_ids(3)[-1])
+    content = shard.read_bytes()
+    with shard.open("r+b") as file:
+        file.seek(content.index(sentences[last].encode()))
+        file.write(b"#")
+
+    def items(rank: int, world: int) -> list[int]:
+        loader = make_loader(
+            plan, source, None, small_tokenizer(), rank=rank, world_size=world, start_step=3,
+            total_steps=4, max_length=8, num_workers=0,
+        )  # fmt: skip
+        (batch,) = loader
+        assert {row.item for row in batch.bad} <= {last}
+        return batch.item_ids.tolist()
+
+    alone = items(0, 1)
+    assert last not in alone and len(set(alone)) == 2
+    assert [items(rank, 3) for rank in range(3)] == [[alone[0]], [alone[1]], [alone[1]]]
+
+
 def test_the_comparison_notices_swapped_ranks_and_another_seed(sources) -> None:
     reference = digest(list(loader_of(sources)))
     parts = [list(loader_of(sources, rank=r, world_size=2)) for r in (1, 0)]
@@ -214,10 +257,6 @@ def test_impossible_settings_are_refused(sources) -> None:
     cases = [
         ({"world_size": 5}, "global batch of 12 cannot be cut into 5"),
         ({"start_step": 21}, "ends at step 20"),
-        (
-            {"world_size": 2, "plan": StreamPlan(3, 12, 100, 55, tail="keep")},
-            "one process only",
-        ),
     ]
     for changes, message in cases:
         with pytest.raises(UserError, match=message):

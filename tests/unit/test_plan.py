@@ -194,6 +194,22 @@ def test_a_login_node_plans_for_another_device(
     assert float(line.split()[-1].replace(",", "")) == workspace, line
 
 
+def test_a_run_has_the_same_steps_at_any_number_of_ranks(
+    tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """170 sentences are 7 batches and a last one of 2 rows, which `simcse` keeps."""
+    settings = {"objective.preset": "simcse", "objective.tail": "keep", "data.pairs": []}
+    settings |= {"optim.steps": 0, "optim.epochs": 3.0}
+    path = write_config(tiny_config(tiny_data, settings), tmp_path / "own.toml")
+    lines = []
+    for ranks in (1, 2, 3):
+        assert main(["--config", str(path), "--no-timing", f"--ranks={ranks}"]) == 0
+        printed = capsys.readouterr().out.splitlines()
+        lines.append(next(line for line in printed if "steps (text + paired)" in line))
+    assert "24 (24 + 0)" in lines[0]
+    assert len(set(lines)) == 1
+
+
 def wires(config: Config, *, paired: bool = True) -> dict[str, tuple[int, int]]:
     world = World(0, 1, torch.device("cpu"))
     model = build_model(config, build_streams(config), world).model
