@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from reference.draw import Row, draw
 
-CANDIDATES = 150
+CANDIDATES = 170
 
 
 def cover() -> list[int]:
@@ -31,13 +31,16 @@ def cost(row: Row) -> float:
 def facts(row: Row) -> set[str]:
     """What a row shows; one that must be refused shows nothing else."""
     if row.broken:
-        return {f"broken {row.broken}"} if row.ranks == 1 else set()
+        return {f"broken {row.broken}"}
     c = row.changes
     encoder = c.get("model.encoder") or f"new {c['model.architecture']['model_type']}"
-    engine = f"{c['engine.kind']} {row.precision} {c.get('engine.offload_optimizer', False)}"
+    engine = f"{c['engine.kind']} {row.precision}"
+    several = "ranks" if row.ranks > 1 else "one"
+    if row.precision != "bf16":
+        engine += f" {c.get('engine.offload_optimizer', False)} {several}"
     facts = {
-        f"{c['objective.preset']} {'ranks' if row.ranks > 1 else 'one'}",
-        f"{engine} {'ranks' if row.ranks > 1 else 'one'}",
+        engine,
+        f"{c['objective.preset']} {several}",
         f"{encoder} {c['model.pooler']}",
         f"{row.ranks} ranks",
         f"tail {c['objective.tail']} {min(row.ranks, 2)}",
