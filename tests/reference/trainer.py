@@ -59,7 +59,7 @@ def train(config: Config) -> Result:
 class _Run:
     def __init__(self, config: Config) -> None:
         self.config = config
-        streams = build_streams(config, 1)
+        streams = build_streams(config)
         # initial weights and tokenizer come from the trainer's own start: they are not under test
         parts = build_model(config, streams, World(0, 1, torch.device("cpu")))
         self.tokenizer = parts.tokenizer
