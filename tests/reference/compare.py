@@ -15,7 +15,7 @@ from reference.trainer import Result
 class Bounds:
     """Largest relative difference of a loss, term or gradient norm, and of the weights.
 
-    gate, order: a step that comes this close to a jump of the loss (``losses.Discontinuities``)
+    gate, order, kink: a step that comes this close to a jump of the loss (``losses.Discontinuities``)
         ends the comparison, because rounding decides on which side of it the run goes on.
     norms: compare the norm of each matrix, not its elements, and no vectors: biases start at zero
         and are made of what eight bits leave of their gradients.
@@ -25,6 +25,7 @@ class Bounds:
     weights: float
     gate: float
     order: float
+    kink: float
     norms: bool = False
 
 
@@ -68,7 +69,7 @@ def compare(config: Config, run: Run, reference: Result, bounds: Bounds) -> Diff
                 f"expected {step.stream} {step.items} {sorted(values)}"
             )
             return found
-        if step.gate < bounds.gate or step.order < bounds.order:
+        if step.gate < bounds.gate or step.order < bounds.order or step.kink < bounds.kink:
             return found
         for name, value in values.items():
             distance = relative(own[name], value)

@@ -14,7 +14,7 @@ from reference.runs import Stop, run
 from reference.trainer import train
 
 STEPS = 9
-BOUNDS = Bounds(steps=1e-4, weights=1e-4, gate=3e-6, order=1.2e-7)
+BOUNDS = Bounds(steps=1e-4, weights=1e-4, gate=3e-6, order=1.2e-7, kink=2e-6)
 
 
 @dataclass(frozen=True)

@@ -24,10 +24,15 @@ class Discontinuities:
         gate: smallest distance of an off-diagonal cosine to the cosine of its margin.
         order: how far rounding would have to move a teacher's score to change the order of a list,
             in units of the cosine; scores that are far apart do not count.
+        kink: smallest distance of a rectifier's input to 0, where its slope jumps.
     """
 
     gate: float = INFINITY
     order: float = INFINITY
+    kink: float = INFINITY
+
+    def see_kink(self, x: Tensor) -> None:
+        self.kink = min(self.kink, float(x.detach().abs().min()))
 
     def see_gate(self, c: Tensor, margin: float) -> None:
         if margin > 0:

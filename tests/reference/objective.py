@@ -124,6 +124,7 @@ class _Batch:
             variance, mean = torch.var_mean(x, dim=0, correction=0)
             x = (x - mean) / (variance + BATCH_NORM_EPS).sqrt()
             x = x * self.weights[f"{name}.{norm}.weight"] + self.weights[f"{name}.{norm}.bias"]
+            self.seen.see_kink(x)
             x = x.relu()
         return x
 

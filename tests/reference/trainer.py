@@ -26,7 +26,7 @@ class Step:
     """What one step shows; `terms` are unweighted.
 
     items is a hash of the item numbers, in the order of the batch.
-    gate and order: how close the step came to a jump of the loss (``losses.Discontinuities``).
+    gate, order and kink: how close the step came to a jump of the loss (``losses.Discontinuities``).
     """
 
     stream: str
@@ -37,6 +37,7 @@ class Step:
     grad_norm: float
     gate: float
     order: float
+    kink: float
 
 
 @dataclass
