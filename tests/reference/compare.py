@@ -15,8 +15,8 @@ from reference.trainer import Result
 class Bounds:
     """Largest relative difference of a loss, term or gradient norm, and of the weights.
 
-    gate, order, kink: a step that comes this close to a jump of the loss (``losses.Discontinuities``)
-        ends the comparison, because rounding decides on which side of it the run goes on.
+    gate, order, kink: a step that comes this close to a jump (``losses.Discontinuities``) ends the
+        comparison, because rounding decides on which side of it the run goes on.
     norms: compare the norm of each matrix, not its elements, and no vectors: biases start at zero
         and are made of what eight bits leave of their gradients.
     """

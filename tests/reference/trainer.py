@@ -26,7 +26,7 @@ class Step:
     """What one step shows; `terms` are unweighted.
 
     items is a hash of the item numbers, in the order of the batch.
-    gate, order and kink: how close the step came to a jump of the loss (``losses.Discontinuities``).
+    gate, order and kink: how close the step came to a jump (``losses.Discontinuities``).
     """
 
     stream: str
