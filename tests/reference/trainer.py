@@ -100,9 +100,9 @@ class _Run:
         norm = self.optimizer.step(lr)
         values = {name: float(term.detach()) for name, term in terms.items()}
         items = hashlib.sha256(rows.items.tobytes()).hexdigest()[:16]
-        return Step(
-            rows.kind, items, float(total.detach()), values, lr, norm, seen.gate, seen.order
-        )
+        loss = float(total.detach())
+        jumps = seen.gate, seen.order, seen.kink
+        return Step(rows.kind, items, loss, values, lr, norm, *jumps)
 
     def _views(self, rows: Rows, step: int) -> tuple[Tensor, Tensor]:
         """Both views in one pass over 2B rows; [B, H] each."""
