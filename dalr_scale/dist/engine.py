@@ -68,8 +68,6 @@ def build_engine(
     bf16 = resolve_precision(config) == "bf16"
     if config.engine.kind == "ddp":
         return PlainEngine(model, optimizer, config, world), None
-    if config.engine.precision == "fp64":
-        raise UserError("precision fp64 exists on --engine.kind=ddp only: ZeRO keeps fp32 states")
     rows = config.batch.global_size // world.size
     filled = ds_config(config, rows, bf16=bf16)
     return DeepSpeedEngine(model, optimizer, filled, config, world), filled
