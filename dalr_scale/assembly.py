@@ -300,7 +300,7 @@ def _new_encoder(config: Config, tokenizer: Any) -> SentenceEncoder:
         return SentenceEncoder.from_config(config.model.architecture, tokenizer, pooler)
     except UserError:
         raise
-    except (ValueError, TypeError) as error:  # how transformers refuses impossible sizes
+    except Exception as error:  # impossible sizes: transformers and torch raise whatever they meet
         raise UserError(f"model.architecture cannot be built: {first_line(error)}") from error
 
 

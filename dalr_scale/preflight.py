@@ -24,6 +24,7 @@ from dalr_scale.contradictions import check_contradictions, settings_without_eff
 from dalr_scale.dist.ds_config import ds_config
 from dalr_scale.dist.engine import resolve_precision
 from dalr_scale.dist.world import World
+from dalr_scale.errors import UserError
 from dalr_scale.eval.suite import EvaluationSuite, build_suite
 from dalr_scale.objective import needs_of
 from dalr_scale.optim import check_warmup
@@ -46,6 +47,8 @@ def check_settings(config: Config, ranks: int) -> None:
     Raises:
         UserError: one sentence that names the setting and the fix.
     """
+    if config.run_dir.exists() and not config.run_dir.is_dir():
+        raise UserError(f"{config.run_dir} cannot be a run folder: it is a file; choose another")
     rows = check_arithmetic(config, ranks)
     check_contradictions(config)
     if config.optim.steps:

@@ -55,7 +55,8 @@ def test_a_float64_teacher_is_exact_in_a_float32_loss(out: bool) -> None:
     """Cosines are those of float64, mixed in it and rounded once; float32 alone misses them."""
     one, two = close_teachers()
     factors = ((0.33, one, one), (0.67, two, two))
-    exact = sum(w * K.unit(a.double()) @ K.unit(b.double()).T for w, a, b in factors).float()
+    cosines = [w * (K.unit(a.double()) @ K.unit(b.double()).T) for w, a, b in factors]
+    exact = torch.stack(cosines).sum(0).float()
 
     def matrix(dtype: torch.dtype | None) -> torch.Tensor:
         similarity = K.Similarity(factors, dtype).normalised(torch.float32)

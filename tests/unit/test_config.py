@@ -8,11 +8,13 @@ import re
 import tomllib
 import typing
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dalr_scale import plan, train
 from dalr_scale.config import (
     PRESETS,
     Config,
@@ -331,6 +333,17 @@ def test_help_names_every_key_with_its_default_and_allowed_values() -> None:
             assert allowed == "true | false"
     assert "list of 2" in entries["optim.betas"]
     assert all(preset in entries["objective.preset"] for preset in PRESETS)
+
+
+@pytest.mark.parametrize("words", [["--help"], ["--config", "gone", "--optim.lr=x", "-h"]])
+@pytest.mark.parametrize("command", [train.main, plan.main])
+def test_help_is_shown_whatever_else_is_said(
+    command: Any, words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        command(words)
+    assert ended.value.code == 0
+    assert help_text() in capsys.readouterr().out
 
 
 def test_a_message_about_a_value_says_what_help_says() -> None:
