@@ -56,7 +56,7 @@ MINUTES_OR_OFF = Range(0, YEAR)
 WIDTH = Range(1, WIDE)
 # float32 holds logits of unit vectors down to these temperatures with room to spare
 TEMPERATURE = Range(1e-4, 1e4)
-ANGLE = Range(0, math.pi)
+ANGLE = Range(0, math.pi, open_high=True)
 
 # The range of every number; a test looks that none is missing. Upper ends are where arithmetic,
 # clocks or the operating system would give up, far above what a run can use.
