@@ -1,9 +1,10 @@
 """Typed run configuration: TOML recipes, dotted overrides, presets of the objective.
 
 A configuration is built from layers: the dataclass defaults, then a recipe or file, then the
-command line. Later layers win key by key, with one exception: a layer that names
+command line. Later layers win key by key, with two exceptions: a layer that names
 ``objective.preset`` starts the whole ``[objective]`` section afresh from that preset, so that
-``--objective.preset=simcse`` never inherits weights that a recipe had tuned for another one.
+``--objective.preset=simcse`` never inherits weights that a recipe had tuned for another one; and
+a layer that gives the length of the run in steps or in epochs replaces the other one below it.
 """
 
 from __future__ import annotations
@@ -376,6 +377,8 @@ def build_config(layers: Iterable[Mapping[str, Mapping[str, Any]]]) -> Config:
             if section == "objective" and "preset" in entries:
                 target.clear()
                 target.update(_preset(str(entries["preset"])))
+            if section == "optim":
+                _replace_length(target, entries)
             for key, value in entries.items():
                 _assign(target, key, value)
     sections = {f.name: f for f in dataclasses.fields(Config)}
@@ -387,6 +390,14 @@ def build_config(layers: Iterable[Mapping[str, Mapping[str, Any]]]) -> Config:
     )
     check_ranges(config)
     return config
+
+
+def _replace_length(target: dict[str, Any], entries: Mapping[str, Any]) -> None:
+    """Steps in place of the epochs of earlier layers, and the reverse."""
+    if entries.get("steps") and "epochs" not in entries:
+        target.pop("epochs", None)
+    if "epochs" in entries and "steps" not in entries:
+        target.pop("steps", None)
 
 
 def _assign(target: dict[str, Any], dotted: str, value: Any) -> None:

@@ -134,7 +134,7 @@ MISTAKES = [
     ("--data.builder=quickstart --data.builder_options.seed=-1", "seed = -1"),
     ("--optim.warmup=12", "optim.warmup = 12 leaves none of the run's 12 steps"),
     ("--optim.steps=0 --optim.epochs=2 --optim.warmup=26", "26 leaves none of the run's 26 steps"),
-    ("--optim.epochs=2", "optim.steps = 12 and optim.epochs = 2 both"),
+    ("--optim.steps=12 --optim.epochs=2", "optim.steps = 12 and optim.epochs = 2 both"),
     ("--engine.kind=ddp --engine.ds_config=/x.json", "engine.kind = ddp does not use"),
     ("--engine.kind=ddp --engine.offload_optimizer=true", "not with ddp"),
     ("--engine.ds_config={shards}/graded.jsonl", "graded.jsonl is not valid JSON"),

@@ -8,6 +8,7 @@ import re
 import tomllib
 import typing
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -266,6 +267,25 @@ def test_a_layer_that_names_a_preset_starts_the_objective_afresh(tmp_path) -> No
     assert (kept.temperature, kept.rank_weight, kept.margin) == (0.1, 32, 0.2)
     fresh = load_config(str(file), ["--objective.preset=mcse", "--objective.margin=0.2"]).objective
     assert (fresh.temperature, fresh.rank_weight, fresh.margin) == (0.05, 0, 0.2)
+
+
+def test_a_length_in_steps_replaces_one_in_epochs_and_the_reverse(tmp_path) -> None:
+    """A recipe's 300 steps would otherwise hide the two epochs that the command line asks for."""
+    steps, epochs = tmp_path / "steps.toml", tmp_path / "epochs.toml"
+    steps.write_text("[optim]\nsteps = 300\n")
+    epochs.write_text("[optim]\nepochs = 4\n")
+
+    def length(file: Path, *words: str) -> tuple[int, float]:
+        optim = load_config(str(file), words).optim
+        return optim.steps, optim.epochs
+
+    assert length(steps, "--optim.epochs=2") == (0, 2)
+    assert length(epochs, "--optim.steps=3") == (3, 1)
+    assert length(epochs, "--optim.steps=0") == (0, 4)
+    assert length(steps, "--optim.lr=1") == (300, 1)
+    assert length(steps, "--optim.steps=3", "--optim.epochs=2") == (3, 2)  # refused before a run
+    (tmp_path / "config.toml").write_text(to_toml(load_config(str(steps))))
+    assert length(tmp_path, "--optim.epochs=2") == (0, 2)
 
 
 def test_a_dotted_word_changes_one_entry_of_a_table(tmp_path) -> None:
