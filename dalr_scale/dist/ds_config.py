@@ -68,6 +68,7 @@ def ds_config(config: Config, rows_per_rank: int, *, bf16: bool) -> dict[str, An
         _choose_accelerator()
         edited = _read(file, config.path(file))
         check_keys(file, edited, _decided(config, rows_per_rank, bf16=bf16))
+        _check_secondary_groups(file, edited, config.batch.global_size // rows_per_rank)
         # a copy holds the whole template; what it leaves out, DeepSpeed has its own default for
         filled = _fixed_part(filled) | edited
         _require_offload(filled, offload)
@@ -104,6 +105,14 @@ def _decided(config: Config, rows: int, *, bf16: bool) -> dict[str, Decided]:
             parameters, "weights are kept in host memory at zero3 only, and never on NVMe"
         ),
     }
+
+
+def _check_secondary_groups(file: str, edited: dict[str, Any], ranks: int) -> None:
+    size = edited["zero_optimization"].get("zero_hpz_partition_size", 1)
+    if isinstance(size, int) and size > 1 and ranks % size:
+        raise UserError(
+            f"{file}: 'zero_hpz_partition_size' is {size}, which does not divide the {ranks} ranks"
+        )
 
 
 def _fixed_part(template: dict[str, Any]) -> dict[str, Any]:

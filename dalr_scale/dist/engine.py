@@ -151,11 +151,25 @@ class DeepSpeedEngine:
         allow_deepspeed_globals()
         if saved_ranks != self.world.size:
             rank, size = self.world.rank, self.world.size
+            self._refuse_other_layout(saved_ranks)
             load_resharded(self.engine, folder / "engine", saved_ranks, rank, size)
             return
         path, _ = self.engine.load_checkpoint(str(folder), tag="engine")
         if path is None:
             raise UserError(f"{folder} holds no engine state; choose another checkpoint")
+
+    def _refuse_other_layout(self, saved_ranks: int) -> None:
+        """Two options of a user's DeepSpeed file cut the flat weights in another way."""
+        options = {
+            "round_robin_gradients": self.engine.zero_round_robin_gradients(),
+            "parameter_alignment": self.engine.zero_parameter_alignment(),
+        }
+        used = [name for name, on in options.items() if on]
+        if used and self.engine.zero_optimization_stage() < 3:
+            raise UserError(
+                f"{used[0]} of engine.ds_config orders the weights by ranks: a run with it goes on "
+                f"with {saved_ranks} processes only, not with {self.world.size}"
+            )
 
     def full_state(self, prefix: str) -> dict[str, Tensor]:
         """fp32 parameters under `prefix` on rank 0 (empty elsewhere); a collective call.

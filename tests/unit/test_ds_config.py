@@ -134,6 +134,11 @@ def test_the_global_batch_may_be_repeated(tmp_path: Path) -> None:
     assert filled(tmp_path, "train_batch_size", 128)["train_micro_batch_size_per_gpu"] == 64
 
 
+def test_secondary_groups_divide_the_ranks(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is 3, which does not divide the 2 ranks"):
+        filled(tmp_path, f"{ZERO}.zero_hpz_partition_size", 3, "zero3")
+
+
 STAGE3 = [
     (f"{ZERO}.offload_param", {"device": "cpu", "pin_memory": False}),
     (f"{ZERO}.zero_hpz_partition_size", 2),
