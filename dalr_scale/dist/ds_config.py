@@ -86,7 +86,8 @@ def _decided(config: Config, rows: int, *, bf16: bool) -> dict[str, Decided]:
     engine = config.engine
     own = ("bf16", "bfloat16") if bf16 else ("fp32", "float32", "float")
     precision = "engine.precision decides it"
-    parameters = ("none", "cpu") if engine.kind == "zero3" else ("none",)
+    whole = engine.kind == "zero3"
+    parameters = ("none", "cpu") if whole else ("none",)
     zero = "zero_optimization"
     return fixed() | {
         "train_micro_batch_size_per_gpu": Decided(
@@ -100,6 +101,11 @@ def _decided(config: Config, rows: int, *, bf16: bool) -> dict[str, Decided]:
         f"{zero}.stage": Decided((STAGES[engine.kind],), "engine.kind decides it"),
         f"{zero}.offload_optimizer.device": Decided(
             ("cpu" if engine.offload_optimizer else "none",), "engine.offload_optimizer decides it"
+        ),
+        # seen with 0.19.8 at two ranks: right losses, and weights read back from wrong places
+        f"{zero}.round_robin_gradients": Decided(
+            (False, True) if whole else (False,),
+            "with it DeepSpeed reads weights back wrongly, for the export and on other ranks",
         ),
         f"{zero}.offload_param.device": Decided(
             parameters, "weights are kept in host memory at zero3 only, and never on NVMe"

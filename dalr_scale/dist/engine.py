@@ -159,16 +159,12 @@ class DeepSpeedEngine:
             raise UserError(f"{folder} holds no engine state; choose another checkpoint")
 
     def _refuse_other_layout(self, saved_ranks: int) -> None:
-        """Two options of a user's DeepSpeed file cut the flat weights in another way."""
-        options = {
-            "round_robin_gradients": self.engine.zero_round_robin_gradients(),
-            "parameter_alignment": self.engine.zero_parameter_alignment(),
-        }
-        used = [name for name, on in options.items() if on]
-        if used and self.engine.zero_optimization_stage() < 3:
+        """An option of a user's DeepSpeed file leaves gaps between the flat weights."""
+        aligned = self.engine.zero_parameter_alignment()
+        if aligned and self.engine.zero_optimization_stage() < 3:
             raise UserError(
-                f"{used[0]} of engine.ds_config orders the weights by ranks: a run with it goes on "
-                f"with {saved_ranks} processes only, not with {self.world.size}"
+                "parameter_alignment of engine.ds_config: a run with it goes on with "
+                f"{saved_ranks} processes only, not with {self.world.size}"
             )
 
     def full_state(self, prefix: str) -> dict[str, Tensor]:

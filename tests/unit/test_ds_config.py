@@ -97,7 +97,7 @@ PASS = [
     ("dump_state", True),
     ("log_level", "warning"),
     ("fp16.initial_scale_power", 12),
-    (f"{ZERO}.round_robin_gradients", True),
+    (f"{ZERO}.round_robin_gradients", False),
     (f"{ZERO}.parameter_alignment", True),
     (f"{ZERO}.overlap_comm", True),
     (f"{ZERO}.contiguous_gradients", False),
@@ -145,6 +145,7 @@ STAGE3 = [
     (f"{ZERO}.stage3_param_persistence_threshold", 0),
     (f"{ZERO}.stage3_gather_16bit_weights_on_model_save", True),
     (f"{ZERO}.sub_group_size", 1000),
+    (f"{ZERO}.round_robin_gradients", True),
 ]
 
 
@@ -186,6 +187,7 @@ REFUSED = [
     (f"{ZERO}.zero_quantized_gradients", True, "exact"),
     (f"{ZERO}.zero_quantized_weights", True, "exact"),
     (f"{ZERO}.zenflow", {"topk_ratio": 0.1}, "delays"),
+    (f"{ZERO}.round_robin_gradients", True, "reads weights back wrongly"),
     (f"{ZERO}.compute_grad_norm", False, "norm of every step"),
     (f"{ZERO}.load_from_fp32_weights", False, "bit for bit"),
     (f"{ZERO}.ignore_unused_parameters", False, "text-only"),

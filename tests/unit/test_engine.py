@@ -86,26 +86,21 @@ def test_a_parameter_without_gradient_is_left_alone() -> None:
 
 
 @pytest.mark.parametrize(
-    ("stage", "option", "refused"),
-    [(2, "round_robin_gradients", True), (1, "parameter_alignment", True), (2, "", False),
-     (3, "round_robin_gradients", False)],
-)  # fmt: skip
+    ("stage", "aligned", "refused"), [(1, True, True), (2, False, False), (3, True, False)]
+)
 def test_another_layout_of_the_weights_goes_on_with_its_own_ranks_only(
-    stage: int, option: str, refused: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    stage: int, aligned: bool, refused: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Cut anew by the plain layout, the weights of such a run would end up in wrong places."""
     found = DeepSpeedEngine.__new__(DeepSpeedEngine)
     found.world = World(0, 1, torch.device("cpu"))
     found.engine = SimpleNamespace(
-        zero_round_robin_gradients=lambda: option == "round_robin_gradients",
-        zero_parameter_alignment=lambda: option == "parameter_alignment",
-        zero_optimization_stage=lambda: stage,
+        zero_parameter_alignment=lambda: aligned, zero_optimization_stage=lambda: stage
     )
     read: list[int] = []
     monkeypatch.setattr("dalr_scale.dist.engine.allow_deepspeed_globals", lambda: None)
     monkeypatch.setattr("dalr_scale.dist.engine.load_resharded", lambda *a: read.append(a[2]))
     if refused:
-        with pytest.raises(UserError, match=f"{option}.*with 2 processes only, not with 1"):
+        with pytest.raises(UserError, match=r"parameter_alignment.*2 processes only, not with 1"):
             found.load(tmp_path, 2)
     else:
         found.load(tmp_path, 2)
