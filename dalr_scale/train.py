@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from dalr_scale.cli import calm_threads, run_command
-from dalr_scale.config import Config, load_config, recipe_names
-from dalr_scale.config_text import help_text
+from dalr_scale.config import Config, load_config
+from dalr_scale.config_text import settings_help
 from dalr_scale.errors import UserError
 from dalr_scale.failure import record_failure
 
@@ -35,7 +35,7 @@ def configuration(argv: Sequence[str] | None = None) -> Config:
     parser = argparse.ArgumentParser(
         prog="accelerate launch -m dalr_scale.train",
         description="Train a sentence encoder with DALR.",
-        epilog=f"recipes: {', '.join(recipe_names())}\n\nsettings:\n{help_text()}",
+        epilog=settings_help(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -54,6 +54,7 @@ def train(config: Config) -> int:
     from dalr_scale.metrics import logging_to
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    _check_alone(config)
     world = start_world(config.engine.timeout_minutes, config.engine.threads)
     # one write: the ranks share a terminal
     sys.stdout.write(f"rank {world.rank} of a world of {world.size} on {world.device}\n")
@@ -76,6 +77,18 @@ def train(config: Config) -> int:
                 os._exit(1)
     finally:
         leave_world()
+
+
+def _check_alone(config: Config) -> None:
+    """Refuses wrong settings before a process group exists, each rank for itself."""
+    from dalr_scale.preflight import check_settings
+
+    try:
+        check_settings(config, int(os.environ.get("WORLD_SIZE") or 1))
+    except UserError as error:
+        if "SLURM_JOB_ID" in os.environ:  # where the job script tells who failed first
+            record_failure(config.run_dir, int(os.environ.get("RANK") or 0), error)
+        raise
 
 
 def _refuse(error: UserError, config: Config, world: Any) -> int:
@@ -115,29 +128,21 @@ def _train_in_world(config: Config, world: Any) -> int:
 
 def _run(config: Config, world: Any, started: float) -> int:
     from dalr_scale import report
-    from dalr_scale.assembly import (
-        build_model,
-        build_streams,
-        open_held_out,
-        prepare_data,
-    )
+    from dalr_scale.assembly import prepare_data
     from dalr_scale.dist.engine import build_engine
-    from dalr_scale.eval.suite import build_suite
     from dalr_scale.metrics import RunLog
     from dalr_scale.optim import build_optimizer
     from dalr_scale.preempt import StopFlag
-    from dalr_scale.ranges import check_arithmetic
+    from dalr_scale.preflight import assemble, warn_without_effect
     from dalr_scale.runstate import start_status
     from dalr_scale.trainer import Trainer, write_outcome, write_run_files
 
-    check_arithmetic(config, world.size)
     prepare_data(config, world)
-    streams = build_streams(config)
-    parts = build_model(config, streams, world)
-    suite = build_suite(config, parts.model.encoder, open_held_out(config), world)
+    streams, parts, suite = assemble(config, world)
     if world.rank == 0:
         print(report.arithmetic(config, streams, parts.model, world.size))
         print(report.needs(config, parts.model, world.size), flush=True)
+        warn_without_effect(config)
     optimizer = build_optimizer(parts.model, config.optim)
     engine, ds_config = build_engine(parts.model, optimizer, config, world)
     trainer = Trainer(config, world, streams, parts, engine, suite)

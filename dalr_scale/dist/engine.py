@@ -77,8 +77,6 @@ def build_engine(
     bf16 = resolve_precision(config) == "bf16"
     if config.engine.kind == "ddp":
         return PlainEngine(model, optimizer, config, world), None
-    if config.engine.precision == "fp64":
-        raise UserError("precision fp64 exists on --engine.kind=ddp only: ZeRO keeps fp32 states")
     rows = config.batch.global_size // world.size
     filled = ds_config(config, rows, bf16=bf16)
     return DeepSpeedEngine(model, optimizer, filled, config, world), filled
@@ -175,11 +173,21 @@ class DeepSpeedEngine:
         allow_deepspeed_globals()
         if saved_ranks != self.world.size:
             rank, size = self.world.rank, self.world.size
+            self._refuse_other_layout(saved_ranks)
             load_resharded(self.engine, folder / "engine", saved_ranks, rank, size)
             return
         path, _ = self.engine.load_checkpoint(str(folder), tag="engine")
         if path is None:
             raise UserError(f"{folder} holds no engine state; choose another checkpoint")
+
+    def _refuse_other_layout(self, saved_ranks: int) -> None:
+        """An option of a user's DeepSpeed file leaves gaps between the flat weights."""
+        aligned = self.engine.zero_parameter_alignment()
+        if aligned and self.engine.zero_optimization_stage() < 3:
+            raise UserError(
+                "parameter_alignment of engine.ds_config: a run with it goes on with "
+                f"{saved_ranks} processes only, not with {self.world.size}"
+            )
 
     def full_state(self, prefix: str) -> dict[str, Tensor]:
         """fp32 parameters under `prefix` on rank 0 (empty elsewhere); a collective call.
