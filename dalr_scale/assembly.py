@@ -56,6 +56,12 @@ class Streams:
         parts = [s.fingerprint for s in (self.text, self.pairs) if s is not None]
         return "+".join(parts)
 
+    @property
+    def contents(self) -> dict[str, dict[str, str]]:
+        """Digests of the shards and their features, by stream."""
+        given = {"data.text": self.text, "data.pairs": self.pairs}
+        return {name: s.contents for name, s in given.items() if s is not None}
+
 
 def tail_rule(config: Config, world_size: int) -> Tail:
     """A ragged last batch is kept by one process only: several ranks could not cut it equally."""
@@ -76,7 +82,7 @@ def prepare_data(config: Config, world: World) -> None:
     if world.rank == 0:
         try:
             spec = QuickstartSpec(**config.data.builder_options)
-            build_quickstart(Path(config.data.shards), spec)
+            build_quickstart(config.path("{shards}"), spec)
         except UserError as error:
             refusal = str(error)
     if (refusal := world.broadcast_object(refusal)) is not None:
