@@ -25,6 +25,7 @@ from dalr_scale.data.source import Source
 from dalr_scale.data.token_store import Encoding
 from dalr_scale.dist.world import World
 from dalr_scale.errors import UserError
+from dalr_scale.mixing import resolve_token_mix, text_weights, token_weights
 from dalr_scale.models.dalr import DalrModel, FeatureWidths, LossSpec
 from dalr_scale.models.encoder import SentenceEncoder
 from dalr_scale.models.row_dropout import install_row_dropout
@@ -39,6 +40,9 @@ from dalr_scale.online_teachers import (
 )
 
 MODELS = ("hf", "open_clip")
+# An untrained encoder's first state hardly depends on the sentence: all sentences get one vector,
+# and the contrastive loss stays at log N for hundreds of steps.
+NEW_ENCODER_POOLER = "mean"
 
 
 @dataclass(frozen=True)
@@ -223,21 +227,6 @@ def _online(spec: str) -> bool:
     return bool(spec) and not spec.startswith(STORED)
 
 
-def text_weights(config: Config) -> tuple[float, ...]:
-    """alpha_k of the sentence teachers, as configured or equal."""
-    count, weights = len(config.teachers.text), config.teachers.text_weights
-    if not weights:
-        return (1.0 / count,) * count if count else ()
-    if len(weights) != count:
-        raise UserError(
-            f"teachers.text_weights has {len(weights)} entries for {count} teachers in "
-            "teachers.text; give one weight each"
-        )
-    if abs(sum(weights) - 1) > 1e-3:
-        raise UserError(f"teachers.text_weights = {weights} must add up to 1")
-    return weights
-
-
 @dataclass(frozen=True)
 class ModelParts:
     """The trainable module and what stands frozen beside it."""
@@ -261,7 +250,9 @@ def build_model(config: Config, streams: Streams, world: World) -> ModelParts:
     if streams.pairs is not None and needs.text:
         check_stored_tokenizers(config, streams.pairs, encoder.tokenizer)
     widths = _widths(config, streams, teachers, needs)
-    spec = LossSpec(config.objective, text_weights(config), config.run.seed)
+    objective = resolve_token_mix(config, streams.pairs, teachers)
+    weights, shares = text_weights(config), token_weights(config) if needs.tokens else ()
+    spec = LossSpec(objective, weights, config.run.seed, shares)
     # a pretrained encoder comes in evaluation mode: without dropout and activation checkpointing
     model = DalrModel(encoder, config.model, spec, widths).train()
     return ModelParts(model, teachers, encoder.tokenizer)
@@ -304,7 +295,7 @@ def build_encoder(config: Config) -> SentenceEncoder:
 
 
 def _new_encoder(config: Config, tokenizer: Any) -> SentenceEncoder:
-    pooler = config.model.pooler or "cls_before_pooler"
+    pooler = config.model.pooler or NEW_ENCODER_POOLER
     try:
         return SentenceEncoder.from_config(config.model.architecture, tokenizer, pooler)
     except UserError:

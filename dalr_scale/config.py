@@ -89,7 +89,7 @@ class ModelConfig:
     encoder: str = opt("", "Hugging Face folder or name; empty: from scratch from `architecture`")
     architecture: dict[str, Any] = opt({}, "configuration of a new encoder (model_type, ...)")
     pooler: Literal["", "cls_before_pooler", "cls", "mean"] = opt(
-        "", "token states to the sentence state h; empty: the folder's own, else cls_before_pooler"
+        "", "token states to the sentence state h; empty: the encoder directory's own, mean if new"
     )
     grounding_width: int = opt(256, "width P of the shared picture-text space")
     consistency_width: int = opt(256, "output width of the consistency module's aligners")
@@ -105,9 +105,13 @@ class TeachersConfig:
         (), "sentence teachers e_k: 'features:NAME', 'hf:FOLDER' or 'open_clip:FOLDER'"
     )
     text_poolers: tuple[str, ...] = opt((), "pooler of each 'hf:' text teacher")
-    text_weights: tuple[float, ...] = opt((), "mixing weights alpha_k; empty: equal")
+    text_weights: tuple[float, ...] = opt(
+        (), "mixing weights alpha_k; empty: 0.33, 0.67 for two teachers, else equal"
+    )
     tokens: tuple[str, ...] = opt(
-        (), "token teachers for global-to-local: at most one 'features:NAME', any 'hf:FOLDER'"
+        (),
+        "token teachers for global-to-local: at most one 'features:NAME', any 'hf:FOLDER'; "
+        "several are weighted as the sentence teachers at their positions",
     )
 
 
@@ -118,8 +122,8 @@ class ObjectiveConfig:
     preset: str = opt("dalr", "simcse, mcse, kdmcse, dalr-reference or dalr")
     temperature: float = opt(0.05, "tau of text-text similarities")
     vl_temperature: float = opt(0.05, "tau of picture-text similarities")
-    margin: float = opt(0.18, "angular margin m1 of L_con, radians")
-    vl_margin: float = opt(0.18, "angular margin m2 of L_xce, radians")
+    margin: float = opt(0.2, "angular margin m1 of L_con, radians")
+    vl_margin: float = opt(0.2, "angular margin m2 of L_xce, radians")
     margin_in_text_batches: bool = opt(True, "keep m1 in batches without pictures")
     cross_weight: float = opt(0.1, "lambda, weight of the cross-modal group")
     intra_weight: float = opt(0.2, "mu, weight of the intra-modal group")
@@ -172,8 +176,10 @@ class ObjectiveConfig:
     )
     g2l_norm: Literal["axis", "token"] = opt("token", "norm of token features in L_g2l")
     g2l_unit_rows: bool = opt(True, "unit z_1 in L_g2l")
-    g2l_mix: Literal["features", "losses"] = opt(
-        "losses", "several token teachers: mix their tokens, or sum their losses"
+    g2l_mix: Literal["auto", "features", "losses"] = opt(
+        "auto",
+        "several token teachers: mix their tokens, or sum their losses; auto: mix tokens of equal"
+        " tokenizers, lengths and widths",
     )
     distil_text_batches: bool = opt(
         False, "L_IMA and L_rank in text-only batches too (needs teachers; not in the paper)"
@@ -313,6 +319,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "caption_soft_labels": "caption",
     },
     "dalr-reference": {
+        "margin": 0.18,
+        "vl_margin": 0.18,
         "consistency_weight": 0.01,
         "soft_labels": "image",
         "clamp_soft_labels": False,

@@ -6,12 +6,11 @@ or not at all.
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
+from dalr_scale.eval.unit import read_scores
 from dalr_scale.models import folders
 from dalr_scale.models.encoder import POOLERS, SentenceEncoder
 
@@ -72,8 +71,8 @@ def _final_scores(run: Path) -> Mapping[str, float]:
     """Scores x 100 of a finished run, {} for one that has not finished."""
     path = run / "result.json"
     try:
-        result: Any = json.loads(path.read_text(encoding="utf-8"))
-        return {str(name): 100 * float(value) for name, value in result["trained"].items()}
+        trained = read_scores(path)["trained"]
+        return {str(name): float(value) for name, value in trained.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}
 

@@ -1,8 +1,15 @@
 """What a run reports: console, metrics.jsonl, TensorBoard and one log file per rank.
 
-metrics.jsonl holds one JSON object a line. Lines with "kind": "train" are optimizer steps, lines
-with "kind": "scores" evaluations; within a kind no step occurs twice, however often the run was
-resumed. Numbers are finite or null.
+metrics.jsonl holds one JSON object a line. Its "kind" is "train" for an optimizer step, "scores"
+for an evaluation before or during training, "final" for the scores of the last encoder after
+training and "best" for those of the selected one ("model_step"). Within a kind no step occurs
+twice, however often the run was resumed. Scores are x 100, as the papers print them. Numbers are
+finite or null.
+
+TensorBoard draws the same numbers: the values of a step by stream (train/text/loss,
+train/pair/loss, ...), because text-only and paired batches have different losses; train/lr and the
+rates of the window for all steps; scores/TASK from the untrained to the last encoder, and
+best/TASK. A tag has one point a step, however often the run was resumed.
 """
 
 from __future__ import annotations
@@ -22,13 +29,16 @@ from typing import Any, SupportsFloat, TextIO
 from tqdm import tqdm
 
 from dalr_scale.errors import UserError
+from dalr_scale.eval.unit import UNIT, in_percent
 from dalr_scale.runstate import write_durably
 
 NOT_TERMS = ("loss", "lr", "grad_norm")
+OF_ALL_STREAMS = ("lr", "samples_per_second", "data_share")
+AFTER_TRAINING = ("final", "best")  # kinds that follow the last step's checkpoint
 
 
 class Meter:
-    """Means and throughput over the last `window` steps.
+    """Means by stream and throughput over the last `window` steps.
 
     Args:
         clock: seconds; replaced in tests.
@@ -37,13 +47,25 @@ class Meter:
     def __init__(self, window: int = 20, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._last = clock()
-        # One entry a step: values, samples, seconds of the step, of them waiting for data.
-        self._steps: deque[tuple[dict[str, float], int, float, float]] = deque(maxlen=window)
+        # One entry a step: values, samples, seconds of the step, of them waiting for data, stream.
+        self._steps: deque[tuple[dict[str, float], int, float, float, str]] = deque(maxlen=window)
 
-    def add(self, values: Mapping[str, float], *, samples: int, data_seconds: float = 0.0) -> None:
+    def start(self) -> None:
+        """Begin the first step now: what came before is no part of the throughput."""
+        self._last = self._clock()
+
+    def add(
+        self,
+        values: Mapping[str, float],
+        *,
+        samples: int,
+        data_seconds: float = 0.0,
+        stream: str = "",
+    ) -> None:
         """Close a step: `samples` is the global batch, the time runs from the previous call."""
         now = self._clock()
-        self._steps.append((dict(values), samples, max(now - self._last, 1e-9), data_seconds))
+        seconds = max(now - self._last, 1e-9)
+        self._steps.append((dict(values), samples, seconds, data_seconds, stream))
         self._last = now
 
     @contextlib.contextmanager
@@ -55,18 +77,23 @@ class Meter:
         finally:
             self._last += self._clock() - before
 
-    def means(self) -> dict[str, float]:
-        """Mean of each value over the steps that had it; NaN stays NaN."""
+    @property
+    def streams(self) -> list[str]:
+        """Streams of the window's steps, text before pairs."""
+        return sorted({stream for *_, stream in self._steps}, reverse=True)
+
+    def means(self, stream: str = "") -> dict[str, float]:
+        """Mean of each value over the steps of a stream that had it; NaN stays NaN."""
         columns: dict[str, list[float]] = {}
-        for values, *_ in self._steps:
-            for name, value in values.items():
+        for values, *_, own in self._steps:
+            for name, value in values.items() if own == stream else ():
                 columns.setdefault(name, []).append(value)
         return {name: sum(column) / len(column) for name, column in columns.items()}
 
     @property
     def seconds(self) -> float:
         """Time of all steps in the window."""
-        return sum(seconds for _, _, seconds, _ in self._steps)
+        return sum(step[2] for step in self._steps)
 
     @property
     def step_seconds(self) -> float:
@@ -87,7 +114,8 @@ class RunLog:
 
     Args:
         start_step: step that the run resumes from; records of later steps are dropped from
-            metrics.jsonl, because they are about to be made again.
+            metrics.jsonl and TensorBoard, because they are about to be made again, and so are
+            those of the step itself that follow its checkpoint. At 0 all are.
         every: steps between two console lines.
         console: where progress goes, stderr by default. A bar is drawn only on a terminal.
     """
@@ -111,6 +139,7 @@ class RunLog:
         self._bar: tqdm | None = None
         self._writer: Any = None
         self._file: TextIO | None = None
+        self._drawn: dict[str, int] = {}
         if not self._main:
             return
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -122,7 +151,11 @@ class RunLog:
             # Imported here: it takes seconds, and only one rank needs it.
             from torch.utils.tensorboard import SummaryWriter
 
-            self._writer = SummaryWriter(run_dir / "tensorboard", purge_step=start_step + 1)
+            # TensorBoard can drop whole steps only: what stays of this one is drawn again
+            self._writer = SummaryWriter(run_dir / "tensorboard", purge_step=start_step)
+            for record in _records_at(path, start_step):
+                values = {n: math.nan if v is None else v for n, v in record.items()}
+                self._draw(record, {n: v for n, v in values.items() if isinstance(v, float)})
         if self._console.isatty():
             self._bar = tqdm(
                 total=total_steps, initial=start_step, file=self._console, dynamic_ncols=True
@@ -149,14 +182,13 @@ class RunLog:
         if not self._main:
             return
         numbers = {name: float(value) for name, value in values.items()}
-        self.meter.add(numbers, samples=samples, data_seconds=data_seconds)
+        stream = str((tags or {}).get("stream", ""))
+        self.meter.add(numbers, samples=samples, data_seconds=data_seconds, stream=stream)
         rates = {
             "samples_per_second": self.meter.samples_per_second,
             "data_share": self.meter.data_share,
         }
         self._record({"kind": "train", "step": step, **(tags or {})}, numbers | rates)
-        for name, value in (numbers | rates).items():
-            self._scalar(f"train/{name}", value, step)
         if self._bar is not None:
             self._bar.update(step - self._bar.n)
             self._bar.set_postfix_str(self._postfix(), refresh=False)
@@ -164,25 +196,43 @@ class RunLog:
             self.say(self.line(step))
 
     def scores(self, step: int, scores: Mapping[str, SupportsFloat]) -> None:
-        """Report an evaluation after `step` steps."""
-        if not self._main:
+        """Report an evaluation after `step` steps; `scores` are fractions, as they are computed."""
+        self._scores({"kind": "scores", "step": step}, scores)
+
+    def final_scores(
+        self,
+        step: int,
+        last: Mapping[str, SupportsFloat],
+        best: Mapping[str, SupportsFloat],
+        best_step: int | None,
+    ) -> None:
+        """Report the scores after training: of the last encoder and, where a task selected one, of
+        the best encoder, which is that of `best_step`."""
+        self._scores({"kind": "final", "step": step}, last)
+        if best_step is not None:
+            self._scores({"kind": "best", "step": step, "model_step": best_step}, best)
+
+    def _scores(self, fields: Mapping[str, Any], scores: Mapping[str, SupportsFloat]) -> None:
+        if not self._main or not scores:
             return
-        numbers = {name: float(value) for name, value in scores.items()}
-        self._record({"kind": "scores", "step": step}, numbers)
-        for name, value in numbers.items():
-            self._scalar(f"scores/{name}", value, step)
+        numbers = in_percent(scores)
+        self._record(fields, numbers)
         shown = "  ".join(f"{name} {_short(value)}" for name, value in numbers.items())
-        self.say(f"step {step:>6}/{self._total}  scores  {shown}")
+        self.say(f"step {fields['step']:>6}/{self._total}  {fields['kind']} {UNIT}  {shown}")
 
     def line(self, step: int) -> str:
         """The console line: means over the last `every` steps."""
-        means = self.meter.means()
-        parts = [f"step {step:>6}/{self._total}", f"loss {_short(means.get('loss', math.nan))}"]
-        parts += [f"{n} {_short(v)}" for n, v in means.items() if n not in NOT_TERMS]
-        if "lr" in means:
-            parts.append(f"lr {means['lr']:.1e}")
-        if "grad_norm" in means:
-            parts.append(f"|g| {_short(means['grad_norm'])}")
+        parts = [f"step {step:>6}/{self._total}"]
+        rates = []
+        for stream in self.meter.streams:
+            means = self.meter.means(stream)
+            parts.append(f"{stream} loss {_short(means.get('loss', math.nan))}".strip())
+            parts += [f"{n} {_short(v)}" for n, v in means.items() if n not in NOT_TERMS]
+            if "grad_norm" in means:
+                parts.append(f"|g| {_short(means['grad_norm'])}")
+            rates += [means["lr"]] if "lr" in means else []
+        if rates:
+            parts.append(f"lr {min(rates):.1e}")
         parts.append(f"{self.meter.samples_per_second:.0f} samples/s")
         parts.append(f"data {100 * self.meter.data_share:.1f} %")
         parts.append(f"eta {_clock_time((self._total - step) * self.meter.step_seconds)}")
@@ -196,6 +246,18 @@ class RunLog:
             self._bar.write(text, file=self._console)
         else:
             print(text, file=self._console, flush=True)
+
+    def start_timing(self) -> None:
+        """The first batch is there: evaluation and loader start are no part of the throughput."""
+        self.meter.start()
+
+    def flush(self) -> None:
+        """Bring everything to the disk, before a checkpoint from which a run may continue: what
+        was reported up to there is not reported again."""
+        if self._file is not None:
+            os.fsync(self._file.fileno())
+        if self._writer is not None:
+            self._writer.flush()
 
     def paused(self) -> contextlib.AbstractContextManager[None]:
         """Keep evaluation and saving out of the throughput: `with log.paused(): ...`."""
@@ -218,21 +280,47 @@ class RunLog:
         self.close()
 
     def _postfix(self) -> str:
-        loss = self.meter.means().get("loss", math.nan)
-        return f"loss {_short(loss)}, {self.meter.samples_per_second:.0f} samples/s"
+        losses = [
+            f"{stream} loss {_short(self.meter.means(stream).get('loss', math.nan))}".strip()
+            for stream in self.meter.streams
+        ]
+        return ", ".join([*losses, f"{self.meter.samples_per_second:.0f} samples/s"])
 
     def _record(self, fields: Mapping[str, Any], numbers: Mapping[str, float]) -> None:
         finite = {name: v if math.isfinite(v) else None for name, v in numbers.items()}
         if self._file is not None:
             self._file.write(json.dumps({**fields, **finite}, allow_nan=False) + "\n")
+        self._draw(fields, numbers)
 
-    def _scalar(self, name: str, value: float, step: int) -> None:
-        if self._writer is not None:
-            self._writer.add_scalar(name, value, step)
+    def _draw(self, fields: Mapping[str, Any], numbers: Mapping[str, float]) -> None:
+        """Adds a record to TensorBoard; a point that is there already is not drawn again."""
+        if self._writer is None:
+            return
+        step = fields["step"]
+        for name, value in numbers.items():
+            tag = _tag(fields, name)
+            if self._drawn.get(tag) != step:
+                self._writer.add_scalar(tag, value, step)
+                self._drawn[tag] = step
+
+
+def _tag(fields: Mapping[str, Any], name: str) -> str:
+    """The curve of a value: train/STREAM/NAME, train/NAME, scores/NAME or best/NAME."""
+    kind = fields["kind"]
+    if kind == "train" and "stream" in fields and name not in OF_ALL_STREAMS:
+        return f"train/{fields['stream']}/{name}"
+    return f"{'scores' if kind == 'final' else kind}/{name}"
+
+
+def _records_at(path: Path, step: int) -> list[dict[str, Any]]:
+    """The records of one step."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return [record for record in map(json.loads, lines) if record["step"] == step]
 
 
 def drop_later_records(path: Path, step: int) -> None:
-    """Keep the whole lines of `path` up to `step`; a line torn by a crash goes as well."""
+    """Keep the whole lines of `path` up to the checkpoint of `step`; a line torn by a crash goes as
+    well."""
     if not path.exists():
         return
     data = path.read_bytes()
@@ -247,7 +335,9 @@ def _is_until(line: bytes, step: int) -> bool:
     except ValueError:
         return False
     known = isinstance(record, dict) and isinstance(record.get("step"), int)
-    return known and line.endswith(b"\n") and record["step"] <= step
+    if not known or not line.endswith(b"\n"):
+        return False
+    return record["step"] < step + (record.get("kind") not in AFTER_TRAINING)
 
 
 def _short(value: float) -> str:

@@ -180,7 +180,7 @@ def cross_terms(
 def token_terms(
     rows: Views, cols: Views, objective: ObjectiveConfig, weights: Sequence[float], offset: int
 ) -> dict[str, Tensor]:
-    """L_g2l, the intra-modal term that reads the teachers' tokens."""
+    """L_g2l, the intra-modal term that reads the teachers' tokens; a weight for each of them."""
     if objective.g2l_weight > 0 and rows.tokens:
         return {"g2l": _global_to_local(rows, cols, objective, weights, offset)}
     return {}
@@ -370,19 +370,16 @@ def _global_to_local(
     partial results are merged.
     """
     ids = _mask_ids(cols, rows, objective)
-    shares = (
-        weights if len(weights) == len(rows.tokens) else [1 / len(rows.tokens)] * len(rows.tokens)
-    )
-    tokens, masks = rows.tokens, rows.token_masks
+    tokens, masks, shares = rows.tokens, rows.token_masks, weights
     if objective.g2l_mix == "features":
-        tokens, masks, shares = [mix_tokens(tokens, shares)], masks[:1], [1.0]
+        tokens, masks, shares = [mix_tokens(tokens, weights)], masks[:1], [1.0]
     options: dict[str, Any] = {
         "temperature": objective.temperature,
         "norm": objective.g2l_norm,
         "unit_rows": objective.g2l_unit_rows,
     }
     losses = []
-    for k, share in enumerate(shares):
+    for k, (share, _) in enumerate(zip(shares, tokens, strict=True)):
         partial = kernels.token_negatives(
             cols.z1_tokens[k], tokens[k], masks[k], first_own=offset, **ids, **options
         )
@@ -399,4 +396,4 @@ def mix_tokens(tokens: Sequence[Tensor], shares: Sequence[float]) -> Tensor:
         raise UserError(
             f"token teachers of shapes {shapes} cannot be mixed; set --objective.g2l_mix=losses"
         )
-    return torch.stack([share * t for share, t in zip(shares, tokens, strict=True)]).sum(0)
+    return torch.stack([w * _wide(t) for w, t in zip(shares, tokens, strict=True)]).sum(0)

@@ -102,16 +102,11 @@ def column_wires(config: Config, model: DalrModel, *, paired: bool = True) -> li
         wires.append(Wire("aligned pictures", student * width, width=width))
     if needs.image_rows:
         wires.append(Wire("column statistics of L_CMA", 5 * wide, 5 * wide))
-    for width in _token_widths(config, model) if needs.tokens else ():
+    for width in model.token_widths if needs.tokens else ():
         # the mean and its weight come back; the largest logit of every row is agreed on
         out, back = student * width + wide, wide * (width + 2)
         wires.append(Wire("z1 for token teachers", out, back, width))
     return wires
-
-
-def _token_widths(config: Config, model: DalrModel) -> tuple[int, ...]:
-    widths = model.widths.tokens
-    return widths[:1] if config.objective.g2l_mix == "features" else widths
 
 
 def _feature_bytes(spec: str) -> int:

@@ -11,6 +11,7 @@ import torch
 from dalr_scale.assembly import Streams
 from dalr_scale.config import Config
 from dalr_scale.dist.engine import resolve_precision
+from dalr_scale.eval.unit import UNIT, in_percent, read_scores
 from dalr_scale.fingerprint import package_versions
 from dalr_scale.metrics import format_table, print_table
 from dalr_scale.models.dalr import DalrModel
@@ -45,8 +46,23 @@ def arithmetic(config: Config, streams: Streams, model: DalrModel, world_size: i
             "value": f"{config.engine.kind}, {resolve_precision(config)}",
         },
         {"what": "objective", "value": config.objective.preset},
+        *_several_teachers(config, model),
     ]
     return format_table(f"run {config.run.name}, {config.run_dir}", table)
+
+
+def _several_teachers(config: Config, model: DalrModel) -> list[dict[str, str]]:
+    """Weights of the teachers, where there are several: their order decides."""
+    spec, rows = model.spec, []
+    if spec.needs.text and len(spec.text_weights) > 1:
+        pairs = zip(config.teachers.text, spec.text_weights, strict=True)
+        value = ", ".join(f"{weight:g} {name}" for name, weight in pairs)
+        rows.append({"what": "sentence teachers, weights", "value": value})
+    if len(spec.token_weights) > 1:
+        how = "tokens mixed" if spec.objective.g2l_mix == "features" else "losses added"
+        value = ", ".join(f"{weight:g}" for weight in spec.token_weights)
+        rows.append({"what": "token teachers, weights", "value": f"{value}; {how}"})
+    return rows
 
 
 def needs(
@@ -75,7 +91,12 @@ def needs(
 def write_result(
     config: Config, before: dict[str, Any], after: dict[str, float], trainer: Any, seconds: float
 ) -> None:
-    """RUN/result.json: scores before and after, and where they come from."""
+    """RUN/result.json: scores x 100 before and after, and where they come from.
+
+    Args:
+        before: RUN/before.json, scores x 100.
+        after: fractions, as they are computed.
+    """
     result = {
         "name": config.run.name,
         "preset": config.objective.preset,
@@ -84,7 +105,8 @@ def write_result(
         "best_step": trainer.best_step,
         "seconds": round(seconds, 1),
         **before,
-        "trained": after,
+        "unit": UNIT,
+        "trained": in_percent(after),
         "versions": package_versions(),
     }
     text = json.dumps(result, indent=1) + "\n"
@@ -96,7 +118,7 @@ def print_result(run_dir: Path) -> None:
     path = run_dir / "result.json"
     if not path.exists():
         return
-    result = json.loads(path.read_text(encoding="utf-8"))
+    result = read_scores(path)
     trained, untrained = result["trained"], result.get("untrained", {})
     lexical = result.get("lexical", {})
     rows = [
@@ -111,7 +133,8 @@ def print_result(run_dir: Path) -> None:
     ]
     title = (
         f"{result['name']}: preset {result['preset']}, seed {result['seed']}, "
-        f"{result['steps']} steps (best at {result['best_step']}), {result['seconds']:.0f} s, x 100"
+        f"{result['steps']} steps (best at {result['best_step']}), {result['seconds']:.0f} s, "
+        f"{UNIT}"
     )
     if rows:
         print_table(title, rows)
@@ -123,11 +146,11 @@ def print_result(run_dir: Path) -> None:
 
 
 def _percent(score: float | None) -> str:
-    return "-" if score is None else f"{100 * score:.2f}"
+    return "-" if score is None else f"{score:.2f}"
 
 
 def _gap(before: float | None, after: float) -> str:
     """Share of the distance from the untrained score to a perfect one."""
-    if before is None or before >= 1:
+    if before is None or before >= 100:
         return "-"
-    return f"{100 * (after - before) / (1 - before):.0f} %"
+    return f"{100 * (after - before) / (100 - before):.0f} %"

@@ -195,24 +195,21 @@ def _run(config: Config, world: Any, prepared: _Prepared, started: float) -> int
         log.info("resumed at step %d" if resumed else "starting at step %d", trainer.step)
     _give_up_on_crash_loop(fruitless, world, config.run_dir)
     limit = 60 * config.run.max_minutes
-    with (
-        StopFlag(config.run_dir, limit_seconds=limit or None) as stop,
-        RunLog(
-            config.run_dir,
-            rank=world.rank,
-            total_steps=streams.total_steps,
-            start_step=trainer.step,
-            every=config.log.every,
-            tensorboard=config.log.tensorboard,
-        ) as run_log,
-    ):
-        before = _score_before(config, world, suite, engine, trainer, run_log)
-        reason = _fit(trainer, stop, run_log, world)
-    if reason is None:
-        after = _finish(config, world, trainer)
-        if world.rank == 0:
-            report.write_result(config, before, after, trainer, time.monotonic() - started)
-            report.print_result(config.run_dir)
+    with RunLog(
+        config.run_dir,
+        rank=world.rank,
+        total_steps=streams.total_steps,
+        start_step=trainer.step,
+        every=config.log.every,
+        tensorboard=config.log.tensorboard,
+    ) as run_log:
+        with StopFlag(config.run_dir, limit_seconds=limit or None) as stop:
+            before = _score_before(config, world, suite, engine, trainer, run_log)
+            reason = _fit(trainer, stop, run_log, world)
+        after = _finish(config, world, trainer, run_log) if reason is None else None
+    if after is not None and world.rank == 0:
+        report.write_result(config, before, after, trainer, time.monotonic() - started)
+        report.print_result(config.run_dir)
     write_outcome(config, world, reason, trainer)
     world.barrier()
     trainer.watchdog.disarm()
@@ -233,34 +230,38 @@ def _fit(trainer: Any, stop: Any, run_log: Any, world: Any) -> Any:
 
 def _score_before(
     config: Config, world: Any, suite: Any, engine: Any, trainer: Any, run_log: Any
-) -> dict[str, float]:
-    """Scores of the untrained encoder and of word overlap; kept in RUN/before.json for a resume."""
+) -> dict[str, Any]:
+    """Scores x 100 of the untrained encoder and of word overlap, kept in RUN/before.json for a
+    resume."""
+    from dalr_scale.eval.unit import UNIT, in_percent, read_scores
     from dalr_scale.runstate import write_durably
 
     path = config.run_dir / "before.json"
     if trainer.step:
-        known = json.loads(path.read_text()) if world.rank == 0 and path.exists() else {}
+        known = read_scores(path) if world.rank == 0 and path.exists() else {}
         return world.broadcast_object(known)
     # at step 0 a file from an earlier attempt may belong to other settings
     scores = suite.score_final(engine)
-    record = {"untrained": scores, "lexical": suite.lexical_baselines()}
+    lexical = in_percent(suite.lexical_baselines())
+    record = {"unit": UNIT, "untrained": in_percent(scores), "lexical": lexical}
     if world.rank == 0:
         write_durably(path, (json.dumps(record, indent=1) + "\n").encode())
     run_log.scores(0, scores)
     return record
 
 
-def _finish(config: Config, world: Any, trainer: Any) -> dict[str, float]:
-    """Exports the last encoder, and scores the best one (the last where nothing selects)."""
+def _finish(config: Config, world: Any, trainer: Any, run_log: Any) -> dict[str, float]:
+    """Exports the last encoder, and scores it and the best one; returns the scores of the best (of
+    the last where nothing selects, and where only the last has the heads)."""
     from dalr_scale.eval.suite import FolderEngine
 
     trainer.watchdog.arm(60 * config.run.watchdog_minutes, "final evaluation")
     final, best = config.run_dir / "final", config.run_dir / "best"
     trainer.export(final)
-    scores = trainer.suite.score_final(trainer.engine)
-    if trainer.best_step is None or trainer.best_step == trainer.step:
-        return scores
-    selected = trainer.suite.score_final(FolderEngine(best, world.device))
+    scores = selected = trainer.suite.score_final(trainer.engine)
+    if trainer.best_step not in (None, trainer.step):
+        selected = trainer.suite.score_final(FolderEngine(best, world.device))
+    run_log.final_scores(trainer.step, scores, selected, trainer.best_step)
     return scores | selected
 
 

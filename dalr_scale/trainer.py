@@ -33,6 +33,7 @@ from dalr_scale.dist.restore import OtherParameters
 from dalr_scale.dist.world import World
 from dalr_scale.errors import TrainingError, UserError
 from dalr_scale.eval.suite import EvaluationSuite
+from dalr_scale.eval.unit import in_percent
 from dalr_scale.fingerprint import check_fingerprint
 from dalr_scale.metrics import RunLog
 from dalr_scale.models.encoder import SentenceEncoder
@@ -81,17 +82,18 @@ class Trainer:
         On return the state of the last step is saved in a checkpoint.
         """
         reason = stop.agree(self.world)
-        for batch, waited in self._batches(reason):
+        for batch, waited in self._batches(reason, run_log):
             self.streams.bad_rows.count(batch.bad, self.world)
             values, result = self.train_step(batch)
             self._report(run_log, batch, values, result, waited)
             reason = stop.agree(self.world)
             with run_log.paused():
                 self._evaluate_if_due(run_log)
-                self._save_if_due(reason)
+                self._save_if_due(reason, run_log)
             if reason is not None:
                 break
         self.watch.finish(self.step)
+        run_log.flush()
         self.save()
         self.watchdog.disarm()
         return reason
@@ -131,8 +133,11 @@ class Trainer:
             sort=self.config.batch.sort_by_length,
         )
 
-    def _batches(self, reason: StopReason | None) -> Iterator[tuple[Batch, float]]:
-        """The batches from the current step on, each with the seconds it kept the rank waiting."""
+    def _batches(self, reason: StopReason | None, run_log: RunLog) -> Iterator[tuple[Batch, float]]:
+        """The batches from the current step on, each with the seconds it kept the rank waiting.
+
+        Timing starts with the first one: the start of the workers is no wait for data.
+        """
         if reason is not None or self.step >= self.total_steps:
             return
         loader = make_loader(
@@ -151,14 +156,16 @@ class Trainer:
             augment=Augment(self.config.data.crop_area, self.config.data.flip),
             with_text=self.parts.teachers.read_sentences,
         )
+        self._arm("waiting for data")
         iterator = iter(loader)
-        while True:
+        batch, waited = next(iterator, None), 0.0
+        run_log.start_timing()
+        while batch is not None:
+            yield batch, waited
             started = time.monotonic()
             self._arm("waiting for data")
             batch = next(iterator, None)
-            if batch is None:
-                return
-            yield batch, time.monotonic() - started
+            waited = time.monotonic() - started
 
     def _means(self, tensors: dict[str, torch.Tensor]) -> dict[str, float]:
         stacked = torch.stack([t.double() for t in tensors.values()]).tolist()
@@ -232,19 +239,20 @@ class Trainer:
         if self.world.rank == 0:
             encoder: Any = self.engine.module.encoder
             assert isinstance(encoder, SentenceEncoder)
-            shown = {k: 100 * v for k, v in (scores or {}).items()}
+            shown = in_percent(scores or {})
             encoder.save(folder, overwrite=True, state_dict=state, scores=shown)
         self.world.barrier()
 
     # -- checkpoints ------------------------------------------------------------------------
 
-    def _save_if_due(self, reason: StopReason | None) -> None:
+    def _save_if_due(self, reason: StopReason | None, run_log: RunLog) -> None:
         save = self.config.save
         by_steps = save.every_steps > 0 and self.step % save.every_steps == 0
         minutes = (time.monotonic() - self._last_save) / 60
         # ranks' clocks differ: they agree, or one of them would wait in the save for ever
         by_time = bool(self.world.all_max(int(0 < save.every_minutes <= minutes)))
         if reason is None and (by_steps or by_time):
+            run_log.flush()
             self.save()
 
     def save(self) -> None:

@@ -131,6 +131,31 @@ def records(run: Path, kind: str = "train") -> list[dict[str, Any]]:
     return [line for line in map(json.loads, lines) if line["kind"] == kind]
 
 
+def curves(run: Path) -> dict[str, list[tuple[int, float]]]:
+    """Every curve of RUN/tensorboard as TensorBoard shows it: tag -> (step, value)s."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0}).Reload()
+    return {
+        tag: [(event.step, event.value) for event in events.Scalars(tag)]
+        for tag in events.Tags()["scalars"]
+    }
+
+
+RATES = ("samples_per_second", "data_share")  # what a run's clock decides
+
+
+def reports(run: Path) -> tuple[list[dict[str, Any]], dict[str, list[tuple[int, float]]]]:
+    """All that a run has reported except its rates: metrics.jsonl, and the curves."""
+    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    found = [{k: v for k, v in json.loads(line).items() if k not in RATES} for line in lines]
+    kept = {
+        tag: points if tag.split("/")[-1] not in RATES else [(step, 0.0) for step, _ in points]
+        for tag, points in curves(run).items()
+    }
+    return found, kept
+
+
 def history(run: Path) -> list[tuple[int, str, str, str]]:
     """What must not depend on interruptions: step, stream, hash of the item ids, exact loss."""
     return [(r["step"], r["stream"], r["ids"], float.hex(r["loss"])) for r in records(run)]

@@ -19,7 +19,10 @@ from unittest import mock
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
-    ["deepspeed", "accelerate", "transformers.models.bert.modeling_bert", "dalr_scale.trainer"]
+    [
+        *("deepspeed", "accelerate", "transformers.models.bert.modeling_bert"),
+        *("torch.utils.tensorboard", "dalr_scale.trainer"),
+    ]
 )
 
 

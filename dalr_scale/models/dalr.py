@@ -70,11 +70,12 @@ class TeacherBatch:
 
 @dataclass(frozen=True)
 class LossSpec:
-    """What the loss needs to know besides tensors."""
+    """What the loss needs to know besides tensors; weights are by position of the teachers."""
 
     objective: ObjectiveConfig
     text_weights: tuple[float, ...] = ()
     seed: int = 1
+    token_weights: tuple[float, ...] = (1.0,)
     needs: Needs = field(init=False)
 
     def __post_init__(self) -> None:
@@ -108,8 +109,14 @@ class DalrModel(nn.Module):
         if needs.tokens:
             self.token_projections = nn.ModuleList(
                 nn.Identity() if width == w else self._projection(width, w, "token")
-                for w in widths.tokens
+                for w in self.token_widths
             )
+
+    @property
+    def token_widths(self) -> tuple[int, ...]:
+        """Widths that z1 is compared with in L_g2l: one where the teachers' tokens are mixed."""
+        mixed = self.spec.objective.g2l_mix == "features"
+        return self.widths.tokens[:1] if mixed else self.widths.tokens
 
     def _projection(self, width: int, target: int, what: str) -> nn.Linear:
         if getattr(self.spec.objective, f"{what}_projection") == "identity":
@@ -187,7 +194,7 @@ class DalrModel(nn.Module):
         if teachers.paired and objective.cross_weight > 0:
             others |= cross_terms(rows, cols, objective, weights, offset, unmatched)
         if distil and objective.intra_weight > 0:
-            others |= token_terms(rows, cols, objective, weights, offset)
+            others |= token_terms(rows, cols, objective, spec.token_weights, offset)
         detached = {name: value.detach() for name, value in others.items()}
         return total_loss(text, others, objective), text.values | detached
 
@@ -199,9 +206,7 @@ class DalrModel(nn.Module):
         if not teachers.paired:
             return rows
         if needs.tokens:
-            mixed = self.spec.objective.g2l_mix == "features"  # into one list of tokens
-            heads = self.token_projections[:1] if mixed else self.token_projections
-            rows.z1_tokens = [head(z1) for head in heads]
+            rows.z1_tokens = [head(z1) for head in self.token_projections]
         if needs.grounding:
             rows.p1, rows.p2 = self.text_grounding(h1), self.text_grounding(h2)
             if hasattr(self, "image_grounding"):

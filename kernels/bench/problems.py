@@ -265,7 +265,7 @@ def objective_loss(problem: Problem) -> Tensor:
     weights = (0.33, 0.67)
     text = text_terms(views, views, config, weights, 0, paired=True, distil=True)
     others = cross_terms(views, views, config, weights, 0, shifted)
-    others |= token_terms(views, views, config, weights, 0)
+    others |= token_terms(views, views, config, (1.0,), 0)
     return total_loss(text, others, config)
 
 

@@ -64,7 +64,7 @@ def test_export_takes_the_best_encoder_of_a_run(tmp_path):
 
 def test_scores_of_a_finished_run_reach_the_card(tmp_path):
     run = make_run(tmp_path)
-    (run / "result.json").write_text(json.dumps({"trained": {"STS-B": 0.5812}}))
+    (run / "result.json").write_text(json.dumps({"unit": "x 100", "trained": {"STS-B": 58.12}}))
     export(run, tmp_path / "out")
     assert "| STS-B | 58.12 |" in (tmp_path / "out" / "README.md").read_text()
 

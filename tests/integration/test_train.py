@@ -10,13 +10,16 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from common import (
+    curves,
     history,
     records,
+    reports,
     status,
     tiny_config,
     tree,
@@ -31,6 +34,7 @@ from dalr_scale.config import load_config
 from dalr_scale.data.features_store import open_features
 
 STEPS = 12
+DRAWN = "--log.tensorboard=true"
 Launch = Callable[..., Outcome]
 
 
@@ -55,24 +59,30 @@ def launch(tiny_data: Path, folder: Path) -> Launch:
 @pytest.fixture(scope="module")
 def reference(launch: Launch, folder: Path) -> Path:
     """An uninterrupted run: ZeRO-2, dropout on, both streams, all seven terms."""
-    outcome = launch("reference")
+    outcome = launch("reference", DRAWN)
     assert outcome.codes == (0,), outcome.output
     return folder / "reference"
 
 
 @pytest.fixture(scope="module")
-def interrupted(launch: Launch, folder: Path) -> dict[str, Outcome]:
-    """The same run, ended by a STOP file, by a signal, and by a kill inside a save."""
+def interrupted(launch: Launch, folder: Path) -> dict[str, Any]:
+    """The same run, ended by a kill before its first checkpoint, by a STOP file, by a signal, and
+    by a kill inside a save."""
     run, copy = folder / "interrupted", folder / "copy"
-    outcomes = {"stop": launch("interrupted", end_at=(3, "STOP"))}
+    early = {"DALR_FAULT": "save:before-tmp@3"}  # before the first checkpoint: all begins again
+    outcomes: dict[str, Any] = {
+        "early": launch("interrupted", DRAWN, end_at=(3, "STOP"), environment=early)
+    }
+    (run / "STOP").unlink(missing_ok=True)
+    outcomes["stop"] = launch("interrupted", DRAWN, end_at=(3, "STOP"))
     outcomes["stop status"] = status(run)
     shutil.copytree(run, copy)  # for the controls
-    outcomes["signal"] = launch("interrupted", end_at=(6, "SIGTERM"))
+    outcomes["signal"] = launch("interrupted", DRAWN, end_at=(6, "SIGTERM"))
     outcomes["signal status"] = status(run)
     fault = {"DALR_FAULT": "save:before-rename@10"}
-    outcomes["kill"] = launch("interrupted", environment=fault)
+    outcomes["kill"] = launch("interrupted", DRAWN, environment=fault)
     outcomes["kill steps"] = sorted(p.name for p in (run / "checkpoints").iterdir())
-    outcomes["end"] = launch("interrupted")
+    outcomes["end"] = launch("interrupted", DRAWN)
     return outcomes
 
 
@@ -120,9 +130,46 @@ def test_an_interrupted_run_is_the_uninterrupted_one(
     assert history(run) == history(reference)  # no step twice either
     assert weights_hash(run / "final") == weights_hash(reference / "final")
     assert weights_hash(run / "best") == weights_hash(reference / "best")
-    scores = [(r["step"], r["graded-dev"]) for r in records(run, "scores")]
-    assert scores == [(r["step"], r["graded-dev"]) for r in records(reference, "scores")]
     assert status(run)["outcome"] == "finished"
+
+
+def test_an_interrupted_run_reports_what_the_uninterrupted_one_does(
+    reference: Path, interrupted: dict, folder: Path
+) -> None:
+    """Every record and every point of every curve once, whatever was killed in between."""
+    assert interrupted["early"].codes == (-9,)
+    found, wanted = reports(folder / "interrupted"), reports(reference)
+    assert found == wanted
+    for tag, points in wanted[1].items():
+        assert len({step for step, _ in points}) == len(points), tag
+
+
+def test_a_run_killed_after_its_last_step_reports_its_final_scores_once(
+    launch: Launch, reference: Path, folder: Path
+) -> None:
+    """No step remains, and the final scores were written, but not that the run is finished."""
+    run = shutil.copytree(reference, folder / "ended")
+    (run / "status.json").write_text(json.dumps(status(run) | {"outcome": "failed"}))
+    outcome = launch("ended", DRAWN)
+    assert outcome.codes == (0,) and f"resumed at step {STEPS}" in outcome.output
+    assert reports(run) == reports(reference)
+    assert status(run)["outcome"] == "finished"
+
+
+def test_curves_are_drawn_by_stream_and_end_with_the_final_scores(reference: Path) -> None:
+    found, result = curves(reference), json.loads((reference / "result.json").read_text())
+    assert [step for step, _ in found["scores/graded-dev"]] == [0, 4, 8, 12]
+    ((step, best),) = found["best/graded-dev"]
+    assert (step, best) == (STEPS, pytest.approx(result["trained"]["graded-dev"], rel=1e-6))
+    before = result["untrained"]["graded-dev"]  # x 100 in all of them
+    assert found["scores/graded-dev"][0][1] == pytest.approx(before, rel=1e-6)
+    assert abs(before) > 1
+    by_stream = {r["step"]: r["stream"] for r in records(reference)}
+    for stream in ("text", "pair"):
+        steps = [step for step, _ in found[f"train/{stream}/loss"]]
+        assert steps == [step for step in by_stream if by_stream[step] == stream]
+    assert [step for step, _ in found["train/lr"]] == list(by_stream)
+    assert "train/loss" not in found and "train/text/xce" not in found
 
 
 def test_control_another_seed_is_refused_and_would_show(
@@ -329,7 +376,7 @@ def test_the_best_encoder_is_scored_whole_when_ranks_hold_parts(sharded: Path) -
     scores = {r["step"]: r["graded-dev"] for r in records(sharded, "scores") if r["step"]}
     best = max(scores, key=lambda step: scores[step])
     assert result["best_step"] == best
-    assert result["trained"]["graded-dev"] == pytest.approx(scores[best], abs=1e-6)
+    assert result["trained"]["graded-dev"] == pytest.approx(scores[best], abs=1e-4)
 
 
 def test_the_exported_encoder_loads_in_other_tools(sharded: Path) -> None:

@@ -19,7 +19,6 @@ import sys
 import time
 from pathlib import Path
 
-from dalr_scale.eval.sts import percent
 from dalr_scale.versions import version_line
 
 RESULTS = Path(__file__).parent / "results"
@@ -98,7 +97,7 @@ def table(results: dict[str, list[dict]], seeds: list[int]) -> str:
 def _row(name: str, scores: list[dict[str, float]]) -> str:
     cells = []
     for task in TASKS:
-        values = [percent(s[task]) for s in scores]
+        values = [round(s[task], 2) for s in scores]
         spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
         cells.append(f"{statistics.mean(values):.2f}{spread}")
     return f"| {name} | " + " | ".join(cells) + " |"

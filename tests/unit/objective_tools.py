@@ -74,7 +74,7 @@ def terms_and_total(
     if spec.cross_weight > 0:
         others |= cross_terms(own, cols, spec, weights, offset, unmatched)
     if spec.intra_weight > 0:
-        others |= token_terms(own, cols, spec, weights, offset)
+        others |= token_terms(own, cols, spec, (1.0,), offset)
     return text.values | others, total_loss(text, others, spec)
 
 

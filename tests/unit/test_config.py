@@ -249,7 +249,7 @@ def test_help_names_every_key_with_its_default() -> None:
     for cls in SECTIONS.values():
         for f in dataclasses.fields(cls):
             assert f.metadata["help"] in text
-    assert "--objective.margin=0.18" in text
+    assert "--objective.margin=0.2" in text
 
 
 def test_the_data_folder_comes_from_the_key_or_the_environment(monkeypatch) -> None:
@@ -335,8 +335,8 @@ TABLE = {
         "token_projection": "identity",
     },
     "dalr": {
-        "margin": 0.18,
-        "vl_margin": 0.18,
+        "margin": 0.2,
+        "vl_margin": 0.2,
         "vl_temperature": 0.05,
         "cross_weight": 0.1,
         "image_weight": 1.0,
@@ -357,7 +357,7 @@ TABLE = {
         "listmle_eps": 0.0,
         "g2l_norm": "token",
         "g2l_unit_rows": True,
-        "g2l_mix": "losses",
+        "g2l_mix": "auto",
         "unmatched": "shift",
         "alternation": "proportional",
         "tail": "drop",
@@ -394,4 +394,4 @@ def test_presets_differ_in_nothing_that_the_table_leaves_out() -> None:
 
 
 def test_reference_margin_is_in_radians() -> None:
-    assert 10 < math.degrees(TABLE["dalr"]["margin"]) < 10.5
+    assert 10 < math.degrees(TABLE["dalr-reference"]["margin"]) < 10.5

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from common import tiny_config
 from safetensors.torch import load_file, save_file
 from transformers import BertTokenizer
 
+from dalr_scale.assembly import build_encoder
 from dalr_scale.errors import UserError
 from dalr_scale.models.encoder import (
     POOLERS,
@@ -45,6 +47,35 @@ def tiny(kind: str = "bert") -> dict:
 def build(tokenizer, kind="bert", pooler="mean") -> SentenceEncoder:
     torch.manual_seed(0)
     return SentenceEncoder.from_config(tiny(kind), tokenizer, pooler).eval()
+
+
+@pytest.mark.parametrize(("pooler", "apart"), [("", True), ("cls_before_pooler", False)])
+def test_a_new_encoder_pools_by_mean_and_tells_sentences_apart(
+    tiny_data: Path, pooler: str, apart: bool
+) -> None:
+    """The first token's state of an untrained encoder is nearly the same for every sentence, and
+    the contrastive loss stays at log N."""
+    torch.manual_seed(0)
+    encoder = build_encoder(tiny_config(tiny_data, {"model.pooler": pooler}))
+    assert encoder.pooler == (pooler or "mean")
+    words = (tiny_data / "vocab.txt").read_text().split()[5:]
+    sentences = [" ".join(words[3 * i : 3 * i + 5]) for i in range(12)]
+    states = torch.nn.functional.normalize(encode_sentences(encoder.eval(), sentences), dim=1)
+    closest = float((states @ states.T - 2 * torch.eye(12)).max())
+    assert (closest < 0.99) if apart else (closest > 0.9999)
+
+
+def test_an_encoder_directory_keeps_its_own_pooler(
+    tiny_data: Path, tokenizer: BertTokenizer, tmp_path: Path
+) -> None:
+    build(tokenizer, pooler="cls_before_pooler").save(tmp_path / "model")
+    changes = {
+        "model.encoder": str(tmp_path / "model"),
+        "model.architecture": {},
+        "model.pooler": "",
+    }
+    config = tiny_config(tiny_data, changes | {"data.tokenizer": ""})
+    assert build_encoder(config).pooler == "cls_before_pooler"
 
 
 def test_mean_pooling_ignores_padding_and_cls_takes_the_first_token():
