@@ -359,7 +359,8 @@ def _give_up_on_crash_loop(fruitless: int, world: Any, run_dir: Path) -> None:
     if world.broadcast_object(fruitless) >= MAX_FRUITLESS_STARTS:
         raise UserError(
             f"{run_dir} was started {MAX_FRUITLESS_STARTS} times without reaching a new "
-            f"checkpoint; see {run_dir}/status.json and log/, then delete status.json to try again"
+            f"checkpoint; see {run_dir}/status.json and log/, then delete status.json to try again "
+            "(without any checkpoint: --run.from_scratch=true)"
         )
 
 
