@@ -70,7 +70,7 @@ def in_world(ranks: int, action: Callable[..., None], folder: Path, *arguments: 
     for process in processes:
         process.start()
     for process in processes:
-        process.join(timeout=120)
+        process.join(timeout=300)
         if process.is_alive():
             process.kill()
             errors.write_text(errors.read_text() + "a rank hung")
