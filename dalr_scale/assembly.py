@@ -60,6 +60,12 @@ class Streams:
         parts = [s.fingerprint for s in (self.text, self.pairs) if s is not None]
         return "+".join(parts)
 
+    @property
+    def contents(self) -> dict[str, dict[str, str]]:
+        """Digests of the shards and their features, by stream."""
+        given = {"data.text": self.text, "data.pairs": self.pairs}
+        return {name: s.contents for name, s in given.items() if s is not None}
+
 
 def prepare_data(config: Config, world: World) -> None:
     """Draws the quickstart's data and trains its teachers, once, on rank 0."""
@@ -70,7 +76,7 @@ def prepare_data(config: Config, world: World) -> None:
     refusal = None
     if world.rank == 0:
         try:
-            build_quickstart(Path(config.data.shards), quickstart_spec(config))
+            build_quickstart(config.path("{shards}"), quickstart_spec(config))
         except UserError as error:
             refusal = str(error)
     if (refusal := world.broadcast_object(refusal)) is not None:

@@ -49,7 +49,7 @@ class RunConfig:
         False, "start again although the run folder holds a run (the old one is moved aside)"
     )
     allow_change: bool = opt(
-        False, "resume although versions or settings that change the result differ"
+        False, "resume although versions, settings or files that change the result differ"
     )
     watchdog_minutes: float = opt(30.0, "abort a rank that makes no progress this long; 0: never")
     max_minutes: float = opt(0.0, "stop with a checkpoint after this many minutes; 0: no limit")
@@ -284,7 +284,7 @@ class Config:
 
     @property
     def run_dir(self) -> Path:
-        return Path(self.run.dir or f"runs/{self.run.name}")
+        return Path(self.run.dir or f"runs/{self.run.name}").expanduser()
 
     def path(self, text: str) -> Path:
         """A configured path with ``{root}``, ``{shards}`` and ``~`` filled in."""
@@ -544,7 +544,7 @@ def _toml_value(text: str) -> Any:
 
 
 def _read_source(source: str) -> dict[str, Any]:
-    path = Path(source)
+    path = Path(source).expanduser()
     if path.is_dir():
         path = path / "config.toml"
     if not path.exists():
