@@ -62,9 +62,9 @@ class OnlineTeachers:
             with_text: whether this batch is distilled (paired, or by configuration).
         """
         paired = batch.kind == "pair"
-        ids, mask = batch.input_ids, batch.attention_mask
-        if self.pad_alike:  # in every step: ranks that hold different kinds must not part here
-            ids, mask = pad_to_common_length(ids, mask)
+        used = paired or with_text
+        # in every step: ranks that hold different kinds must not part where they pad alike
+        reads = self._read(batch) if used or self.pad_alike else []
         # stored as float16: travelling as such costs half the bytes and loses nothing
         features = {role: values.half() for role, values in batch.features.items()}
         tokens = {}
@@ -73,8 +73,7 @@ class OnlineTeachers:
         if paired and self.image is not None:
             assert batch.images is not None
             (features["image"],) = self._in_chunks(self._encode_images, batch.images)
-        for online in self.texts if paired or with_text else ():
-            read = (ids, mask) if self.student_ids else online.teacher.tokenize(batch.sentences)
+        for online, read in zip(self.texts, reads, strict=True) if used else ():
             pooled, *own = self._in_chunks(online.teacher.encode_ids, *read)
             for role in online.roles:
                 if role.startswith("tokens"):
@@ -92,6 +91,22 @@ class OnlineTeachers:
             tokens=[values for values, _ in pairs],
             token_masks=[own_mask for _, own_mask in pairs],
         )
+
+    def _read(self, batch: Batch) -> list[tuple[Tensor, Tensor]]:
+        """Token ids and mask for each teacher: the student's, or its tokenizer's own."""
+        student = batch.input_ids, batch.attention_mask
+        if not self.student_ids:
+            own = [online.teacher.tokenize(batch.sentences) for online in self.texts]
+            return [self._padded(o, read) for o, read in zip(self.texts, own, strict=True)]
+        # equal tokenizers have one padding id
+        return [self._padded(self.texts[0], student)] * len(self.texts) if self.texts else []
+
+    def _padded(self, online: OnlineText, read: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        if not self.pad_alike:
+            return read
+        # a model may tell padding by its id: with another one its states there are others
+        fill = getattr(online.teacher.tokenizer, "pad_token_id", None)
+        return pad_to_common_length(*read, fill or 0)
 
     def _encode_images(self, images: Tensor) -> tuple[Tensor]:
         return (self.image.encode(images),)
@@ -149,9 +164,8 @@ def build_online_teachers(
 
 
 def _pads_alike(config: Config, texts: Sequence[OnlineText]) -> bool:
-    same_ids = config.objective.teacher_tokenizer == "must_match"
     online = any(role.startswith("tokens") for text in texts for role in text.roles)
-    return same_ids and online and config.objective.g2l_norm == "axis"
+    return online and config.objective.g2l_norm == "axis"
 
 
 def _text_roles(config: Config, needs: Needs) -> dict[tuple[str, str], list[str]]:

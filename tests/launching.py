@@ -21,6 +21,8 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
     [
         *("deepspeed", "accelerate", "transformers.models.bert.modeling_bert"),
+        # DeepSpeed imports it to look at an optimizer's type, and it brings all of torch.compile
+        "deepspeed.runtime.zero.muon.original_muon",
         *("torch.utils.tensorboard", "dalr_scale.trainer"),
     ]
 )
@@ -72,7 +74,7 @@ def train(
         words: arguments of ``dalr_scale.train``.
         log: file for what the processes print.
         end_at: after this many steps, ``"STOP"`` touches the file and ``"SIGTERM"`` sends the
-            signal to the last rank.
+            signal to the last rank; ``"SIGKILL"`` ends every rank without a word.
         environment: further variables.
         setup: called in each process before training, to switch a guarantee off; a module's own
             function.
@@ -137,3 +139,5 @@ def _end(how: str, trainer) -> None:
         (trainer.run_dir / "STOP").touch()
     if how == "SIGTERM" and trainer.world.rank == trainer.world.size - 1:
         os.kill(os.getpid(), signal.SIGTERM)
+    if how == "SIGKILL":
+        os.kill(os.getpid(), signal.SIGKILL)

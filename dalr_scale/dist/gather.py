@@ -203,15 +203,16 @@ def all_reduce_sum(local: Tensor) -> Tensor:
     return _AllReduceSum.apply(local)  # pyright: ignore[reportReturnType]
 
 
-def pad_to_common_length(tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Pads [b,T,...] and its mask [b,T] on the token axis to the longest T of all ranks."""
+def pad_to_common_length(tokens: Tensor, mask: Tensor, fill: int = 0) -> tuple[Tensor, Tensor]:
+    """Pads [b,T,...] by `fill` and its mask [b,T] by 0, to the longest T of all ranks."""
     if not several_ranks():
         return tokens, mask
     longest = torch.tensor([tokens.shape[1]], device=tokens.device)
     dist.all_reduce(longest, dist.ReduceOp.MAX, group=_group)
     extra = int(longest) - tokens.shape[1]
     pad = torch.nn.functional.pad
-    return pad(tokens, (0, 0) * (tokens.ndim - 2) + (0, extra)), pad(mask, (0, extra))
+    widths = (0, 0) * (tokens.ndim - 2) + (0, extra)
+    return pad(tokens, widths, value=fill), pad(mask, (0, extra))
 
 
 class _WithGradient(torch.autograd.Function):

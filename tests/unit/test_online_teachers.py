@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from dalr_scale.data.batch import Batch
 from dalr_scale.online_teachers import OnlineTeachers, OnlineText
 
 ROWS, LENGTH = 7, 6
+PAD = 3  # the teacher's padding id
 
 
 class Teacher:
@@ -22,6 +24,7 @@ class Teacher:
     def __init__(self) -> None:
         self.table = torch.randn(20, 5, generator=torch.Generator().manual_seed(0))
         self.seen: list[tuple[int, ...]] = []
+        self.tokenizer = SimpleNamespace(pad_token_id=PAD)
 
     def tokenize(self, sentences: Sequence[str]) -> tuple[Tensor, Tensor]:
         ids = torch.tensor([[len(s) % 20] * LENGTH for s in sentences])
@@ -69,22 +72,23 @@ def test_some_rows_at_a_time_give_what_all_rows_give(student_ids: bool) -> None:
     assert torch.equal(whole.image, parts.image)
 
 
+@pytest.mark.parametrize("student_ids", [True, False])
 @pytest.mark.parametrize("kind", ["pair", "text"])
 def test_ranks_pad_alike_in_every_step_or_in_none(
-    kind: str, monkeypatch: pytest.MonkeyPatch
+    kind: str, student_ids: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A rank with a batch of another kind must meet the others in the same collective."""
     calls = []
 
-    def pad(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        calls.append(kind)
+    def pad(ids: Tensor, mask: Tensor, fill: int) -> tuple[Tensor, Tensor]:
+        calls.append(fill)
         extra = torch.nn.functional.pad
-        return extra(ids, (0, 3)), extra(mask, (0, 3))
+        return extra(ids, (0, 3), value=fill), extra(mask, (0, 3))
 
     monkeypatch.setattr(online_teachers, "pad_to_common_length", pad)
-    teachers(2, student_ids=True)[0].batch(batch(kind), with_text=False)
+    teachers(2, student_ids=student_ids)[0].batch(batch(kind), with_text=False)
     assert not calls
-    online, teacher = teachers(2, student_ids=True, pad_alike=True)
+    online, teacher = teachers(2, student_ids=student_ids, pad_alike=True)
     online.batch(batch(kind), with_text=False)
-    assert len(calls) == 1
+    assert calls == [PAD]
     assert all(shape[1] == LENGTH + 3 for shape in teacher.seen if len(shape) == 2)
