@@ -29,9 +29,9 @@ import torch
 from batch_step import Shape, build, random_inputs
 from dalr_kernels import chunked
 
-from dalr_scale.checkpoint import package_versions
 from dalr_scale.config import BatchConfig
 from dalr_scale.dist.gradcache import backward_global_batch
+from dalr_scale.fingerprint import package_versions
 from dalr_scale.predict import plan_memory
 
 RESULTS = Path(__file__).parent / "results"

@@ -7,7 +7,6 @@ waits for another one and before a weight is trained.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
@@ -38,6 +37,7 @@ from dalr_scale.online_teachers import (
     build_online_teachers,
     check_stored_tokenizers,
 )
+from dalr_scale.optim import count_steps
 
 MODELS = ("hf", "open_clip")
 # An untrained encoder's first state hardly depends on the sentence: all sentences get one vector,
@@ -60,40 +60,51 @@ class Streams:
         parts = [s.fingerprint for s in (self.text, self.pairs) if s is not None]
         return "+".join(parts)
 
+    @property
+    def contents(self) -> dict[str, dict[str, str]]:
+        """Digests of the shards and their features, by stream."""
+        given = {"data.text": self.text, "data.pairs": self.pairs}
+        return {name: s.contents for name, s in given.items() if s is not None}
+
 
 def prepare_data(config: Config, world: World) -> None:
     """Draws the quickstart's data and trains its teachers, once, on rank 0."""
     if config.data.builder != "quickstart":
         return
-    from dalr_scale.quickstart.build import QuickstartSpec, build_quickstart
+    from dalr_scale.quickstart.build import build_quickstart
 
-    names = {f.name for f in dataclasses.fields(QuickstartSpec)}
-    unknown = sorted(set(config.data.builder_options) - names)
-    if unknown:
-        raise UserError(f"data.builder_options: unknown {unknown}; known: {sorted(names)}")
     refusal = None
     if world.rank == 0:
         try:
-            spec = QuickstartSpec(**config.data.builder_options)
-            build_quickstart(Path(config.data.shards), spec)
+            build_quickstart(config.path("{shards}"), quickstart_spec(config))
         except UserError as error:
             refusal = str(error)
     if (refusal := world.broadcast_object(refusal)) is not None:
         raise UserError(refusal)
 
 
+def quickstart_spec(config: Config) -> Any:
+    """``data.builder_options``, typed and checked."""
+    from dalr_scale.quickstart.build import QuickstartSpec
+
+    kinds = {f.name: type(f.default) for f in dataclasses.fields(QuickstartSpec)}
+    options = config.data.builder_options
+    if unknown := sorted(set(options) - set(kinds)):
+        raise UserError(f"data.builder_options: unknown {unknown}; known: {sorted(kinds)}")
+    for name, value in options.items():
+        wanted = int | float if kinds[name] is float else int
+        if not isinstance(value, wanted) or isinstance(value, bool):
+            raise UserError(
+                f"data.builder_options.{name} = {value!r} must be of type {kinds[name].__name__}"
+            )
+    return QuickstartSpec(**options)
+
+
 def build_streams(config: Config) -> Streams:
     """Opens the shards and their features, and lays out the order of the batches."""
-    if not config.data.pairs and not config.data.text:
-        raise UserError("data.pairs and data.text are both empty: name shards for one of them")
     needs = needs_of(config.objective)
-    if not config.data.pairs and (needs.image or needs.caption or needs.tokens):
-        raise UserError(
-            f"objective {config.objective.preset} learns from pictures: name their shards in "
-            "data.pairs, or set --objective.preset=simcse"
-        )
     data, size = config.data, config.batch.global_size
-    roles = _pair_roles(config, needs)
+    roles = pair_roles(config, needs)
     pairs = _source(config, data.pairs, data.pair_weights, roles, needs)
     roles = _text_roles(config, needs) if config.objective.distil_text_batches else {}
     text = _source(config, data.text, data.text_weights, roles, None)
@@ -109,7 +120,7 @@ def build_streams(config: Config) -> Streams:
         text_parts=_parts(text, data.text_weights, size),
         pair_parts=_parts(pairs, data.pair_weights, size),
     )
-    steps = config.optim.steps or math.ceil(config.optim.epochs * plan.steps_per_epoch)
+    steps = count_steps(config.optim, plan.steps_per_epoch)
     given = {name: s for name, s in (("text", text), ("pair", pairs)) if s is not None}
     bad_rows = BadRows(
         {name: source.num_items for name, source in given.items()},
@@ -126,11 +137,6 @@ def _source(
     roles: Mapping[str, str],
     needs: Needs | None,
 ) -> Source | None:
-    if weights and len(weights) != len(patterns):
-        raise UserError(
-            f"{len(weights)} weights for {len(patterns)} sources; "
-            "give each entry of data.pairs or data.text one weight"
-        )
     if not patterns:
         return None
     groups = [(pattern,) for pattern in patterns] if weights else [patterns]
@@ -159,8 +165,12 @@ def _parts(source: Source | None, weights: tuple[float, ...], size: int) -> tupl
     return tuple(Part(n, r) for n, r in zip(source.part_items, rows, strict=True))
 
 
-def _pair_roles(config: Config, needs: Needs) -> dict[str, str]:
-    """Role -> stored feature set, for the features that the objective reads."""
+def pair_roles(config: Config, needs: Needs) -> dict[str, str]:
+    """Role -> stored feature set, for the features that the objective reads.
+
+    Raises:
+        UserError: a teacher that the objective needs is missing, misspelt or of the wrong kind.
+    """
     teachers = config.teachers
     roles = _text_roles(config, needs)
     for role, wanted, specs in (
@@ -258,16 +268,10 @@ def _use_stored_ids(config: Config, streams: Streams, tokenizer: Any) -> None:
 
 def build_encoder(config: Config) -> SentenceEncoder:
     """The student's encoder: pre-trained, or new from ``model.architecture``."""
-    if bool(config.model.encoder) == bool(config.model.architecture):
-        raise UserError("set exactly one of model.encoder (a folder) and model.architecture")
     if config.model.encoder:
-        if config.data.tokenizer:
-            raise UserError("data.tokenizer is for a new encoder; model.encoder brings its own")
         path = config.path(config.model.encoder)
         encoder = SentenceEncoder.from_folder(str(path), config.model.pooler or None)
     else:
-        if not config.data.tokenizer:
-            raise UserError("a new encoder needs data.tokenizer: a folder or a vocab.txt")
         tokenizer = load_tokenizer(config.path(config.data.tokenizer))
         encoder = _new_encoder(config, tokenizer)
     if config.data.max_length > encoder.max_length:
@@ -289,7 +293,7 @@ def _new_encoder(config: Config, tokenizer: Any) -> SentenceEncoder:
         return SentenceEncoder.from_config(config.model.architecture, tokenizer, pooler)
     except UserError:
         raise
-    except (ValueError, TypeError) as error:  # how transformers refuses impossible sizes
+    except Exception as error:  # impossible sizes: transformers and torch raise whatever they meet
         raise UserError(f"model.architecture cannot be built: {first_line(error)}") from error
 
 
@@ -327,11 +331,6 @@ def open_held_out(config: Config) -> Source | None:
     """The pairs for caption-picture recall, where the pictures' features are stored."""
     if not config.eval.retrieval:
         return None
-    if not config.teachers.image.startswith(STORED):
-        raise UserError(
-            "eval.retrieval reads stored picture features: set teachers.image = features:NAME, or "
-            "leave eval.retrieval empty"
-        )
     name = config.teachers.image.removeprefix(STORED)
     shards = _expand(config, config.eval.retrieval, (name,))
     return Source(shards, features={"image": name})

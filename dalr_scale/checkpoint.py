@@ -16,21 +16,19 @@ The trainer passes the function that writes the tensors; neither torch nor DeepS
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
-import platform
 import re
 import shutil
 import signal
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar
 
-from dalr_scale import __version__
 from dalr_scale.errors import UserError
 from dalr_scale.manifest import Manifest, hash_and_sync, list_files, verify, write_manifest
 from dalr_scale.runstate import RunState, World, fsync_folder, read_status, write_status
@@ -123,7 +121,7 @@ def save_checkpoint(
     Args:
         write: puts this rank's files into the folder it is given. Called on all ranks, because
             sharded states are written by collectives (a rank-0-only save hangs).
-        fingerprint: versions and settings that a resume must agree on, see `check_fingerprint`.
+        fingerprint: what a resume must agree on, see `dalr_scale.fingerprint`.
         keep: valid checkpoints to keep; never fewer than 2 whatever it says.
         on_error: one object for the whole run; it counts failures.
 
@@ -287,8 +285,9 @@ def find_checkpoint(run_dir: Path, world: World) -> Checkpoint | None:
         None if the run has none yet.
 
     Raises:
-        UserError: if there are checkpoints and all are bad, or if the status file names one and
-            none is there. Starting from scratch would throw the work away silently.
+        UserError: if there are checkpoints and all are bad, or if there is none although the
+            status file names one, or metrics without a status file show that the run has trained.
+            Starting from scratch would throw the work away silently.
     """
     root = run_dir / "checkpoints"
     names = world.broadcast_object(_candidates(root) if world.rank == 0 else None)
@@ -313,7 +312,26 @@ def find_checkpoint(run_dir: Path, world: World) -> Checkpoint | None:
             f"{run_dir}/status.json names {status['checkpoint']}, but there is no checkpoint; "
             "restore it, or give the work up with --run.from_scratch=true"
         )
+    steps = world.broadcast_object(_recorded_steps(run_dir) if world.rank == 0 else 0)
+    if status is None and steps:
+        raise UserError(
+            f"{run_dir}/metrics.jsonl has {steps} steps, but checkpoints/ and status.json are "
+            "gone; restore them, or move what is left aside with --run.from_scratch=true"
+        )
     return None
+
+
+def _recorded_steps(run_dir: Path) -> int:
+    """The last training step in RUN/metrics.jsonl, 0 without."""
+    steps = [0]
+    try:
+        for line in (run_dir / "metrics.jsonl").read_bytes().splitlines():
+            with contextlib.suppress(ValueError, TypeError, AttributeError, KeyError):
+                record = json.loads(line)
+                steps.append(int(record["step"]) if record.get("kind") == "train" else 0)
+    except OSError:
+        return 0
+    return max(steps)
 
 
 def _candidates(root: Path) -> list[str]:
@@ -368,59 +386,3 @@ def _step_of(name: str) -> int:
     match = _CANDIDATE.fullmatch(name)
     assert match, name
     return int(match[1])
-
-
-# Fingerprint
-
-
-def package_versions() -> dict[str, str | None]:
-    """Versions that can change the numbers of a run, without importing the packages."""
-    versions: dict[str, str | None] = {
-        "python": ".".join(platform.python_version_tuple()[:2]),
-        "dalr_scale": __version__,
-    }
-    for name in ("torch", "accelerate", "deepspeed", "transformers", "triton", "numpy"):
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            versions[name] = None
-    return versions
-
-
-def check_fingerprint(
-    saved: Mapping[str, Any], current: Mapping[str, Any], *, allow_change: bool
-) -> list[str]:
-    """Compare what a checkpoint was made with and what would continue it.
-
-    Returns:
-        One line for each field that differs, nested tables as dotted names; empty if none does.
-
-    Raises:
-        UserError: with those lines, if there are any and `allow_change` is False.
-    """
-    before, now = _flatten(saved), _flatten(json.loads(json.dumps(dict(current))))
-    lines = [
-        f"{name}: checkpoint {_shown(before, name)}, now {_shown(now, name)}"
-        for name in sorted(before.keys() | now.keys())
-        if name not in before or name not in now or before[name] != now[name]
-    ]
-    if lines and not allow_change:
-        raise UserError(
-            "the checkpoint was made with other versions or settings; restore them, use a new run "
-            "folder, or accept the change with --run.allow_change=true:\n  " + "\n  ".join(lines)
-        )
-    return lines
-
-
-def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            flat |= _flatten(value, f"{prefix}{name}.")
-        else:
-            flat[f"{prefix}{name}"] = value
-    return flat
-
-
-def _shown(values: Mapping[str, Any], name: str) -> str:
-    return json.dumps(values[name]) if name in values else "absent"

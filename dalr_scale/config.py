@@ -1,9 +1,10 @@
 """Typed run configuration: TOML recipes, dotted overrides, presets of the objective.
 
 A configuration is built from layers: the dataclass defaults, then a recipe or file, then the
-command line. Later layers win key by key, with one exception: a layer that names
+command line. Later layers win key by key, with two exceptions: a layer that names
 ``objective.preset`` starts the whole ``[objective]`` section afresh from that preset, so that
-``--objective.preset=simcse`` never inherits weights that a recipe had tuned for another one.
+``--objective.preset=simcse`` never inherits weights that a recipe had tuned for another one; and
+a layer that gives the length of the run in steps or in epochs replaces the other one below it.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import math
 import os
 import tomllib
 import typing
@@ -20,7 +22,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dalr_scale.errors import UserError
-from dalr_scale.ranges import check_ranges
+from dalr_scale.ranges import check_ranges, shown
 
 RECIPES = Path(__file__).parent / "recipes"
 DEFAULT_RECIPE = "quickstart"
@@ -47,7 +49,7 @@ class RunConfig:
         False, "start again although the run folder holds a run (the old one is moved aside)"
     )
     allow_change: bool = opt(
-        False, "resume although versions or settings that change the result differ"
+        False, "resume although versions, settings or files that change the result differ"
     )
     watchdog_minutes: float = opt(30.0, "abort a rank that makes no progress this long; 0: never")
     max_minutes: float = opt(0.0, "stop with a checkpoint after this many minutes; 0: no limit")
@@ -65,7 +67,7 @@ class DataConfig:
     text: tuple[str, ...] = opt((), "shards of sentences without pictures")
     tokenizer: str = opt("", "folder or vocab.txt of the student's tokenizer; empty: the encoder's")
     pair_fraction: float = opt(
-        0.0, "share of paired batches; 0: from the sizes of the streams (objective.alternation)"
+        0.0, "share of paired batches, in place of objective.alternation; 0: off"
     )
     max_length: int = opt(32, "longest sentence in tokens, special tokens included")
     workers: int = opt(1, "loader processes per rank; 0: in the training process")
@@ -163,7 +165,9 @@ class ObjectiveConfig:
         "similarities", "what two text teachers mix for S_TT"
     )
     teacher_similarity_dtype: Literal["float16", "float32", "float64"] = opt(
-        "float32", "precision of the teachers' cosines"
+        "float32",
+        "what the teachers' cosines are rounded to; float64: computed and mixed in it, rounded to "
+        "the precision of the losses at the end",
     )
     teacher_tokenizer: Literal["must_match", "retokenise"] = opt(
         "retokenise", "a teacher whose vocabulary differs: refuse, or use its own tokenizer"
@@ -211,8 +215,14 @@ class OptimConfig:
     eps: float = opt(1e-6, "AdamW")
     clip: float = opt(1.0, "global gradient norm; 0: off")
     steps: int = opt(0, "optimizer steps; 0: from epochs")
-    epochs: float = opt(1.0, "passes over both streams")
-    warmup: int = opt(0, "steps of linear warm-up before the linear decay to 0")
+    epochs: float = opt(
+        1.0,
+        "epochs of N_text + N_pair steps, the batches of one pass over each stream; alternation "
+        "'reference' and a pair_fraction share these steps out in other proportions",
+    )
+    warmup: int = opt(
+        0, "steps of linear warm-up before the linear decay to 0; fewer than the run has"
+    )
     name: Literal["adamw", "sgd"] = opt("adamw", "sgd is for exactness tests")
 
 
@@ -223,7 +233,9 @@ class EngineConfig:
         "auto", "auto: bf16 where the accelerator has it, else fp32; fp64: ddp only"
     )
     offload_optimizer: bool = opt(False, "keep optimizer state in host memory")
-    ds_config: str = opt("", "an edited copy of ds_configs/STAGE.json")
+    ds_config: str = opt(
+        "", "an edited copy of ds_configs/STAGE.json; it may not contradict the run's settings"
+    )
     timeout_minutes: float = opt(30.0, "of every collective")
     threads: int = opt(0, "CPU threads per rank; 0: cores divided by the ranks of this host")
 
@@ -272,7 +284,7 @@ class Config:
 
     @property
     def run_dir(self) -> Path:
-        return Path(self.run.dir or f"runs/{self.run.name}")
+        return Path(self.run.dir or f"runs/{self.run.name}").expanduser()
 
     def path(self, text: str) -> Path:
         """A configured path with ``{root}``, ``{shards}`` and ``~`` filled in."""
@@ -373,6 +385,8 @@ def build_config(layers: Iterable[Mapping[str, Mapping[str, Any]]]) -> Config:
             if section == "objective" and "preset" in entries:
                 target.clear()
                 target.update(_preset(str(entries["preset"])))
+            if section == "optim":
+                _replace_length(target, entries)
             for key, value in entries.items():
                 _assign(target, key, value)
     sections = {f.name: f for f in dataclasses.fields(Config)}
@@ -384,6 +398,14 @@ def build_config(layers: Iterable[Mapping[str, Mapping[str, Any]]]) -> Config:
     )
     check_ranges(config)
     return config
+
+
+def _replace_length(target: dict[str, Any], entries: Mapping[str, Any]) -> None:
+    """Steps in place of the epochs of earlier layers, and the reverse."""
+    if entries.get("steps") and "epochs" not in entries:
+        target.pop("epochs", None)
+    if "epochs" in entries and "steps" not in entries:
+        target.pop("steps", None)
 
 
 def _assign(target: dict[str, Any], dotted: str, value: Any) -> None:
@@ -422,20 +444,61 @@ def _typed(value: Any, hint: Any, where: str) -> Any:
     if origin is Literal:
         if value not in typing.get_args(hint):
             allowed = ", ".join(map(str, typing.get_args(hint)))
-            raise UserError(f"{where} = {value!r} is not one of: {allowed}")
+            raise UserError(f"{where} = {shown(value)} is not one of: {allowed}")
         return value
     if origin is tuple:
         item = typing.get_args(hint)[0]
         values = value if isinstance(value, list | tuple) else [value]
         return tuple(_typed(v, item, where) for v in values)
     if origin is dict:
-        hint = dict
+        return _table(value, where)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
+        value = _float(value)
     right = isinstance(value, hint) and not (hint is int and isinstance(value, bool))
     if not right or (isinstance(value, float) and value != value):
-        raise UserError(f"{where} = {value!r} must be of type {hint.__name__}")
+        raise UserError(f"{where} = {shown(value)} must be of type {hint.__name__}")
+    return _text(value, where) if isinstance(value, str) else value
+
+
+def _float(value: int) -> float:
+    """An integer as a float; one beyond all floats is infinite, and its range refuses it."""
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
+
+
+def _text(value: str, where: str) -> str:
+    """Text that files and paths can hold."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{where} = {shown(value)} is not valid UTF-8") from None
+    if "\0" in value:
+        raise UserError(f"{where} = {shown(value)} contains a NUL character")
     return value
+
+
+def _table(value: Any, where: str) -> dict[str, Any]:
+    """A free table (``model.architecture``): text, numbers, booleans, lists and tables."""
+    if not isinstance(value, Mapping):
+        raise UserError(f"{where} = {shown(value)} must be of type dict")
+    return {_text(str(k), where): _entry(v, f"{where}.{k}") for k, v in value.items()}
+
+
+def _entry(value: Any, where: str) -> Any:
+    match value:
+        case Mapping():
+            return _table(value, where)
+        case list() | tuple():
+            return [_entry(v, where) for v in value]
+        case str():
+            return _text(value, where)
+        case bool():
+            return value
+        case int() | float() if abs(value) < 2**63:  # neither infinite nor beyond TOML; not NaN
+            return value
+    raise UserError(f"{where} = {shown(value)} must be text, a number, a list or a table")
 
 
 def parse_overrides(words: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -476,12 +539,12 @@ def _field_hint(section: str, key: str) -> Any:
 def _toml_value(text: str) -> Any:
     try:
         return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):  # no TOML, a number of thousands of digits, deep nesting
         return text
 
 
 def _read_source(source: str) -> dict[str, Any]:
-    path = Path(source)
+    path = Path(source).expanduser()
     if path.is_dir():
         path = path / "config.toml"
     if not path.exists():
@@ -497,7 +560,9 @@ def _read_source(source: str) -> dict[str, Any]:
         path = RECIPES / f"{source}.toml"
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid TOML: {error}") from None
 
 

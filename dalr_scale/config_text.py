@@ -9,7 +9,8 @@ import types
 import typing
 from typing import Any
 
-from dalr_scale.config import Config
+from dalr_scale.config import PRESETS, Config, recipe_names
+from dalr_scale.ranges import LENGTHS, RANGES
 
 
 def to_toml(config: Config) -> str:
@@ -47,14 +48,36 @@ def _toml_key(key: str) -> str:
     return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else _toml_text(key)
 
 
+def settings_help() -> str:
+    """What the help of a command that takes settings ends with."""
+    return f"recipes: {', '.join(recipe_names())}\n\nsettings:\n{help_text()}"
+
+
 def help_text() -> str:
-    """Every section and key with its default and meaning, for ``--help``."""
+    """Every section and key with its default, meaning and allowed values, for ``--help``."""
     lines: list[str] = []
     for section in dataclasses.fields(Config):
         lines += ["", f"[{section.name}]"]
         cls = typing.get_type_hints(Config)[section.name]
+        hints = typing.get_type_hints(cls)
         for f in dataclasses.fields(cls):
+            name = f"{section.name}.{f.name}"
             default = f.default if f.default is not dataclasses.MISSING else {}
-            lines.append(f"  --{section.name}.{f.name}={_toml_text(default)}")
+            lines.append(f"  --{name}={_toml_text(default)}")
             lines.append(f"      {f.metadata['help']}")
+            lines.append(f"      [{allowed_values(name, hints[f.name])}]")
     return "\n".join(lines[1:])
+
+
+def allowed_values(name: str, hint: Any) -> str:
+    """What a key may be set to, in words: ``"whole number, at least 1 and at most 256"``."""
+    if name == "objective.preset":
+        return " | ".join(PRESETS)
+    if typing.get_origin(hint) is typing.Literal:
+        return " | ".join(value or "''" for value in typing.get_args(hint))
+    if typing.get_origin(hint) is tuple:
+        count = f"list of {LENGTHS[name]}" if name in LENGTHS else "list"
+        return f"{count}: {allowed_values(name, typing.get_args(hint)[0])}"
+    kinds = {bool: "true | false", int: "whole number", float: "number", str: "text"}
+    kind = kinds.get(hint, "table")
+    return f"{kind}, {RANGES[name]}" if name in RANGES else kind

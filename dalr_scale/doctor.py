@@ -161,12 +161,14 @@ def _name_of(number: int) -> str:
 
 
 def _try_configuration(args: argparse.Namespace, training: list[str]) -> list[str]:
-    """Opens shards and features as training will; torch is imported here, on one node only."""
+    """Checks settings and opens shards as training will; torch is imported on one node only."""
     from dalr_scale.assembly import build_streams
+    from dalr_scale.preflight import check_settings
     from dalr_scale.train import configuration
 
     try:
-        config = configuration(training)
+        config, ranks = configuration(training), args.nodes * args.processes
+        check_settings(config, ranks)
         if config.data.builder == "none":
             build_streams(config)
     except UserError as error:

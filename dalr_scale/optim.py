@@ -7,11 +7,35 @@ The scheduler is never handed to Accelerate, which would step it once per proces
 from __future__ import annotations
 
 import inspect
+import math
+from fractions import Fraction
 
 import torch
 from torch import nn
 
 from dalr_scale.config import OptimConfig
+from dalr_scale.errors import UserError
+
+
+def count_steps(optim: OptimConfig, steps_per_epoch: int) -> int:
+    """Optimizer steps of a run: ``optim.steps``, or ``optim.epochs`` as written, rounded up.
+
+    Raises:
+        UserError: the warm-up leaves no step for the decay.
+    """
+    # 1.1 epochs of 10 steps are 11: as a binary fraction 1.1 is a little more, and would make 12
+    steps = optim.steps or math.ceil(Fraction(str(optim.epochs)) * steps_per_epoch)
+    check_warmup(optim, steps)
+    return steps
+
+
+def check_warmup(optim: OptimConfig, steps: int) -> None:
+    """Refuses a warm-up that lasts to the end: the rate would never fall, or never be reached."""
+    if optim.warmup >= max(steps, 1):
+        raise UserError(
+            f"optim.warmup = {optim.warmup} leaves none of the run's {steps} steps for the decay; "
+            "lower it, or train longer"
+        )
 
 
 def learning_rate(optim: OptimConfig, step: int, total_steps: int) -> float:

@@ -4,6 +4,8 @@ Prints the batch arithmetic, the memory of a rank by purpose, the bytes a rank s
 the time a step takes on this host (one chunk is really encoded). No run folder is written; but what
 a run would do to its data first is done here too, since the numbers come from them: a recipe with a
 builder draws its data and trains its teachers (``data.builder``), and missing indexes are built.
+Settings and data that a run refuses are refused here in the same words; what the run folder holds
+already is not looked at.
 """
 
 from __future__ import annotations
@@ -16,20 +18,24 @@ from collections.abc import Sequence
 import torch
 
 from dalr_scale import report
-from dalr_scale.assembly import build_model, build_streams, prepare_data
+from dalr_scale.assembly import prepare_data
 from dalr_scale.config import Config, load_config
+from dalr_scale.config_text import settings_help
 from dalr_scale.dist.engine import resolve_precision
 from dalr_scale.dist.world import World
 from dalr_scale.errors import UserError
 from dalr_scale.models.dalr import DalrModel
-from dalr_scale.ranges import check_arithmetic
+from dalr_scale.preflight import assemble, check_settings, warn_without_effect
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="dalr-scale plan",
         description="Dry run: batch arithmetic, memory, bytes and time, without training. Writes "
-        "no run folder; a recipe with data.builder first makes its data, as a run would.",
+        "no run folder; a recipe with data.builder first makes its data, as a run would. Refuses "
+        "the settings and the data that a run refuses.",
+        epilog=settings_help(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("--config", help="recipe name, TOML file or run folder")
@@ -45,12 +51,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(f"--ranks {options.ranks}: plan for at least 1 process")
     config, device = plan_device(load_config(options.config, overrides), options.device)
     world = World(0, options.ranks, torch.device("cpu"))
-    check_arithmetic(config, options.ranks)
+    check_settings(config, options.ranks)
+    warn_without_effect(config)
     if config.data.builder != "none":
         print(f"{config.data.builder} data: drawn in {config.data.shards} unless they are there")
     prepare_data(config, World(0, 1, world.device))
-    streams = build_streams(config)
-    parts = build_model(config, streams, world)
+    streams, parts, _ = assemble(config, world)
     where = "this host's" if options.device == "auto" else "as asked for"
     print(f"planned for: {device.type} ({where}), {config.engine.precision}")
     print(report.arithmetic(config, streams, parts.model, options.ranks))

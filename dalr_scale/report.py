@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from dalr_scale.assembly import Streams
-from dalr_scale.checkpoint import package_versions
 from dalr_scale.config import Config
 from dalr_scale.dist.engine import resolve_precision
 from dalr_scale.eval.unit import UNIT, in_percent, read_scores
+from dalr_scale.fingerprint import package_versions
 from dalr_scale.metrics import format_table, print_table
 from dalr_scale.models.dalr import DalrModel
 from dalr_scale.predict import column_traffic, parameter_traffic, plan_memory

@@ -6,6 +6,7 @@ Trains a sentence encoder with DALR on however many processes were started, one 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import logging
 import os
@@ -13,12 +14,13 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dalr_scale.cli import calm_threads, run_command
-from dalr_scale.config import Config, load_config, recipe_names
-from dalr_scale.config_text import help_text
+from dalr_scale.config import Config, load_config
+from dalr_scale.config_text import settings_help
 from dalr_scale.errors import UserError
 from dalr_scale.failure import record_failure
 
@@ -35,7 +37,7 @@ def configuration(argv: Sequence[str] | None = None) -> Config:
     parser = argparse.ArgumentParser(
         prog="accelerate launch -m dalr_scale.train",
         description="Train a sentence encoder with DALR.",
-        epilog=f"recipes: {', '.join(recipe_names())}\n\nsettings:\n{help_text()}",
+        epilog=settings_help(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -54,15 +56,16 @@ def train(config: Config) -> int:
     from dalr_scale.metrics import logging_to
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    _check_alone(config)
     world = start_world(config.engine.timeout_minutes, config.engine.threads)
     # one write: the ranks share a terminal
     sys.stdout.write(f"rank {world.rank} of a world of {world.size} on {world.device}\n")
     sys.stdout.flush()
     try:
-        _set_aside_if_asked(config, world)
-        with logging_to(config.run_dir, world.rank):
+        with contextlib.ExitStack() as held:
+            held.enter_context(logging_to(config.run_dir, world.rank))
             try:
-                return _train_in_world(config, world)
+                return _train_in_world(config, world, held)
             except UserError as error:
                 return _refuse(error, config, world)
             except Exception as error:
@@ -76,6 +79,18 @@ def train(config: Config) -> int:
                 os._exit(1)
     finally:
         leave_world()
+
+
+def _check_alone(config: Config) -> None:
+    """Refuses wrong settings before a process group exists, each rank for itself."""
+    from dalr_scale.preflight import check_settings
+
+    try:
+        check_settings(config, int(os.environ.get("WORLD_SIZE") or 1))
+    except UserError as error:
+        if "SLURM_JOB_ID" in os.environ:  # where the job script tells who failed first
+            record_failure(config.run_dir, int(os.environ.get("RANK") or 0), error)
+        raise
 
 
 def _refuse(error: UserError, config: Config, world: Any) -> int:
@@ -100,53 +115,87 @@ def _mark_failed(config: Config, world: Any) -> None:
         write_status(config.run_dir, "failed", step=int(status.get("step") or 0), reason=reason)
 
 
-def _train_in_world(config: Config, world: Any) -> int:
+def _train_in_world(config: Config, world: Any, held: contextlib.ExitStack) -> int:
+    """`held` has what belongs to the run folder: the log, and from here on the lock."""
     from dalr_scale.preempt import StopFlag
     from dalr_scale.runstate import lock_run_folder
 
     started = time.monotonic()
-    if _is_finished(config, world):
+    from_scratch = _starts_from_scratch(config, world)
+    if not from_scratch and _is_finished(config, world):
         return 0
-    with lock_run_folder(config.run_dir, world):
-        # now, not after the minutes that preparing may take: a wish made meanwhile counts
-        StopFlag(config.run_dir).clear_stale(world)
-        return _run(config, world, started)
+    held.enter_context(lock_run_folder(config.run_dir, world))
+    # now, not after the minutes that preparing may take: a wish made meanwhile counts
+    StopFlag(config.run_dir).clear_stale(world)
+    prepared = _prepare(config, world)
+    if from_scratch:  # only now that nothing is left to refuse
+        _set_aside(config, world, held)
+    return _run(config, world, prepared, started)
 
 
-def _run(config: Config, world: Any, started: float) -> int:
+@dataclass(frozen=True)
+class _Prepared:
+    """Everything that a run is made of; nothing has been written into its folder yet."""
+
+    streams: Any
+    parts: Any
+    suite: Any
+    engine: Any
+    ds_config: dict[str, Any] | None
+    fingerprint: dict[str, Any]
+
+
+def _prepare(config: Config, world: Any) -> _Prepared:
     from dalr_scale import report
-    from dalr_scale.assembly import (
-        build_model,
-        build_streams,
-        open_held_out,
-        prepare_data,
-    )
+    from dalr_scale.assembly import prepare_data
     from dalr_scale.dist.engine import build_engine
-    from dalr_scale.eval.suite import build_suite
-    from dalr_scale.metrics import RunLog
     from dalr_scale.optim import build_optimizer
-    from dalr_scale.preempt import StopFlag
-    from dalr_scale.ranges import check_arithmetic
-    from dalr_scale.runstate import start_status
-    from dalr_scale.trainer import Trainer, write_outcome, write_run_files
+    from dalr_scale.preflight import assemble, warn_without_effect
 
-    check_arithmetic(config, world.size)
     prepare_data(config, world)
-    streams = build_streams(config)
-    parts = build_model(config, streams, world)
-    suite = build_suite(config, parts.model.encoder, open_held_out(config), world)
+    streams, parts, suite = assemble(config, world)
+    fingerprint = _fingerprint(config, world, streams)
     if world.rank == 0:
         print(report.arithmetic(config, streams, parts.model, world.size))
         print(report.needs(config, parts.model, world.size), flush=True)
+        warn_without_effect(config)
     optimizer = build_optimizer(parts.model, config.optim)
     engine, ds_config = build_engine(parts.model, optimizer, config, world)
-    trainer = Trainer(config, world, streams, parts, engine, suite)
+    return _Prepared(streams, parts, suite, engine, ds_config, fingerprint)
+
+
+def _fingerprint(config: Config, world: Any, streams: Any) -> dict[str, Any]:
+    from dalr_scale.assembly import open_held_out
+    from dalr_scale.dist.engine import resolve_precision
+    from dalr_scale.fingerprint import run_fingerprint
+
+    held_out = open_held_out(config)
+    shards = streams.contents | ({"eval.retrieval": held_out.contents} if held_out else {})
+    return run_fingerprint(
+        config,
+        world,
+        precision=resolve_precision(config),
+        total_steps=streams.total_steps,
+        data=streams.fingerprint,
+        shards=shards,
+    )
+
+
+def _run(config: Config, world: Any, prepared: _Prepared, started: float) -> int:
+    from dalr_scale import report
+    from dalr_scale.metrics import RunLog
+    from dalr_scale.preempt import StopFlag
+    from dalr_scale.runstate import start_status
+    from dalr_scale.trainer import Trainer, write_outcome, write_run_files
+
+    streams, suite, engine = prepared.streams, prepared.suite, prepared.engine
+    trainer = Trainer(config, world, streams, prepared.parts, engine, suite, prepared.fingerprint)
     resumed = trainer.resume()
     if not resumed and not config.run.allow_change:
-        _refuse_other_attempt(config, world)
+        _refuse_other_run(config, world, prepared.fingerprint)
     fruitless = 0
     if world.rank == 0:
-        write_run_files(config, ds_config)
+        write_run_files(config, prepared.ds_config, prepared.fingerprint)
         fruitless = start_status(config.run_dir, trainer.step)
         log.info("resumed at step %d" if resumed else "starting at step %d", trainer.step)
     _give_up_on_crash_loop(fruitless, world, config.run_dir)
@@ -222,14 +271,23 @@ def _finish(config: Config, world: Any, trainer: Any, run_log: Any) -> dict[str,
 
 
 def _is_finished(config: Config, world: Any) -> bool:
-    """A run that is done is shown again, not trained again; other settings are refused."""
+    """A run that is done is shown again, not trained again; another one is refused."""
     from dalr_scale import report
+    from dalr_scale.assembly import build_streams
+    from dalr_scale.dist.world import World
     from dalr_scale.runstate import read_status
 
     status = world.broadcast_object(read_status(config.run_dir) if world.rank == 0 else None)
     if not status or status.get("outcome") != "finished":
         return False
-    refuse_other_settings(config)
+    now: dict[str, Any] | None = None
+    if world.rank == 0:
+        try:
+            streams, alone = build_streams(config), World(0, 1, world.device)
+            now = _fingerprint(config, alone, streams)
+        except UserError as error:  # data that were deleted since do not hide the result
+            log.debug("the inputs of the finished run are not compared: %s", error)
+    _refuse_other_run(config, world, now)
     if world.rank == 0:
         report.print_result(config.run_dir)
         print(
@@ -239,54 +297,66 @@ def _is_finished(config: Config, world: Any) -> bool:
     return True
 
 
-def _refuse_other_attempt(config: Config, world: Any) -> None:
-    """The same for a run that reached no checkpoint; rank 0 looks, as it alone writes there."""
+def _refuse_other_run(config: Config, world: Any, now: dict[str, Any] | None) -> None:
+    """A run folder is not handed to another run; rank 0 looks, as it alone writes there."""
     refusal = None
     if world.rank == 0 and (config.run_dir / "config.toml").exists():
         try:
-            refuse_other_settings(config)
+            refuse_other_run(config, now)
         except UserError as error:
             refusal = str(error)
     if (refusal := world.broadcast_object(refusal)) is not None:
         raise UserError(refusal)
 
 
-def refuse_other_settings(config: Config) -> None:
-    """A run's folder is not handed to a run with other settings."""
-    from dalr_scale.trainer import settings_of
+def refuse_other_run(config: Config, now: dict[str, Any] | None) -> None:
+    """Compares the run in the folder with this one, `now` (None: its settings only).
 
-    saved = load_config(str(config.run_dir / "config.toml"))
-    before, now = settings_of(saved), settings_of(config)
-    changed = [
-        f"{section}.{key}: {before[section][key]!r} there, {now[section][key]!r} here"
-        for section in now
-        for key in now[section]
-        if before[section][key] != now[section][key]
-    ]
+    Versions may differ: nothing that they computed is continued.
+    """
+    from dalr_scale.fingerprint import changes, settings_of
+
+    settings = settings_of(load_config(str(config.run_dir / "config.toml")))
+    before = {"config": settings}
+    path = config.run_dir / "fingerprint.json"
+    if now is not None and path.exists():
+        recorded = json.loads(path.read_bytes())
+        before |= {key: recorded[key] for key in ("data", "contents")}
+    own = {key: value for key, value in (now or {}).items() if key in before}
+    own["config"] = settings_of(config)
+    changed = changes(before, own, "{} there, {} here")
     if changed:
         raise UserError(
-            f"{config.run_dir} holds a run with other settings; choose another "
-            "--run.name, or --run.from_scratch=true to move it aside:\n  " + "\n  ".join(changed)
+            f"{config.run_dir} holds a run with other settings or files; choose another "
+            "--run.name, or --run.from_scratch=true to move it aside:\n  "
+            + "\n  ".join(line.removeprefix("config.") for line in changed)
         )
 
 
-def _set_aside_if_asked(config: Config, world: Any) -> None:
-    """``run.from_scratch``: renames the earlier run's folder, unless a job still writes into it."""
-    from dalr_scale.runstate import lock_run_folder
-
+def _starts_from_scratch(config: Config, world: Any) -> bool:
+    """``run.from_scratch``: whether there is an earlier run that is to be moved aside."""
     # a requeued job repeats its command line: that must not throw its own progress away
     wished = config.run.from_scratch and not int(os.environ.get("SLURM_RESTART_COUNT") or 0)
-    if not world.broadcast_object(wished and (config.run_dir / "config.toml").exists()):
-        return
-    with lock_run_folder(config.run_dir, world):
-        if world.rank == 0:
-            number = 1
-            name = config.run_dir.name
-            while (target := config.run_dir.with_name(f"{name}.old-{number}")).exists():
-                number += 1
-            config.run_dir.rename(target)
-            print(f"moved the earlier run to {target}")
+    return world.broadcast_object(wished and (config.run_dir / "config.toml").exists())
+
+
+def _set_aside(config: Config, world: Any, held: contextlib.ExitStack) -> None:
+    """Renames the earlier run's folder; log and lock lie in it and are opened anew."""
+    from dalr_scale.metrics import logging_to
+    from dalr_scale.runstate import lock_run_folder
+
     world.barrier()
+    if world.rank == 0:
+        number = 1
+        name = config.run_dir.name
+        while (target := config.run_dir.with_name(f"{name}.old-{number}")).exists():
+            number += 1
+        config.run_dir.rename(target)
+        print(f"moved the earlier run to {target}")
+    world.barrier()
+    held.close()
+    held.enter_context(logging_to(config.run_dir, world.rank))
+    held.enter_context(lock_run_folder(config.run_dir, world))
 
 
 def _give_up_on_crash_loop(fruitless: int, world: Any, run_dir: Path) -> None:
@@ -294,7 +364,8 @@ def _give_up_on_crash_loop(fruitless: int, world: Any, run_dir: Path) -> None:
     if world.broadcast_object(fruitless) >= MAX_FRUITLESS_STARTS:
         raise UserError(
             f"{run_dir} was started {MAX_FRUITLESS_STARTS} times without reaching a new "
-            f"checkpoint; see {run_dir}/status.json and log/, then delete status.json to try again"
+            f"checkpoint; see {run_dir}/status.json and log/, then delete status.json to try again "
+            "(without any checkpoint: --run.from_scratch=true)"
         )
 
 

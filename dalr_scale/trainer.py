@@ -18,9 +18,7 @@ from dalr_scale.assembly import ModelParts, Streams
 from dalr_scale.checkpoint import (
     Checkpoint,
     SaveErrors,
-    check_fingerprint,
     find_checkpoint,
-    package_versions,
     save_checkpoint,
 )
 from dalr_scale.config import Config
@@ -31,10 +29,12 @@ from dalr_scale.data.loader import make_loader
 from dalr_scale.data.order import ORDER_VERSION
 from dalr_scale.dist.engine import Engine, StepResult
 from dalr_scale.dist.gradcache import StepInputs, backward_global_batch
+from dalr_scale.dist.restore import OtherParameters
 from dalr_scale.dist.world import World
 from dalr_scale.errors import TrainingError, UserError
 from dalr_scale.eval.suite import EvaluationSuite
 from dalr_scale.eval.unit import in_percent
+from dalr_scale.fingerprint import check_fingerprint
 from dalr_scale.metrics import RunLog
 from dalr_scale.models.encoder import SentenceEncoder
 from dalr_scale.optim import learning_rate
@@ -43,14 +43,6 @@ from dalr_scale.runstate import RunState, StreamState, write_durably, write_stat
 from dalr_scale.watch import SIGNS, Watch
 
 log = logging.getLogger(__name__)
-
-# Keys that may change between a run and its continuation: they do not touch the result.
-FREE_SECTIONS = ("log", "save", "run")
-FREE_KEYS = {
-    "data": ("root", "shards", "workers", "max_bad_fraction", "remote", "cache"),
-    "engine": ("timeout_minutes", "threads"),
-}
-
 
 MAX_SKIPPED = 3
 
@@ -66,8 +58,9 @@ class Trainer:
         parts: ModelParts,
         engine: Engine,
         suite: EvaluationSuite,
+        fingerprint: dict[str, Any],
     ) -> None:
-        self.config, self.world = config, world
+        self.config, self.world, self.fingerprint = config, world, fingerprint
         self.streams, self.parts, self.engine, self.suite = streams, parts, engine, suite
         self.run_dir = config.run_dir
         self.total_steps = streams.total_steps
@@ -274,7 +267,7 @@ class Trainer:
             self.world,
             self.engine.save,
             self._state(),
-            fingerprint=self._fingerprint(),
+            fingerprint=self.fingerprint,
             keep=self.config.save.keep,
             on_error=self.save_errors,
         )
@@ -287,9 +280,12 @@ class Trainer:
         checkpoint = find_checkpoint(self.run_dir, self.world)
         if checkpoint is None:
             return False
-        self._check_continuable(checkpoint)
+        changed = self._check_continuable(checkpoint)
         self._arm("loading")
-        self.engine.load(checkpoint.path, checkpoint.manifest.world_size)
+        try:
+            self.engine.load(checkpoint.path, checkpoint.manifest.world_size)
+        except OtherParameters as error:
+            raise UserError(f"{error}; changed since: {'; '.join(changed) or 'nothing'}") from error
         state = checkpoint.state
         self._require_same_step(checkpoint)
         self.step, self._saved_step = state.step, state.step
@@ -307,9 +303,10 @@ class Trainer:
                 "continue from an older one"
             )
 
-    def _check_continuable(self, checkpoint: Checkpoint) -> None:
+    def _check_continuable(self, checkpoint: Checkpoint) -> list[str]:
+        """What was changed and may be; raises for everything else."""
         changed = check_fingerprint(
-            checkpoint.fingerprint, self._fingerprint(), allow_change=self.config.run.allow_change
+            checkpoint.fingerprint, self.fingerprint, allow_change=self.config.run.allow_change
         )
         for line in changed:
             log.warning("continuing although %s", line)
@@ -330,6 +327,7 @@ class Trainer:
                 self.world.size,
                 "" if keyed else ", dropout masks are others",
             )
+        return changed
 
     def _state(self) -> RunState:
         plan = self.streams.plan
@@ -348,32 +346,14 @@ class Trainer:
             bad_items=self.streams.bad_rows.state(),
         )
 
-    def _fingerprint(self) -> dict[str, Any]:
-        """Versions and settings on which the numbers of a run depend."""
-        return {
-            "versions": package_versions(),
-            "config": settings_of(self.config),
-            "data": self.streams.fingerprint,
-            "total_steps": self.total_steps,
-        }
-
     def _arm(self, phase: str) -> None:
         self.watchdog.arm(60 * self.config.run.watchdog_minutes, phase)
 
 
-def settings_of(config: Config) -> dict[str, Any]:
-    """The settings that decide a run's result, as plain tables."""
-    settings = json.loads(json.dumps(dataclasses.asdict(config)))
-    for section in FREE_SECTIONS:
-        settings.pop(section)
-    for section, keys in FREE_KEYS.items():
-        for key in keys:
-            settings[section].pop(key)
-    return settings | {"run": {"seed": config.run.seed}}
-
-
-def write_run_files(config: Config, ds_config: dict[str, Any] | None) -> None:
-    """The resolved configuration, next to everything that was made with it.
+def write_run_files(
+    config: Config, ds_config: dict[str, Any] | None, fingerprint: dict[str, Any]
+) -> None:
+    """The resolved configuration and the fingerprint, next to everything that was made with them.
 
     Wishes of one start (``from_scratch``, ``allow_change``) are not written: ``--config RUN`` would
     repeat them.
@@ -381,6 +361,8 @@ def write_run_files(config: Config, ds_config: dict[str, Any] | None) -> None:
     run = dataclasses.replace(config.run, from_scratch=False, allow_change=False)
     config = dataclasses.replace(config, run=run)
     config.run_dir.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(fingerprint, indent=1) + "\n"
+    write_durably(config.run_dir / "fingerprint.json", text.encode())
     write_durably(config.run_dir / "config.toml", to_toml(config).encode())
     if ds_config is not None:
         text = json.dumps(ds_config, indent=2) + "\n"

@@ -37,6 +37,7 @@ from dalr_scale.data.token_store import (
     tokens_ending,
 )
 from dalr_scale.errors import UserError
+from dalr_scale.fingerprint import shard_names
 
 TOKENS = "tokens"  # the role whose features are one vector per token
 _IMAGE_ROLES = ("image", "caption")
@@ -121,6 +122,7 @@ class Source:
         shards: the shards in their order.
         has_ids: whether every shard has stored token ids of the wanted encoding.
         fingerprint: changes with the content of any shard or feature set, not with names.
+        contents: shard or feature set -> digest of its content, to name the one that changed.
     """
 
     def __init__(
@@ -168,6 +170,7 @@ class Source:
             self._require_images()
         self._dims, sums = self._audit_features()
         self.fingerprint = _fingerprint(files, sums)
+        self.contents = _contents(files, sums)
         self.has_ids = self._find_ids()
 
     def __getstate__(self) -> dict[str, object]:
@@ -440,6 +443,17 @@ def _fingerprint(files: list[IndexFile], feature_sums: list[str]) -> str:
     aside = [file for file in files if file.header.aside]
     lines += [f"aside {file.load().aside.tobytes().hex()}" for file in aside]
     return hashlib.sha256("\n".join(["source 1", *lines, *feature_sums]).encode()).hexdigest()
+
+
+def _contents(files: list[IndexFile], feature_sums: list[str]) -> dict[str, str]:
+    """Shard -> digest, and shard and role -> digest of the features."""
+    names = shard_names([file.shard for file in files])
+    found = {name: _fingerprint([file], [])[:32] for name, file in zip(names, files, strict=True)}
+    roles = len(feature_sums) // len(files)
+    for number, line in enumerate(feature_sums):
+        role, sha256 = line.split(" ")
+        found[f"{names[number // roles]} ({role} features)"] = sha256[:32]
+    return found
 
 
 def _pad(

@@ -25,7 +25,15 @@ from torch import Tensor, nn
 
 from dalr_scale.config import Config
 from dalr_scale.dist.ds_config import ds_config
-from dalr_scale.dist.reshard import load_resharded
+from dalr_scale.dist.reshard import has_own_groups, load_resharded
+from dalr_scale.dist.restore import (
+    hyperparameters,
+    load_state_by_name,
+    numbered_state_by_name,
+    require_same_parameters,
+    set_hyperparameters,
+    state_by_name,
+)
 from dalr_scale.dist.world import World
 from dalr_scale.errors import UserError
 from dalr_scale.optim import set_learning_rate
@@ -77,8 +85,6 @@ def build_engine(
     bf16 = resolve_precision(config) == "bf16"
     if config.engine.kind == "ddp":
         return PlainEngine(model, optimizer, config, world), None
-    if config.engine.precision == "fp64":
-        raise UserError("precision fp64 exists on --engine.kind=ddp only: ZeRO keeps fp32 states")
     rows = config.batch.global_size // world.size
     filled = ds_config(config, rows, bf16=bf16)
     return DeepSpeedEngine(model, optimizer, filled, config, world), filled
@@ -171,15 +177,36 @@ class DeepSpeedEngine:
         self.engine.save_checkpoint(str(folder), tag="engine")
 
     def load(self, folder: Path, saved_ranks: int) -> None:
-        """Restores all ranks' state from `folder` without running anything stored in it."""
+        """Restores all ranks' state from `folder` without running anything stored in it.
+
+        Group hyperparameters and the clipping norm stay those of the configuration.
+
+        Raises:
+            OtherParameters: the checkpoint is of a model with other parameters.
+            UserError: it is incomplete.
+        """
         allow_deepspeed_globals()
-        if saved_ranks != self.world.size:
-            rank, size = self.world.rank, self.world.size
+        optimizer, rank, size = self.engine.optimizer, self.world.rank, self.world.size
+        wanted, clip = hyperparameters(optimizer), optimizer.clip_grad
+        if has_own_groups(self.engine, folder / "engine") and saved_ranks == size:
+            path, _ = self.engine.load_checkpoint(str(folder), tag="engine")
+            if path is None:
+                raise UserError(f"{folder} holds no engine state; choose another checkpoint")
+        else:
+            self._refuse_other_layout(saved_ranks)
             load_resharded(self.engine, folder / "engine", saved_ranks, rank, size)
-            return
-        path, _ = self.engine.load_checkpoint(str(folder), tag="engine")
-        if path is None:
-            raise UserError(f"{folder} holds no engine state; choose another checkpoint")
+        set_hyperparameters(optimizer, wanted)
+        optimizer.clip_grad = clip
+
+    def _refuse_other_layout(self, saved_ranks: int) -> None:
+        """An option of a user's DeepSpeed file leaves gaps between the flat weights."""
+        aligned = self.engine.zero_parameter_alignment()
+        if aligned and self.engine.zero_optimization_stage() < 3:
+            raise UserError(
+                "parameter_alignment of engine.ds_config: a run with it continues with its "
+                f"{saved_ranks} processes and its parameter groups (optim.weight_decay, "
+                f"optim.embedding_lr) only; here are {self.world.size} processes"
+            )
 
     def full_state(self, prefix: str) -> dict[str, Tensor]:
         """fp32 parameters under `prefix` on rank 0 (empty elsewhere); a collective call.
@@ -335,14 +362,26 @@ class PlainEngine:
     def save(self, folder: Path) -> None:
         if self.world.rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
-            state = {"model": self.module.state_dict(), "optimizer": self.optimizer.state_dict()}
-            torch.save(state | {"steps": self.steps}, folder / "engine.pt")
+            state = {
+                "model": self.module.state_dict(),
+                "optimizer": state_by_name(self.optimizer, self.module),
+                "steps": self.steps,
+            }
+            torch.save(state, folder / "engine.pt")
 
     def load(self, folder: Path, saved_ranks: int) -> None:
         del saved_ranks  # every rank holds everything
-        state = torch.load(folder / "engine.pt", map_location=self.world.device, weights_only=True)
-        self.module.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        path = folder / "engine.pt"
+        state = torch.load(path, map_location=self.world.device, weights_only=True)
+        saved, own = state["model"], self.module.state_dict()
+        require_same_parameters(
+            {k: v.shape for k, v in saved.items()}, {k: v.shape for k, v in own.items()}, path
+        )
+        self.module.load_state_dict(saved)
+        moments = state["optimizer"]
+        if "param_groups" in moments:
+            moments = numbered_state_by_name(moments, self.optimizer, self.module, path)
+        load_state_by_name(self.optimizer, self.module, moments)
         self.steps = state.get("steps")
 
     def full_state(self, prefix: str) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Continues a ZeRO run on another number of ranks: optimizer states are cut anew.
+"""Continues a ZeRO run on another number of ranks, or with parameters in other groups.
 
 ZeRO cuts the flattened fp32 weights and their optimizer states by rank, and DeepSpeed loads such a
 checkpoint at its own number of ranks only. Its way out, the universal checkpoint, rewrites the
@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dalr_scale.dist.restore import require_same_parameters
 from dalr_scale.errors import UserError
 
 MASTER = "fp32"  # the fp32 weights, beside the optimizer's own names (exp_avg, ...)
@@ -61,7 +62,9 @@ class Span:
 
 
 def load_resharded(engine: Any, folder: Path, saved_ranks: int, rank: int, ranks: int) -> None:
-    """Fills a fresh engine from the checkpoint of another number of ranks; all ranks call it.
+    """Fills a fresh engine from a checkpoint, parameter by parameter; all ranks call it.
+
+    The saved run may have had another number of ranks and other parameter groups.
 
     Args:
         engine: DeepSpeed engine of ZeRO 1, 2 or 3 that has not made a step.
@@ -73,8 +76,7 @@ def load_resharded(engine: Any, folder: Path, saved_ranks: int, rank: int, ranks
         UserError: if an element of this rank is not in the checkpoint.
     """
     whole = engine.zero_optimization_stage() == 3
-    name = "zero_pp_rank_0_mp_rank_00" if whole else "mp_rank_00"
-    model = _read(folder / f"{name}_model_states.pt")
+    model = _model_states(folder, whole)
     keys, others = _state_names(_shard(folder, 0), whole)
     shard, own = _empty_shard(engine, whole, keys, others, rank, ranks)
     seen: dict[str, int] = {}
@@ -93,6 +95,30 @@ def load_resharded(engine: Any, folder: Path, saved_ranks: int, rank: int, ranks
     _load_module(engine.module, model["module"], buffers_only=whole)
     for counter in ("global_steps", "global_samples", "skipped_steps"):
         setattr(engine, counter, model[counter])
+
+
+def has_own_groups(engine: Any, folder: Path) -> bool:
+    """Whether a checkpoint has the engine's parameters in the engine's groups.
+
+    Raises:
+        UserError: it has other parameters.
+    """
+    saved = _model_states(folder, engine.zero_optimization_stage() == 3)["param_shapes"]
+    own = engine._get_zero_param_shapes()
+    require_same_parameters(_joined(saved), _joined(own), folder)
+    return [list(group) for group in saved] == [list(group) for group in own]
+
+
+def _joined(groups: Iterable[Mapping[str, torch.Size]]) -> dict[str, torch.Size]:
+    return {name: shape for group in groups for name, shape in group.items()}
+
+
+def _model_states(folder: Path, whole: bool) -> dict[str, Any]:
+    name = "zero_pp_rank_0_mp_rank_00" if whole else "mp_rank_00"
+    path = folder / f"{name}_model_states.pt"
+    if not path.exists():
+        raise UserError(f"{path} is missing; choose another checkpoint")
+    return _read(path)
 
 
 def _shard(folder: Path, rank: int) -> dict[str, Any]:
@@ -134,15 +160,11 @@ def _empty_shard(
     )
     rows = [{key: torch.zeros(f.numel()) for key in (MASTER, *keys)} for f in flat]
     shard[_MASTERS[whole]] = [row[MASTER] for row in rows]
-    shard[_BASE[whole]] |= {
-        # a copy each: groups that shared a step count would all advance it
-        "state": {
-            g: {key: row[key] for key in keys} | copy.deepcopy(others)
-            for g, row in enumerate(rows)
-        }
-        if keys or others
-        else {}
+    # each group counts its steps in a tensor of its own: one for all would count once per group
+    state = {
+        g: {key: row[key] for key in keys} | copy.deepcopy(others) for g, row in enumerate(rows)
     }
+    shard[_BASE[whole]] |= {"state": state if keys or others else {}}
     if whole:
         cuts = (_cuts_by_parameter(s, rank, ranks) for s in engine._get_zero_param_shapes())
     else:

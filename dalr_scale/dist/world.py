@@ -18,7 +18,11 @@ import torch
 import torch.distributed as dist
 
 from dalr_scale.dist.gather import open_column_group
+from dalr_scale.dist.process_state import Environment, forget_engines
 from dalr_scale.errors import UserError
+
+
+_environment: Environment | None = None  # as the launcher left it, while a world is open
 
 
 @dataclass(frozen=True)
@@ -85,6 +89,10 @@ def start_world(timeout_minutes: float, threads: int = 0) -> World:
         threads: CPU threads of this process; 0 shares the host's cores among its ranks.
     """
     refuse_single_process("dalr_scale.train")
+    global _environment
+    if not dist.is_initialized():
+        _environment = Environment()
+        _environment.ignore_launcher_settings(warn=os.environ.get("RANK", "0") == "0")
     defaults = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
@@ -107,8 +115,14 @@ def start_world(timeout_minutes: float, threads: int = 0) -> World:
 
 
 def leave_world() -> None:
+    """Leaves the process group and everything tied to it: this process may train again."""
+    global _environment
     if dist.is_initialized():
         dist.destroy_process_group()
+    forget_engines()
+    if _environment is not None:
+        _environment.restore()
+        _environment = None
 
 
 def end_process(status: int) -> NoReturn:

@@ -117,7 +117,7 @@ def weighted_mean(
     with torch.autocast(rows.device.type, enabled=False):
         if how.impl == "reference":
             return _dense(rows, cols, terms, col_offset)
-        if _fused(how.impl, rows, cols):
+        if _fused(how.impl, rows, cols, terms):
             return _with_kernels(rows, cols, terms, col_offset, how, workspace)
         return _in_chunks(rows, cols, terms, col_offset, how, workspace)
 
@@ -162,13 +162,15 @@ def _in_chunks(
     return chunked.mean_over_rows(rows, cols, row_pass, dtype, how.chunk_rows or fit)
 
 
-def _fused(impl: str, rows: Tensor, cols: Tensor) -> bool:
+def _fused(impl: str, rows: Tensor, cols: Tensor, terms: Sequence[Term]) -> bool:
     """Whether the Triton kernels compute this call; "triton" that cannot run is refused."""
     if impl == "torch":
         return False
     from . import fused
 
     reason = fused.unavailable(rows, cols)
+    if reason is None and any(s.wider_than(rows.dtype) for t in terms for s in t.similarities()):
+        reason = "computes similarities in float32, float64 was asked for"
     if impl == "triton" and reason is not None:
         raise ValueError(f"impl='triton' {reason}; use impl='auto'")
     return reason is None and (impl == "triton" or rows.is_cuda)

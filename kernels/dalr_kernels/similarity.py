@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 EPSILON = 1e-8
+WIDE_ROWS = 64  # rows of a block that are held in float64 at a time
 
 
 def unit(vectors: Tensor) -> Tensor:
@@ -35,7 +36,9 @@ class Similarity:
         factors: Tuples ``(weight, rows [R, D_k], cols [N, D_k])`` of floating-point tensors, not
             necessarily normalised; the widths ``D_k`` may differ between factors.
         dtype: Round every cosine to this type before mixing (``torch.float16`` repeats what half
-            precision teachers do to a ranking); ``None`` keeps the type of the loss.
+            precision teachers do to a ranking); ``None`` keeps the type of the loss. With
+            ``torch.float64`` cosines are computed and mixed in it and rounded once, at the end, to
+            the type of the loss.
 
     Raises:
         ValueError: No factor, an integer tensor, or shapes or devices that do not fit together.
@@ -67,27 +70,50 @@ class Similarity:
         return self.factors[0][1].device
 
     def normalised(self, dtype: torch.dtype) -> UnitSimilarity:
-        """Normalise all factors once in ``dtype``, detached, for use block by block."""
+        """Normalise all factors once, detached, for use block by block in ``dtype``."""
+        compute = torch.float64 if self.wider_than(dtype) else dtype
         factors = tuple(
-            (float(weight), *_unit_pair(rows.detach(), cols.detach(), dtype))
+            (float(weight), *_unit_pair(rows.detach(), cols.detach(), compute))
             for weight, rows, cols in self.factors
         )
-        return UnitSimilarity(factors, self.dtype)
+        return UnitSimilarity(factors, self.dtype, dtype)
+
+    def wider_than(self, dtype: torch.dtype) -> bool:
+        """Whether the cosines ask for float64 in a loss that computes in less."""
+        return self.dtype == torch.float64 and dtype != torch.float64
 
 
 @dataclass(frozen=True, eq=False)
 class UnitSimilarity:
-    """A `Similarity` whose factors already have unit rows in the type of the loss."""
+    """A `Similarity` whose factors already have unit rows.
+
+    Attributes:
+        factors: As there, in the type of the loss, or in float64 where that is asked for.
+        dtype: As there.
+        result: Type of the loss, hence of the blocks.
+    """
 
     factors: tuple[tuple[float, Tensor, Tensor], ...]
     dtype: torch.dtype | None
+    result: torch.dtype
 
     @torch.no_grad()
     def block(self, start: int, stop: int, out: Tensor | None = None) -> Tensor:
         """Rows ``start .. stop - 1`` of the matrix ``[stop - start, N]``, in `out` if given."""
         _, some_rows, some_cols = self.factors[0]
         if out is None:
-            out = some_rows.new_empty(stop - start, some_cols.shape[0])
+            out = some_rows.new_empty(stop - start, some_cols.shape[0], dtype=self.result)
+        if some_rows.dtype == out.dtype:
+            return self._mixed(start, stop, out)
+        wide = out.new_empty(min(WIDE_ROWS, len(out)), out.shape[1], dtype=some_rows.dtype)
+        for first in range(start, stop, WIDE_ROWS):  # all rows at once would double the memory
+            last = min(first + WIDE_ROWS, stop)
+            part = self._mixed(first, last, wide[: last - first])
+            out[first - start : last - start].copy_(part)
+        return out
+
+    def _mixed(self, start: int, stop: int, out: Tensor) -> Tensor:
+        """`block` in the type of the factors."""
         for index, (weight, rows, cols) in enumerate(self.factors):
             # with beta = 0 the old content does not matter, not even NaN
             beta = 0.0 if index == 0 else 1.0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import os
+import random
 import re
 import shutil
 from collections.abc import Callable
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 from common import ORIGIN, PICTURES, as_layer, tiny_config, tiny_layer, tree, write_config
 
-from dalr_scale import train
+from dalr_scale import optim, plan, predict, train
 from dalr_scale.assembly import build_streams
 from dalr_scale.cli import run_command
 from dalr_scale.config import BatchConfig, build_config
@@ -65,9 +66,20 @@ def refuse(
         lines = [line for line in errors.splitlines() if line.startswith("error: ")]
         assert len(lines) == 1, errors
         assert kept() == before
+        assert planned([f"--config={file}", f"--run.dir={run}", *words], capsys) == lines[0]
         return errors[errors.index("error: ") :].strip()
 
     return refuse
+
+
+def planned(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The line with which the dry run refuses the same words; "" where it plans them."""
+    code = run_command(plan.main, [*words, "--no-timing", "--device=auto"])
+    errors = capsys.readouterr().err
+    assert "Traceback" not in errors
+    lines = [line for line in errors.splitlines() if line.startswith("error: ")]
+    assert (code, len(lines)) in ((0, 0), (2, 1)), errors
+    return lines[0] if lines else ""
 
 
 MISTAKES = [
@@ -118,6 +130,21 @@ MISTAKES = [
     ("--engine.precision=fp64", "fp64 exists on --engine.kind=ddp only"),
     ("--engine.ds_config=/no/such.json", "/no/such.json"),
     ("--data.builder=quickstart --data.builder_options.imges=3", "imges"),
+    ("--data.builder=quickstart --data.builder_options.seed=x", "seed = 'x' must be of type int"),
+    ("--data.builder=quickstart --data.builder_options.seed=-1", "seed = -1"),
+    ("--optim.warmup=12", "optim.warmup = 12 leaves none of the run's 12 steps"),
+    ("--optim.steps=0 --optim.epochs=2 --optim.warmup=26", "26 leaves none of the run's 26 steps"),
+    ("--optim.steps=12 --optim.epochs=2", "optim.steps = 12 and optim.epochs = 2 both"),
+    ("--engine.kind=ddp --engine.ds_config=/x.json", "engine.kind = ddp does not use"),
+    ("--engine.kind=ddp --engine.offload_optimizer=true", "not with ddp"),
+    ("--engine.ds_config={shards}/graded.jsonl", "graded.jsonl is not valid JSON"),
+    ("--engine.ds_config=ds_configs/zero3.json", "is 3, but this run has 2 \\(engine.kind"),
+    ("--engine.timeout_minutes=1e22", "engine.timeout_minutes = 1e\\+22 is out of range"),
+    ("--run.seed=1234567890123456789012", "run.seed = 1234567890123456789012 is out of range"),
+    ("--data.workers=1000000000", "data.workers = 1000000000 is out of range"),
+    ("--objective.alternation=reference --data.pair_fraction=0.5", "both say which batches"),
+    ("--model.architecture.hidden_size=99999999999", "model.architecture cannot be built"),
+    ("--model.architecture.num_attention_heads=0", "model.architecture cannot be built"),
 ]
 
 
@@ -129,6 +156,82 @@ def test_a_mistake_is_one_line_and_nothing_is_lost(
     message = refuse(*given)
     assert message.count("\n") == 0
     assert re.search(problem, message), message
+
+
+@pytest.fixture
+def no_world(monkeypatch: pytest.MonkeyPatch) -> None:
+    def start_world(*_: Any) -> None:
+        pytest.fail("a process group was about to start")
+
+    monkeypatch.setattr("dalr_scale.dist.world.start_world", start_world)
+
+
+FROM_SETTINGS = [
+    "--batch.micro_size=25",
+    "--teachers.image=clip",
+    "--teachers.text_weights=[0.3, 0.7]",
+    "--model.encoder=/no/such",
+    "--optim.warmup=12",
+    "--engine.precision=fp64",
+    "--engine.ds_config=/no/such.json",
+    "--eval.select=STS12",
+    "--data.builder=quickstart --data.builder_options.imges=3",
+]
+
+
+@pytest.mark.usefixtures("no_world")
+@pytest.mark.parametrize("words", FROM_SETTINGS)
+def test_settings_are_refused_before_a_process_group_exists(words: str, refuse: Refuse) -> None:
+    assert refuse(*words.split())
+
+
+# Changes that each are right or wrong for themselves, and in pairs.
+CHANGES = [
+    *(words for words, _ in MISTAKES if "quickstart" not in words and "hidden_size=9" not in words),
+    "--objective.preset=simcse",
+    "--objective.preset=mcse",
+    "--objective.tail=keep",
+    "--data.text_weights=[2]",
+    "--data.pair_fraction=0.25",
+    "--engine.kind=ddp",
+    "--engine.kind=ddp --engine.precision=fp64",
+    "--engine.kind=zero3",
+    "--engine.ds_config=ds_configs/zero2.json",
+    "--batch.global_size=12",
+    "--optim.steps=0",
+    "--eval.retrieval={shards}/train-*.tar",
+    "--eval.graded_test={shards}/graded.jsonl",
+    "--model.pooler=cls",
+    "--batch.dropout_keys=row",
+]
+
+
+@pytest.mark.parametrize("seed", range(16))
+def test_the_dry_run_refuses_what_training_refuses(
+    seed: int,
+    tiny_data: Path,
+    tmp_path: Path,
+    same_environment: None,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Random pairs of changes; training is stopped where it would build its optimizer."""
+
+    def accepted(*_: Any) -> None:
+        raise UserError("accepted")
+
+    monkeypatch.setattr(optim, "build_optimizer", accepted)
+    monkeypatch.setattr(predict, "loss_bytes_per_row", lambda model, *, paired: 0)
+    monkeypatch.setattr(train, "os", NoExit())
+    monkeypatch.delenv("DALR_DATA", raising=False)
+    file = write_config(tiny_config(tiny_data), tmp_path / "tiny.toml")
+    changes = random.Random(seed).sample(CHANGES, 2)
+    words = [f"--{part.strip()}" for change in changes for part in change.split("--") if part]
+    words = [f"--config={file}", f"--run.dir={tmp_path / 'run'}", *words]
+    assert run_command(train.main, words) == 2
+    errors = capsys.readouterr().err
+    (line,) = [line for line in errors.splitlines() if line.startswith("error: ")]
+    assert planned(words, capsys) == ("" if line == "error: accepted" else line), words
 
 
 def test_wrong_folders_are_refused(tiny_data: Path, refuse: Refuse, tmp_path: Path) -> None:

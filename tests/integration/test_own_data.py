@@ -130,7 +130,7 @@ def test_the_readme_section_runs_as_it_stands(
     check_several_processes(tmp_path)
     (tmp_path / "mine.toml").write_text(blocks["toml"])
     plan, launch, evaluate, export = commands(blocks["after"])
-    assert main([*plan[1:], *SMALL]) == 0, capsys.readouterr().err
+    assert main([*plan[1:], *SMALL, "--data.root=DATA"]) == 0, capsys.readouterr().err
     assert "STS-B-dev" in train(launch, tmp_path)
     tasks = evaluate.index("--tasks")
     evaluate[tasks + 1 : tasks + 4] = ["STS-B"]  # the two others would need their files here too

@@ -40,6 +40,51 @@ def test_one_pass_equals_separate_calls(name: str, impl: str) -> None:
         torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-13)
 
 
+def close_teachers() -> tuple[torch.Tensor, torch.Tensor]:
+    """Float16 features of a teacher whose cosines with row 0 differ by less than float32 holds."""
+    generator = torch.Generator().manual_seed(0)
+    base = torch.randn(1, 512, generator=generator, dtype=torch.float64)
+    return tuple(
+        (base + 1e-3 * torch.randn(150, 512, generator=generator, dtype=torch.float64)).half()
+        for _ in range(2)
+    )  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("out", [False, True])
+def test_a_float64_teacher_is_exact_in_a_float32_loss(out: bool) -> None:
+    """Cosines are those of float64, mixed in it and rounded once; float32 alone misses them."""
+    one, two = close_teachers()
+    factors = ((0.33, one, one), (0.67, two, two))
+    cosines = [w * (K.unit(a.double()) @ K.unit(b.double()).T) for w, a, b in factors]
+    exact = torch.stack(cosines).sum(0).float()
+
+    def matrix(dtype: torch.dtype | None) -> torch.Tensor:
+        similarity = K.Similarity(factors, dtype).normalised(torch.float32)
+        return similarity.block(3, 140, torch.empty(137, 150) if out else None)
+
+    wide = matrix(torch.float64)
+    assert wide.dtype == torch.float32
+    assert torch.equal(wide, exact[3:140])
+    for dtype in (None, torch.float32):  # control: what "float64" gave before
+        assert not torch.equal(matrix(dtype), exact[3:140])
+
+
+def test_a_float64_teacher_decides_the_ranking() -> None:
+    """ListMLE reads the order of the teacher's cosines, which float32 puts otherwise."""
+    one, two = close_teachers()
+    z1, z2 = (torch.randn(150, 16, generator=torch.Generator().manual_seed(k)) for k in (1, 2))
+    losses = {}
+    for dtype in (torch.float32, torch.float64):
+        teacher = K.Similarity(((0.5, one, one), (0.5, two, two)), dtype)
+        impls = ("reference", "torch")
+        losses[dtype] = [
+            float(K.row_losses(z1, z2, teacher, list_mle=K.ListMLE(0.05), impl=impl).total)
+            for impl in impls
+        ]
+        assert losses[dtype][0] == pytest.approx(losses[dtype][1], rel=1e-6)
+    assert losses[torch.float64][1] != losses[torch.float32][1]
+
+
 @pytest.mark.parametrize("name", ["triple, plain", "soft, mask"])
 def test_under_torch_compile(name: str) -> None:
     case = cases.make((7, 23, 9, 12), torch.float32, name)

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
+import tomllib
 import typing
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from dalr_scale import plan, train
 from dalr_scale.config import (
     PRESETS,
     Config,
@@ -17,11 +24,14 @@ from dalr_scale.config import (
     parse_overrides,
     recipe_names,
 )
-from dalr_scale.config_text import help_text, to_toml
+from dalr_scale.config_text import allowed_values, help_text, to_toml
 from dalr_scale.errors import UserError
+from dalr_scale.ranges import LENGTHS, RANGES
 
 SECTIONS = {f.name: typing.get_type_hints(Config)[f.name] for f in dataclasses.fields(Config)}
 KEYS = [(name, f.name) for name, cls in SECTIONS.items() for f in dataclasses.fields(cls)]
+HINTS = {f"{s}.{k}": typing.get_type_hints(SECTIONS[s])[k] for s, k in KEYS}
+NUMBERS = (int, float, tuple[int, ...], tuple[float, ...])
 
 
 def override(*words: str) -> Config:
@@ -172,6 +182,71 @@ def test_whole_numbers_serve_as_floats_and_text_stays_text() -> None:
     assert override("--run.name", "x=y").run.name == "x=y"
 
 
+def test_every_number_has_a_range_with_two_ends() -> None:
+    assert set(RANGES) == {name for name, hint in HINTS.items() if hint in NUMBERS}
+    for name, allowed in RANGES.items():
+        assert math.isfinite(allowed.low) and math.isfinite(allowed.high), name
+        section, key = name.split(".")
+        value = getattr(getattr(Config(), section), key)
+        assert all(v in allowed for v in (value if isinstance(value, tuple) else (value,))), name
+
+
+@pytest.mark.parametrize("name", RANGES)
+def test_a_number_far_beyond_its_range_is_refused_in_one_short_line(name: str) -> None:
+    section, key = name.split(".")
+    for value in (1e22, 10**22, 10**400, 10**5000, -(10**400), math.inf, -math.inf, math.nan):
+        typed = [value] * LENGTHS.get(name, 1) if HINTS[name] not in (int, float) else value
+        with pytest.raises(UserError, match=name) as error:
+            build_config([{section: {key: typed}}])
+        assert len(str(error.value)) < 300
+
+
+# What any number may be: the ends of all ranges are among them.
+ENDS = sorted({e for r in RANGES.values() for e in (r.low, r.high)} | {-1, 0, 2**63, 10**400})
+SCALARS = st.one_of(
+    st.sampled_from(ENDS), st.integers(), st.floats(), st.booleans(), st.text(), st.none()
+)
+VALUES = st.one_of(
+    SCALARS, st.lists(SCALARS, max_size=3), st.dictionaries(st.text(), SCALARS, max_size=2)
+)
+
+
+@settings(max_examples=1500, deadline=None, derandomize=True)
+@given(key=st.sampled_from(KEYS), value=VALUES)
+def test_any_value_for_any_key_is_a_configuration_or_one_line(key: tuple, value) -> None:
+    """And what is accepted is saved with the run as text that reads back equal."""
+    section, name = key
+    try:
+        config = build_config([{section: {name: value}}])
+    except UserError as error:
+        assert str(error) and len(str(error)) < 500
+        return
+    text = to_toml(config)
+    assert build_config([tomllib.loads(text)]) == config
+    text.encode()
+
+
+@settings(max_examples=500, deadline=None, derandomize=True)
+@given(key=st.sampled_from(KEYS), text=st.text(st.characters(codec=None), max_size=20))
+def test_any_text_on_the_command_line_too(key: tuple, text: str) -> None:
+    """Bytes that are no UTF-8 reach Python as lone surrogates."""
+    try:
+        config = override(f"--{'.'.join(key)}={text}")
+    except UserError:
+        return
+    to_toml(config).encode()
+
+
+@pytest.mark.parametrize(
+    "word", ["--optim.lr=" + "9" * 5000, "--eval.tasks=" + "[" * 10_000, "--optim.steps=1e5000"]
+)
+def test_absurd_text_is_refused_or_taken_as_text(word: str) -> None:
+    try:
+        assert override(word).eval.tasks
+    except UserError as error:
+        assert len(str(error)) < 300
+
+
 # Layers
 
 
@@ -192,6 +267,25 @@ def test_a_layer_that_names_a_preset_starts_the_objective_afresh(tmp_path) -> No
     assert (kept.temperature, kept.rank_weight, kept.margin) == (0.1, 32, 0.2)
     fresh = load_config(str(file), ["--objective.preset=mcse", "--objective.margin=0.2"]).objective
     assert (fresh.temperature, fresh.rank_weight, fresh.margin) == (0.05, 0, 0.2)
+
+
+def test_a_length_in_steps_replaces_one_in_epochs_and_the_reverse(tmp_path) -> None:
+    """A recipe's 300 steps would otherwise hide the two epochs that the command line asks for."""
+    steps, epochs = tmp_path / "steps.toml", tmp_path / "epochs.toml"
+    steps.write_text("[optim]\nsteps = 300\n")
+    epochs.write_text("[optim]\nepochs = 4\n")
+
+    def length(file: Path, *words: str) -> tuple[int, float]:
+        optim = load_config(str(file), words).optim
+        return optim.steps, optim.epochs
+
+    assert length(steps, "--optim.epochs=2") == (0, 2)
+    assert length(epochs, "--optim.steps=3") == (3, 1)
+    assert length(epochs, "--optim.steps=0") == (0, 4)
+    assert length(steps, "--optim.lr=1") == (300, 1)
+    assert length(steps, "--optim.steps=3", "--optim.epochs=2") == (3, 2)  # refused before a run
+    (tmp_path / "config.toml").write_text(to_toml(load_config(str(steps))))
+    assert length(tmp_path, "--optim.epochs=2") == (0, 2)
 
 
 def test_a_dotted_word_changes_one_entry_of_a_table(tmp_path) -> None:
@@ -242,14 +336,48 @@ def test_every_recipe_parses(name: str) -> None:
     assert build_config([dataclasses.asdict(config)]) == config
 
 
-def test_help_names_every_key_with_its_default() -> None:
-    text = help_text()
-    for section, key in KEYS:
-        assert f"--{section}.{key}=" in text
+def test_help_names_every_key_with_its_default_and_allowed_values() -> None:
+    entries = dict(re.findall(r"^  --([\w.]+)=(.*\n(?:      .*\n?)+)", help_text(), re.MULTILINE))
+    assert list(entries) == [".".join(key) for key in KEYS]
     for cls in SECTIONS.values():
         for f in dataclasses.fields(cls):
-            assert f.metadata["help"] in text
-    assert "--objective.margin=0.2" in text
+            assert f.metadata["help"] in help_text()
+    assert "--objective.margin=0.2" in help_text()
+    for name, hint in HINTS.items():
+        allowed = allowed_values(name, hint)
+        assert f"[{allowed}]" in entries[name]
+        if typing.get_origin(hint) is typing.Literal:
+            assert all((value or "''") in allowed for value in typing.get_args(hint))
+        if name in RANGES:
+            assert str(RANGES[name]) in allowed
+        if hint is bool:
+            assert allowed == "true | false"
+    assert "list of 2" in entries["optim.betas"]
+    assert all(preset in entries["objective.preset"] for preset in PRESETS)
+
+
+@pytest.mark.parametrize("words", [["--help"], ["--config", "gone", "--optim.lr=x", "-h"]])
+@pytest.mark.parametrize("command", [train.main, plan.main])
+def test_help_is_shown_whatever_else_is_said(
+    command: Any, words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        command(words)
+    assert ended.value.code == 0
+    assert help_text() in capsys.readouterr().out
+
+
+def test_a_message_about_a_value_says_what_help_says() -> None:
+    """The values that `--help` allows are those that are accepted."""
+    for name, hint in HINTS.items():
+        section, key = name.split(".")
+        if typing.get_origin(hint) is typing.Literal:
+            for value in typing.get_args(hint):
+                assert getattr(getattr(override(f"--{name}={value}"), section), key) == value
+        if name in RANGES and not (RANGES[name].open_low or RANGES[name].open_high):
+            for end in (RANGES[name].low, RANGES[name].high):
+                typed = end if hint in (int, float) else [end]
+                build_config([{section: {key: typed}}])
 
 
 def test_the_data_folder_comes_from_the_key_or_the_environment(monkeypatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import nn
 from dalr_scale.config import build_config
 from dalr_scale.dist.engine import DeepSpeedEngine, Engine, PlainEngine, WideSums
 from dalr_scale.dist.world import World
+from dalr_scale.errors import UserError
 
 
 class Recorder(nn.Module):
@@ -81,3 +83,19 @@ def test_a_parameter_without_gradient_is_left_alone() -> None:
     sums.add()
     sums.write_back()
     assert [layer.weight.grad is None for layer in layers] == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("stage", "aligned", "refused"), [(1, True, True), (2, False, False), (3, True, False)]
+)
+def test_another_layout_of_the_weights_goes_on_with_its_own_ranks_only(
+    stage: int, aligned: bool, refused: bool
+) -> None:
+    found = DeepSpeedEngine.__new__(DeepSpeedEngine)
+    found.world = World(0, 1, torch.device("cpu"))
+    found.engine = SimpleNamespace(
+        zero_parameter_alignment=lambda: aligned, zero_optimization_stage=lambda: stage
+    )
+    refusal = pytest.raises(UserError, match=r"parameter_alignment.*its 2 processes.*here are 1")
+    with refusal if refused else contextlib.nullcontext():
+        found._refuse_other_layout(2)

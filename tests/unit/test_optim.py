@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 from dalr_scale.config import OptimConfig
-from dalr_scale.optim import build_optimizer, learning_rate, parameter_groups, set_learning_rate
+from dalr_scale.data.order import StreamPlan
+from dalr_scale.errors import UserError
+from dalr_scale.optim import (
+    build_optimizer,
+    count_steps,
+    learning_rate,
+    parameter_groups,
+    set_learning_rate,
+)
 
 
 @pytest.mark.parametrize("total", [1, 2, 7, 100])
@@ -30,6 +39,40 @@ def test_the_rate_climbs_through_the_warm_up_first(warmup: int, total: int) -> N
     falling = [0.5 * (total - s) / (total - warmup) for s in range(warmup, total)]
     assert rates[warmup:] == [pytest.approx(rate) for rate in falling]
     assert rates[-1] > 0
+
+
+@pytest.mark.parametrize(("warmup", "steps"), [(12, 12), (13, 12), (10**9, 12), (1, 1)])
+def test_a_warm_up_to_the_end_is_refused(warmup: int, steps: int) -> None:
+    """The rate would be reached in the last step at best, and never fall."""
+    problem = f"optim.warmup = {warmup} leaves none of the run's {steps} steps"
+    with pytest.raises(UserError, match=problem):
+        count_steps(OptimConfig(steps=steps, warmup=warmup), 5)
+    with pytest.raises(UserError, match=problem):
+        count_steps(OptimConfig(epochs=1, warmup=warmup), steps)
+    optim = OptimConfig(steps=steps, warmup=steps - 1)
+    rates = [learning_rate(optim, step, count_steps(optim, 5)) for step in range(steps)]
+    assert max(rates) == optim.lr == rates[-1]  # control: one step of decay, from the peak
+
+
+@pytest.mark.parametrize(
+    ("epochs", "steps"), [(1.0, 10), (1.1, 11), (0.3, 3), (0.31, 4), (2.7, 27), (1e-300, 1)]
+)
+def test_epochs_are_counted_as_written(epochs: float, steps: int) -> None:
+    """1.1 x 10 is 11.000000000000002 in binary, which is no twelfth step."""
+    assert count_steps(OptimConfig(epochs=epochs), 10) == steps
+    assert count_steps(OptimConfig(epochs=epochs, steps=7), 10) == 7
+
+
+@pytest.mark.parametrize("alternation", ["proportional", "reference"])
+def test_an_epoch_has_the_batches_of_one_pass_over_each_stream(alternation: Any) -> None:
+    """As the help says: 6 text and 4 paired batches; `reference` with k = 1 pairs all ten."""
+    plan = StreamPlan(
+        seed=1, global_batch=5, text_items=30, pair_items=20, alternation=alternation
+    )  # fmt: skip
+    steps = count_steps(OptimConfig(epochs=1), plan.steps_per_epoch)
+    text, pair = plan.batches_before(steps)
+    assert (steps, text + pair) == (10, 10)
+    assert (text, pair) == ((6, 4) if alternation == "proportional" else (0, 10))
 
 
 def test_the_rate_equals_the_scheduler_that_the_recipes_name() -> None:

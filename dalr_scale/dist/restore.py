@@ -1,0 +1,98 @@
+"""What a checkpoint decides on a resume, and what the configuration does.
+
+Weights, masters and moments come from the checkpoint, matched by parameter. The hyperparameters of
+the parameter groups (learning rate, its scale, betas, eps, weight decay) come from the run's own
+settings: torch and DeepSpeed would put back those that were saved, and a resume that was told to
+change one would train with the old value. Settings may also move parameters between groups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from dalr_scale.errors import UserError
+
+
+class OtherParameters(UserError):
+    """A checkpoint of a model with other parameters."""
+
+
+def hyperparameters(optimizer: Any) -> list[dict[str, Any]]:
+    """Everything but the parameters, for each parameter group; take it before loading."""
+    return [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+
+
+def set_hyperparameters(optimizer: Any, wanted: Sequence[Mapping[str, Any]]) -> None:
+    """Gives the groups, which loading has overwritten, the values of `hyperparameters` again."""
+    for group, values in zip(optimizer.param_groups, wanted, strict=True):
+        for name in group.keys() - values.keys() - {"params"}:
+            del group[name]
+        group.update(values)
+
+
+def require_same_parameters(
+    saved: Mapping[str, Sequence[int]], own: Mapping[str, Sequence[int]], path: Path
+) -> None:
+    """Compares names and shapes of the parameters in a checkpoint with the model's.
+
+    Raises:
+        OtherParameters: they differ; the message names the first ones.
+    """
+    different = [
+        f"{name} ({_shape(saved, name)} there, {_shape(own, name)} here)"
+        for name in [*saved, *(name for name in own if name not in saved)]
+        if name not in saved or name not in own or tuple(saved[name]) != tuple(own[name])
+    ]
+    if different:
+        more = f" and {len(different) - 3} more" if len(different) > 3 else ""
+        raise OtherParameters(
+            f"{path} is of a model with other parameters: {', '.join(different[:3])}{more}; "
+            "settings that add, remove or resize parameters cannot change on a resume, choose "
+            "another --run.name for them"
+        )
+
+
+def _shape(shapes: Mapping[str, Sequence[int]], name: str) -> str:
+    return "x".join(map(str, shapes[name])) if name in shapes else "absent"
+
+
+def state_by_name(optimizer: torch.optim.Optimizer, module: nn.Module) -> dict[str, Any]:
+    """The optimizer's state of each parameter under the parameter's name."""
+    names = {id(p): name for name, p in module.named_parameters()}
+    return {names[id(p)]: dict(state) for p, state in optimizer.state.items()}
+
+
+def load_state_by_name(
+    optimizer: torch.optim.Optimizer, module: nn.Module, saved: Mapping[str, Any]
+) -> None:
+    """Fills the state of each parameter from what `state_by_name` gave; the groups stay."""
+    names = {id(p): name for name, p in module.named_parameters()}
+    own = optimizer.state_dict()
+    order = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
+    state = {k: saved[name] for k, name in enumerate(order) if name in saved}
+    optimizer.load_state_dict({"state": state, "param_groups": own["param_groups"]})
+
+
+def numbered_state_by_name(
+    saved: Mapping[str, Any], optimizer: torch.optim.Optimizer, module: nn.Module, path: Path
+) -> dict[str, Any]:
+    """The same from a state dict that numbers the parameters, as checkpoints up to 0.1 did.
+
+    Raises:
+        UserError: the groups are of other sizes, so that the numbers mean other parameters.
+    """
+    sizes = [len(group["params"]) for group in optimizer.param_groups]
+    if [len(group["params"]) for group in saved["param_groups"]] != sizes:
+        raise UserError(
+            f"{path} numbers its parameters, and optim.weight_decay or optim.embedding_lr has "
+            "moved them to other groups since: resume once with the former values, or choose "
+            "another --run.name"
+        )
+    names = {id(p): name for name, p in module.named_parameters()}
+    order = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
+    return {order[number]: state for number, state in saved["state"].items()}

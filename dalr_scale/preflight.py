@@ -1,0 +1,81 @@
+"""All that a run refuses before its first step; ``train`` and ``plan`` call the same functions.
+
+``check_settings`` looks at the configuration alone, before a process group exists. ``assemble``
+opens the data and builds the model, every rank for itself.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import NamedTuple
+
+from dalr_scale.assembly import (
+    ModelParts,
+    Streams,
+    build_model,
+    build_streams,
+    open_held_out,
+    pair_roles,
+    quickstart_spec,
+    text_weights,
+)
+from dalr_scale.config import Config
+from dalr_scale.contradictions import check_contradictions, settings_without_effect
+from dalr_scale.dist.ds_config import ds_config
+from dalr_scale.dist.engine import resolve_precision
+from dalr_scale.dist.world import World
+from dalr_scale.errors import UserError
+from dalr_scale.eval.suite import EvaluationSuite, build_suite
+from dalr_scale.objective import needs_of
+from dalr_scale.optim import check_warmup
+from dalr_scale.ranges import check_arithmetic
+
+log = logging.getLogger(__name__)
+
+
+class Assembly(NamedTuple):
+    """The parts of a run that need no engine."""
+
+    streams: Streams
+    parts: ModelParts
+    suite: EvaluationSuite
+
+
+def check_settings(config: Config, ranks: int) -> None:
+    """Refuses what the configuration alone shows to be wrong, for a run on so many ranks.
+
+    Raises:
+        UserError: one sentence that names the setting and the fix.
+    """
+    if config.run_dir.exists() and not config.run_dir.is_dir():
+        raise UserError(f"{config.run_dir} cannot be a run folder: it is a file; choose another")
+    rows = check_arithmetic(config, ranks)
+    check_contradictions(config)
+    if config.optim.steps:
+        check_warmup(config.optim, config.optim.steps)
+    pair_roles(config, needs_of(config.objective))
+    text_weights(config)
+    if config.data.builder == "quickstart":
+        quickstart_spec(config)
+    if config.engine.kind != "ddp":
+        ds_config(config, rows, bf16=resolve_precision(config) == "bf16")
+
+
+def warn_without_effect(config: Config) -> None:
+    """Says once which of the user's settings change nothing in this run."""
+    if idle := settings_without_effect(config):
+        log.warning("without effect in this run: %s", ", ".join(idle))
+
+
+def assemble(config: Config, world: World) -> Assembly:
+    """Opens the streams, builds the model and loads the evaluations.
+
+    `world` is the run's; nothing of it is called but its size and its device.
+
+    Raises:
+        UserError: a file is missing, damaged, or does not fit the settings.
+    """
+    streams = build_streams(config)
+    parts = build_model(config, streams, world)
+    suite = build_suite(config, parts.model.encoder, open_held_out(config), world)
+    return Assembly(streams, parts, suite)
