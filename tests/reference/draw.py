@@ -154,6 +154,8 @@ def _data(row: Row, random: _Random) -> None:
         row.changes["data.text"] = []
     row.changes["objective.tail"] = "keep" if not weighted and random.chance(0.4) else "drop"
     row.changes["objective.alternation"] = random.of("reference", "proportional")
+    if row.changes["objective.alternation"] == "reference":
+        row.changes.pop("data.pair_fraction", None)  # two rules for one thing are refused
 
 
 def _model(row: Row, random: _Random) -> None:
