@@ -63,7 +63,7 @@ class Row:
     def bounds(self) -> Bounds:
         """float64 to 1e-9; fp32 to 1e-4; bf16 to 0.1, and only norms can be compared.
 
-        bf16 has eight bits: a product is off by up to 0.4 %, and over a few layers of width 16, where
+        bf16 has eight bits: a product is off by up to 0.4 %, and over layers of width 16, where
         little averages out, gradient norms were seen to be off by 6 % (losses by less than 1 %).
 
         A frozen encoder computes in float32 in every run, and in float64 in the reference.
