@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from dalr_scale.config import Config
+from dalr_scale.config import Config, new_encoder_pooler
 from dalr_scale.data.bad_rows import BadRows
 from dalr_scale.data.order import Part, StreamPlan, share_rows
 from dalr_scale.data.remote import RemoteShards
@@ -40,9 +40,6 @@ from dalr_scale.online_teachers import (
 from dalr_scale.optim import count_steps
 
 MODELS = ("hf", "open_clip")
-# An untrained encoder's first state hardly depends on the sentence: all sentences get one vector,
-# and the contrastive loss stays at log N for hundreds of steps.
-NEW_ENCODER_POOLER = "mean"
 
 
 @dataclass(frozen=True)
@@ -288,7 +285,7 @@ def build_encoder(config: Config) -> SentenceEncoder:
 
 
 def _new_encoder(config: Config, tokenizer: Any) -> SentenceEncoder:
-    pooler = config.model.pooler or NEW_ENCODER_POOLER
+    pooler = new_encoder_pooler(config.model)
     try:
         return SentenceEncoder.from_config(config.model.architecture, tokenizer, pooler)
     except UserError:

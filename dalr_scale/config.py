@@ -99,6 +99,15 @@ class ModelConfig:
     activation_checkpointing: bool = opt(False, "recompute activations in the backward pass")
 
 
+def new_encoder_pooler(model: ModelConfig) -> str:
+    """The pooler of an encoder from scratch: as configured, else the mean of the token states.
+
+    An untrained encoder's first state hardly depends on the sentence: all sentences get one vector,
+    and the contrastive loss stays at log N for hundreds of steps.
+    """
+    return model.pooler or "mean"
+
+
 @dataclass(frozen=True)
 class TeachersConfig:
     image: str = opt("", "picture features V: 'features:NAME' or 'open_clip:FOLDER'")

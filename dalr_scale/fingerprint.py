@@ -14,15 +14,15 @@ import hashlib
 import importlib.util
 import json
 import platform
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from dalr_scale import __version__
-from dalr_scale.config import Config
+from dalr_scale.config import Config, new_encoder_pooler
 from dalr_scale.errors import UserError
+from dalr_scale.mixing import text_weights
 from dalr_scale.runstate import World
 
 # Keys that may change between a run and its continuation: they do not touch the result.
@@ -92,8 +92,15 @@ def run_fingerprint(
 
 
 def settings_of(config: Config) -> dict[str, Any]:
-    """The settings that decide a run's result, as plain tables; places of files are left out."""
+    """The settings that decide a run's result, as plain tables; places of files are left out.
+
+    What an empty value stands for is written out, so that another default shows as a change.
+    """
     settings = json.loads(json.dumps(dataclasses.asdict(config)))
+    if len(config.teachers.text) > 1:
+        settings["teachers"]["text_weights"] = list(text_weights(config))
+    if config.model.architecture:
+        settings["model"]["pooler"] = new_encoder_pooler(config.model)
     for section in FREE_SECTIONS:
         settings.pop(section)
     for keys in (FREE_KEYS, PLACES):
@@ -206,17 +213,6 @@ def _digests(config: Config, place: str) -> dict[str, str]:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:32]
-
-
-def shard_names(shards: Sequence[Path]) -> list[str]:
-    """File names, with their directory's where two are equal, numbered where that does not help."""
-    names = _where_equal([s.name for s in shards], [f"{s.parent.name}/{s.name}" for s in shards])
-    return _where_equal(names, [f"{name} ({k})" for k, name in enumerate(names)])
-
-
-def _where_equal(names: list[str], longer: list[str]) -> list[str]:
-    count = Counter(names)
-    return [more if count[name] > 1 else name for name, more in zip(names, longer, strict=True)]
 
 
 # Comparing

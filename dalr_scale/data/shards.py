@@ -13,6 +13,7 @@ import glob
 import os
 import re
 import stat
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -346,3 +347,14 @@ def expand_braces(pattern: str) -> list[str]:
         choices = found[1].split(",")
     head, tail = pattern[: found.start()], pattern[found.end() :]
     return [text for choice in choices for text in expand_braces(head + choice + tail)]
+
+
+def shard_names(shards: Sequence[Path]) -> list[str]:
+    """File names, with their directory's where two are equal, numbered where that does not help."""
+    names = _where_equal([s.name for s in shards], [f"{s.parent.name}/{s.name}" for s in shards])
+    return _where_equal(names, [f"{name} ({k})" for k, name in enumerate(names)])
+
+
+def _where_equal(names: list[str], longer: list[str]) -> list[str]:
+    count = Counter(names)
+    return [more if count[name] > 1 else name for name, more in zip(names, longer, strict=True)]

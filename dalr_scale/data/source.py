@@ -27,7 +27,7 @@ from dalr_scale.data.features_store import (
 )
 from dalr_scale.data.index import ensure_index
 from dalr_scale.data.index_file import IndexFile, IndexRows
-from dalr_scale.data.shards import beside, read_exactly
+from dalr_scale.data.shards import beside, read_exactly, shard_names
 from dalr_scale.data.token_store import (
     STORED_TOKENS,
     Encoding,
@@ -37,7 +37,6 @@ from dalr_scale.data.token_store import (
     tokens_ending,
 )
 from dalr_scale.errors import UserError
-from dalr_scale.fingerprint import shard_names
 
 TOKENS = "tokens"  # the role whose features are one vector per token
 _IMAGE_ROLES = ("image", "caption")

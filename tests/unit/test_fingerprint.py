@@ -14,6 +14,7 @@ from common import tiny_config
 
 from dalr_scale.assembly import build_streams
 from dalr_scale.config import Config
+from dalr_scale.data.shards import shard_names
 from dalr_scale.data.writer import write_text_shards
 from dalr_scale.errors import UserError
 from dalr_scale.fingerprint import (
@@ -21,7 +22,7 @@ from dalr_scale.fingerprint import (
     check_fingerprint,
     file_contents,
     run_fingerprint,
-    shard_names,
+    settings_of,
 )
 
 SAVED = {
@@ -212,3 +213,14 @@ def test_rank_0_reads_and_all_ranks_know(data: Path) -> None:
 def test_equal_shard_names_are_told_apart() -> None:
     shards = [Path("a/x.tar"), Path("b/x.tar"), Path("y.tar"), Path("c/a/x.tar")]
     assert shard_names(shards) == ["a/x.tar (0)", "b/x.tar", "y.tar", "a/x.tar (3)"]
+
+
+def test_what_an_empty_setting_stands_for_is_recorded(tiny_data: Path) -> None:
+    """Another default of a later version then shows as a change, by name."""
+    two = tiny_config(tiny_data, {"model.pooler": "", "teachers.text": ["features:a", "hf:b"]})
+    settings = settings_of(two)
+    assert settings["model"]["pooler"] == "mean"
+    assert settings["teachers"]["text_weights"] == [0.33, 0.67]
+    before = {"config": settings | {"model": settings["model"] | {"pooler": ""}}}
+    (line,) = changes(before, {"config": settings})
+    assert line == 'config.model.pooler: checkpoint "", now "mean"'
