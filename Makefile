@@ -13,14 +13,16 @@ endif
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DISK_GB := 12
+# Test processes side by side; 0: in the one that was started (for a debugger).
+WORKERS ?= 2
 
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help train test soak flickr8k lint env clean versions gpu gpu-batch gpu-test gpu-wheels kernels-bench slurm-test data-bench batch-bench
+.PHONY: help train test soak flickr8k lint style env clean versions gpu gpu-batch gpu-test gpu-wheels kernels-bench slurm-test data-bench batch-bench
 
 help:
 	@echo "make train   the main job: quickstart data, teachers, DALR student, table ($(VENV) is made first)"
-	@echo "make test    all tests that need no GPU"
+	@echo "make test    all tests that need no GPU (WORKERS=2 files at a time, ARGS=... for pytest)"
 	@echo "make slurm-test  the job scripts on a Slurm cluster of 8 nodes on this host (installs it as root)"
 	@echo "make soak    long counts and full products (hours)"
 	@echo "make flickr8k  the README's real-data table (DALR_DATA=FOLDER; about an hour on 2 cores)"
@@ -36,7 +38,8 @@ train: $(STAMP) versions
 	$(BIN)/accelerate launch -m dalr_scale.train $(ARGS)
 
 test: $(STAMP) versions
-	$(BIN)/python -m pytest -m "not soak and not slurm" $(ARGS)
+	$(BIN)/python -m pytest -m "not soak and not slurm" -n $(WORKERS) --dist loadfile \
+		--no-loadscope-reorder $(ARGS)
 
 slurm-test: $(STAMP) versions
 	$(BIN)/python -m pytest -m "slurm and not soak" tests/slurm $(ARGS)
@@ -89,9 +92,11 @@ data-bench: $(STAMP) versions
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev,bench]"
 	$(BIN)/python benchmarks/loader.py $(ARGS)
 
-lint: $(STAMP)
-	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+lint: style
 	$(BIN)/pyright --pythonpath $(BIN)/python
+
+style: $(STAMP)
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
 env: $(STAMP)
 

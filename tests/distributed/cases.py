@@ -329,6 +329,21 @@ def tails() -> list[Case]:
 
     Of 5 rows on 4 ranks the ranks have 2, 2, 1 and 0; of 10 rows 3, 3, 3 and 1.
     """
+    return [
+        Case(2, "dalr", rows=9),
+        Case(4, "dalr", rows=5),
+        Case(4, "dalr", rows=3),
+        Case(4, "dalr-reference", rows=10),
+        Case(2, "kdmcse", rows=9),
+        Case(2, "dalr", "ddp", "pair", "ragged", "row", rows=11),
+        Case(4, "simcse", "ddp", "text", "four", "row", rows=5),
+        Case(2, "dalr", "zero2", "pair", "four", "row", rows=9),
+        Case(2, "dalr", "zero3", "pair", "four", "row", rows=9),
+    ]
+
+
+def all_tails() -> list[Case]:
+    """The same for every size, preset and engine: `make soak`."""
     plain = [(2, 9), (4, 10), (4, 5), (4, 3), (4, 2)]
     sizes = [Case(w, p, rows=n) for p in ("dalr", "dalr-reference") for w, n in plain]
     sizes += [Case(w, "kdmcse", rows=n) for w, n in ((2, 9), (4, 5))]
@@ -363,7 +378,7 @@ def product() -> list[Case]:
         for option in ("offload", "checkpoint", "bf16", "adamw")
         if kind != "ddp" or option in ("checkpoint", "adamw")
     ]
-    return plain + options
+    return plain + options + all_tails()
 
 
 GROUPS = ("loss", "embedding", "gradient", "weight")
