@@ -6,6 +6,7 @@ launcher quietly starts fewer processes than were asked for.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import socket
@@ -16,6 +17,7 @@ from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from dalr_scale.dist.gather import open_column_group
 from dalr_scale.dist.process_state import Environment, forget_engines
@@ -106,12 +108,33 @@ def start_world(timeout_minutes: float, threads: int = 0) -> World:
     if not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
         timeout = timedelta(minutes=timeout_minutes)
-        # a world of one listens nowhere: a port that was free a moment ago may be taken by now
-        nobody = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
-        meeting = {"store": nobody, "rank": 0, "world_size": 1} if alone else {}
-        dist.init_process_group(backend, timeout=timeout, **meeting)
+        dist.init_process_group(backend, timeout=timeout, **_meeting(alone, timeout))
         open_column_group(timeout)
     return World(dist.get_rank(), dist.get_world_size(), device)
+
+
+_stores: dict[tuple[str | None, ...], Any] = {}
+_worlds = itertools.count(1)
+
+
+def _meeting(alone: bool, timeout: timedelta) -> dict[str, Any]:
+    """Where the ranks of this process group find each other.
+
+    A single process listens nowhere: a port that was free a moment ago may be taken by now. Several
+    ranks keep the launcher's store for all groups that follow each other in one process, each under
+    a name of its own: a later group would read the addresses that an earlier one left there, and
+    wait for them forever.
+    """
+    if alone:
+        nobody = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+        return {"store": nobody, "rank": 0, "world_size": 1}
+    place = tuple(map(os.environ.get, ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE")))
+    if place not in _stores:
+        _stores[place] = next(rendezvous("env://", timeout=timeout))
+    store, rank, size = _stores[place]
+    name = f"world {next(_worlds)}"
+    named = dist.PrefixStore(name, store)  # pyright: ignore[reportPrivateImportUsage]
+    return {"store": named, "rank": rank, "world_size": size}
 
 
 def leave_world() -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from common import history, tiny_config, tree, weights_hash, write_config
-from launching import CONTEXT, train
+from launching import CONTEXT, accelerate, train
 
 QUICK = ("--optim.steps=2", "--eval.every=0", "--save.every_steps=1", "--data.workers=0")
 SEQUENCE = (
@@ -157,3 +157,25 @@ def test_contents_decide_whether_a_run_goes_on(tiny_data: Path, tmp_path: Path) 
     assert gone[0] == 2 and "metrics.jsonl has 2 steps" in gone[1] and scratch in gone[1]
     aside = {n: h for n, h in tree(run.with_name("run.old-1")).items() if not n.startswith("log/")}
     assert anew[0] == 0 and aside == before
+
+
+SCRIPT = """
+import sys
+from dalr_scale.cli import run_command
+from dalr_scale.train import main
+for name in ("first", "second"):
+    assert run_command(main, [*sys.argv[1:], f"--run.name={name}"]) == 0
+"""
+
+
+def test_several_ranks_train_twice(tiny_data: Path, tmp_path: Path) -> None:
+    """The second process group must not read what the first one left in the launcher's store."""
+    (tmp_path / "twice.py").write_text(SCRIPT)
+    file = write_config(
+        tiny_config(tiny_data, {"engine.timeout_minutes": 0.5}), tmp_path / "a.toml"
+    )
+    words = ("--use_deepspeed", "--num_processes=2", str(tmp_path / "twice.py"))
+    with contextlib.chdir(tmp_path):  # where runs/NAME is
+        done = accelerate(*words, f"--config={file}", *QUICK)
+    assert done.returncode == 0, done.stdout
+    assert history(tmp_path / "runs/second") == history(tmp_path / "runs/first")
