@@ -79,6 +79,7 @@ class Watch:
         self._speaks = speaks
         self._recent: deque[tuple[float, float, float]] = deque(maxlen=WINDOW)
         self._seen = 0
+        self._lowest = (math.inf, 0)  # contrastive loss over ln N, and its step
         self._said: set[str] = set()
         self._kinds: set[Kind] = set()
         self._gradients_checked = False
@@ -142,6 +143,7 @@ class Watch:
             )
         self._seen += 1
         self._recent.append((values["con"], math.log(columns), found["neighbor_cosine"]))
+        self._lowest = min(self._lowest, (values["con"] / max(math.log(columns), 1e-9), step))
         if self._seen >= PATIENCE:
             self._judge_learning(step)
 
@@ -152,19 +154,25 @@ class Watch:
 
     def _judge_learning(self, step: int) -> None:
         loss, chance, cosine = (sum(c) / len(self._recent) for c in zip(*self._recent, strict=True))
+        advice = "try a higher optim.lr, more steps, or --model.pooler=mean"
+        known = "has not left"
+        share, best = self._lowest
+        if share < NEAR_CHANCE:
+            known = f"was {share * chance:.3f} at step {best} and is back at"
+            advice = "training has diverged: lower optim.lr, add optim.warmup, or set optim.clip"
         if cosine > COLLAPSED:
             self._warn(
                 "collapse",
                 f"step {step}: all sentences get nearly the same vector (mean cosine of different "
-                f"sentences {cosine:.4f}, contrastive loss {loss:.3f}, ln N = {chance:.3f}); try "
-                "--model.pooler=mean, a higher optim.lr or a warm-up",
+                f"sentences {cosine:.4f}; the contrastive loss {loss:.3f} {known} ln N = "
+                f"{chance:.3f}); {advice}",
             )
         elif chance > 0 and loss >= NEAR_CHANCE * chance:
             self._warn(
                 "chance",
-                f"step {step}: the contrastive loss {loss:.3f} has not left ln N = {chance:.3f}, "
-                "what guessing gives: the encoder does not tell the sentences of a batch apart; "
-                "try a higher optim.lr, more steps, or --model.pooler=mean",
+                f"step {step}: the contrastive loss {loss:.3f} {known} ln N = {chance:.3f}, what "
+                f"guessing gives: the encoder does not tell the sentences of a batch apart; "
+                f"{advice}",
             )
 
     def _warn(self, name: str, message: str) -> None:

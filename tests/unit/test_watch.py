@@ -83,6 +83,16 @@ def test_a_run_shorter_than_the_patience_is_judged_at_its_end(
     assert not messages(caplog, {"con": math.log(64)}, GOOD, steps=WINDOW - 1), "too few to judge"
 
 
+def test_a_loss_that_is_back_at_chance_is_called_diverged(caplog: pytest.LogCaptureFixture) -> None:
+    watch = Watch(encoder(), speaks=True)
+    for step in range(1, 2 * PATIENCE):
+        loss = 1.0 if step < 5 else math.log(64)
+        watch.check_means({"con": loss}, GOOD, columns=64, step=step)
+    (record,) = caplog.records
+    assert "was 1.000 at step 1 and is back at ln N" in record.getMessage()
+    assert "lower optim.lr" in record.getMessage()
+
+
 def test_a_run_that_learns_is_left_alone(caplog: pytest.LogCaptureFixture) -> None:
     assert not messages(caplog, LEARNED, GOOD, steps=2 * PATIENCE)
 
