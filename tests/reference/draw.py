@@ -68,8 +68,8 @@ class Row:
 
         A frozen encoder computes in float32 in every run, and in float64 in the reference.
         AdamW divides a gradient by its own size: where it is little more than rounding, a weight of
-        fp32 moves by a part of the rate that says nothing. Hence 3e-4 for weights (row 117: 1.35e-4,
-        under plain data parallelism in fp32 too, and 8e-7 in float64).
+        fp32 moves by a part of the rate that says nothing. Hence 3e-4 for weights (row 117:
+        1.35e-4, under plain data parallelism in fp32 too, and 8e-7 in float64).
         """
         if self.precision == "bf16":
             return Bounds(steps=0.05, weights=0.05, gate=0, order=0, kink=0, norms=True)
