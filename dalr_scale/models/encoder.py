@@ -114,7 +114,9 @@ class SentenceEncoder(nn.Module):
         pooler = pooler or folders.stored_pooler(folder)
         if pooler is None:
             raise UserError(
-                f"{folder} does not say how it pools; name one of {', '.join(POOLERS)} explicitly"
+                f"{folder} does not say how it pools; name one of {', '.join(POOLERS)}: "
+                "--model.pooler for a run, --pooler for other commands, teachers.text_poolers for "
+                "teachers"
             )
         _check_pooler(pooler)
         inner = folders.transformer_folder(folder)

@@ -71,7 +71,9 @@ def write_models(folder: Path) -> None:
     bert |= {"num_attention_heads": 2, "intermediate_size": 32, "max_position_embeddings": 40}
     encoder = SentenceEncoder.from_config(bert, tokenizer, "cls_before_pooler")
     encoder.save(folder / "PATH/TO/HF_FOLDER")
-    encoder.save(folder / "PATH/TO/bert-base-uncased")
+    # as the Hub has it: nothing says how it pools
+    encoder.backbone.save_pretrained(folder / "PATH/TO/bert-base-uncased")
+    tokenizer.save_pretrained(folder / "PATH/TO/bert-base-uncased")
     clip = folder / "PATH/TO/OPEN_CLIP_FOLDER"
     tokenizer.save_pretrained(clip)
     vision = {"image_size": 16, "patch_size": 8, "width": 32, "layers": 1, "head_width": 16}
