@@ -25,7 +25,12 @@ from dalr_scale.dist.engine import resolve_precision
 from dalr_scale.dist.world import World
 from dalr_scale.errors import UserError
 from dalr_scale.models.dalr import DalrModel
-from dalr_scale.preflight import assemble, check_settings, warn_without_effect
+from dalr_scale.preflight import (
+    assemble,
+    check_settings,
+    warn_unread_streams,
+    warn_without_effect,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -57,6 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{config.data.builder} data: drawn in {config.data.shards} unless they are there")
     prepare_data(config, World(0, 1, world.device))
     streams, parts, _ = assemble(config, world)
+    warn_unread_streams(streams)
     where = "this host's" if options.device == "auto" else "as asked for"
     print(f"planned for: {device.type} ({where}), {config.engine.precision}")
     print(report.arithmetic(config, streams, parts.model, options.ranks))

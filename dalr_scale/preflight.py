@@ -67,6 +67,19 @@ def warn_without_effect(config: Config) -> None:
         log.warning("without effect in this run: %s", ", ".join(idle))
 
 
+def warn_unread_streams(streams: Streams) -> None:
+    """Says which stream no batch comes from: the reference rule may leave the text out for good."""
+    given = {"data.text": streams.text, "data.pairs": streams.pairs}
+    batches = streams.plan.batches_before(streams.total_steps)
+    for (key, source), count in zip(given.items(), batches, strict=True):
+        if source is not None and not count:
+            log.warning(
+                "%s is never read: none of the %d batches comes from it (alternation %s); set "
+                "data.pair_fraction, or leave %s empty",
+                key, streams.total_steps, streams.plan.alternation, key,
+            )  # fmt: skip
+
+
 def assemble(config: Config, world: World) -> Assembly:
     """Opens the streams, builds the model and loads the evaluations.
 

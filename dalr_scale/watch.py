@@ -27,6 +27,8 @@ log = logging.getLogger(__name__)
 PATIENCE, WINDOW = 100, 20
 # Below this share of ln N, the loss of a uniform guess, the contrastive loss has moved.
 NEAR_CHANCE = 0.98
+# A loss that was below this share of ln N has learned something that it can lose.
+LEARNED = 0.9
 # Mean cosine of different sentences above which they are one vector for every purpose.
 COLLAPSED = 0.999
 # Names of what `signs` returns.
@@ -144,7 +146,8 @@ class Watch:
         self._seen += 1
         self._recent.append((values["con"], math.log(columns), found["neighbor_cosine"]))
         self._lowest = min(self._lowest, (values["con"] / max(math.log(columns), 1e-9), step))
-        if self._seen >= PATIENCE:
+        lost = self._lowest[0] < LEARNED and len(self._recent) == WINDOW
+        if lost or self._seen >= PATIENCE:
             self._judge_learning(step)
 
     def finish(self, step: int) -> None:
@@ -157,7 +160,7 @@ class Watch:
         advice = "try a higher optim.lr, more steps, or --model.pooler=mean"
         known = "has not left"
         share, best = self._lowest
-        if share < NEAR_CHANCE:
+        if share < LEARNED:
             known = f"was {share * chance:.3f} at step {best} and is back at"
             advice = "training has diverged: lower optim.lr, add optim.warmup, or set optim.clip"
         if cosine > COLLAPSED:

@@ -72,7 +72,7 @@ class Row:
         1.35e-4, under plain data parallelism in fp32 too, and 8e-7 in float64).
         """
         if self.precision == "bf16":
-            return Bounds(steps=0.05, weights=0.05, gate=0, order=0, kink=0, norms=True)
+            return Bounds(steps=0.1, weights=0.05, gate=0, order=0, kink=0, norms=True)
         online = any("hf:" in str(value) for value in self.changes.values())
         if self.precision == "fp64" and not online:
             return Bounds(steps=1e-9, weights=1e-9, gate=1e-12, order=1e-14, kink=1e-13)

@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import random
 import typing
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,9 +19,10 @@ from dalr_scale.contradictions import (
     idle_terms,
     settings_without_effect,
 )
+from dalr_scale.data.order import StreamPlan
 from dalr_scale.errors import UserError
 from dalr_scale.objective import unmatched_rows
-from dalr_scale.preflight import warn_without_effect
+from dalr_scale.preflight import warn_unread_streams, warn_without_effect
 
 BASE = {
     "data.pairs": ["p.tar"],
@@ -159,3 +161,19 @@ def test_what_is_said_to_change_nothing_changes_nothing(seed: int) -> None:
         changed = dataclasses.replace(spec, **{name: other_value(name, getattr(spec, name), rng)})
         # a weight below a group of weight 0 is idle, and so is a group without weights
         assert total(changed) == before, name
+
+
+@pytest.mark.parametrize(
+    ("alternation", "said"), [("reference", ["data.text is never read"]), ("proportional", [])]
+)
+def test_a_stream_that_is_never_read_is_warned_of(
+    alternation: Any, said: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Fewer than two text batches for each paired one: the published rule pairs every step."""
+    plan = StreamPlan(
+        seed=1, global_batch=10, text_items=60, pair_items=60, alternation=alternation
+    )
+    streams = SimpleNamespace(text=object(), pairs=object(), plan=plan, total_steps=12)
+    warn_unread_streams(streams)  # type: ignore[arg-type]
+    assert len(caplog.messages) == len(said)
+    assert all(words in message for words, message in zip(said, caplog.messages, strict=True))

@@ -89,6 +89,9 @@ def test_a_loss_that_is_back_at_chance_is_called_diverged(caplog: pytest.LogCapt
         loss = 1.0 if step < 5 else math.log(64)
         watch.check_means({"con": loss}, GOOD, columns=64, step=step)
     (record,) = caplog.records
+    assert f"step {WINDOW + 4}:" in record.getMessage(), (
+        "without waiting: there was something to lose"
+    )
     assert "was 1.000 at step 1 and is back at ln N" in record.getMessage()
     assert "lower optim.lr" in record.getMessage()
 
