@@ -9,7 +9,8 @@ import types
 import typing
 from typing import Any
 
-from dalr_scale.config import PRESETS, Config, recipe_names
+from dalr_scale.config import Config, recipe_names
+from dalr_scale.presets import PRESETS
 from dalr_scale.ranges import LENGTHS, RANGES
 
 

@@ -10,9 +10,10 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
-from dalr_scale.config import PRESETS, Config, ObjectiveConfig
+from dalr_scale.config import Config, ObjectiveConfig
 from dalr_scale.errors import UserError
 from dalr_scale.objective import Needs, needs_of
+from dalr_scale.presets import PRESETS
 
 STORED = "features:"
 

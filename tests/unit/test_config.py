@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 
 from dalr_scale import plan, train
 from dalr_scale.config import (
-    PRESETS,
     Config,
     build_config,
     load_config,
@@ -26,6 +25,7 @@ from dalr_scale.config import (
 )
 from dalr_scale.config_text import allowed_values, help_text, to_toml
 from dalr_scale.errors import UserError
+from dalr_scale.presets import PRESETS
 from dalr_scale.ranges import LENGTHS, RANGES
 
 SECTIONS = {f.name: typing.get_type_hints(Config)[f.name] for f in dataclasses.fields(Config)}

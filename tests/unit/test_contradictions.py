@@ -13,7 +13,7 @@ import pytest
 from common import as_layer
 from objective_tools import terms_and_total, views, with_unmatched
 
-from dalr_scale.config import PRESETS, Config, ObjectiveConfig, build_config, load_config
+from dalr_scale.config import Config, ObjectiveConfig, build_config, load_config
 from dalr_scale.contradictions import (
     check_contradictions,
     idle_terms,
@@ -23,6 +23,7 @@ from dalr_scale.data.order import StreamPlan
 from dalr_scale.errors import UserError
 from dalr_scale.objective import unmatched_rows
 from dalr_scale.preflight import warn_unread_streams, warn_without_effect
+from dalr_scale.presets import PRESETS
 
 BASE = {
     "data.pairs": ["p.tar"],
