@@ -232,7 +232,7 @@ def text_similarity(
     dtype = getattr(torch, objective.teacher_similarity_dtype)
     if objective.teacher_mix == "features" and len(rows.text) > 1:
         mixed = [
-            sum(w * _wide(e) for w, e in zip(weights, side.text, strict=True))
+            sum(w * _wide(e, dtype) for w, e in zip(weights, side.text, strict=True))
             for side in (rows, cols)
         ]
         return Similarity(((1.0, mixed[0], mixed[1]),), dtype)  # pyright: ignore[reportArgumentType]
@@ -247,9 +247,10 @@ def rank_similarity(
     return Similarity(factors, getattr(torch, objective.teacher_similarity_dtype))
 
 
-def _wide(features: Tensor) -> Tensor:
-    """Stored features are float16; sums of them are not taken in that."""
-    return features if features.dtype == torch.float64 else features.float()
+def _wide(features: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Features as they are summed: in float32 at least, in float64 where they or `dtype` are."""
+    double = torch.float64 in (features.dtype, dtype)
+    return features.double() if double else features.float()
 
 
 def _mask_ids(rows: Views, cols: Views, objective: ObjectiveConfig) -> dict[str, Any]:

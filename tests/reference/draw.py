@@ -67,16 +67,13 @@ class Row:
         little averages out, gradient norms were seen to be off by 6 % (losses by less than 1 %).
 
         A frozen encoder computes in float32 in every run, and in float64 in the reference.
-        AdamW divides a gradient by its own size: where it is little more than rounding, a weight of
-        fp32 moves by a part of the rate that says nothing. Hence 3e-4 for weights (row 117:
-        1.35e-4, under plain data parallelism in fp32 too, and 8e-7 in float64).
         """
         if self.precision == "bf16":
             return Bounds(steps=0.1, weights=0.05, gate=0, order=0, kink=0, norms=True)
         online = any("hf:" in str(value) for value in self.changes.values())
         if self.precision == "fp64" and not online:
             return Bounds(steps=1e-9, weights=1e-9, gate=1e-12, order=1e-14, kink=1e-13)
-        return Bounds(steps=1e-4, weights=3e-4, gate=3e-6, order=1.2e-7, kink=2e-6)
+        return Bounds(steps=1e-4, weights=1e-4, gate=3e-6, order=1.2e-7, kink=2e-6)
 
 
 def _filled(value: Any, data: Path) -> Any:

@@ -44,6 +44,7 @@ class Step:
 class Result:
     steps: list[Step] = field(default_factory=list)
     weights: dict[str, Tensor] = field(default_factory=dict)
+    sensitivity: dict[str, Tensor] = field(default_factory=dict)
     initial: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -54,6 +55,7 @@ def train(config: Config) -> Result:
     for step in range(run.schedule.steps):
         result.steps.append(run.step(step))
     result.weights = {name: weight.detach().clone() for name, weight in run.weights.items()}
+    result.sensitivity = run.optimizer.sensitivity
     return result
 
 
@@ -211,12 +213,18 @@ def learning_rate(config: Config, step: int, steps: int) -> float:
 
 
 class Optimizer:
-    """AdamW or SGD by hand. A weight outside of a step's terms has gradient 0, not none."""
+    """AdamW or SGD by hand. A weight outside of a step's terms has gradient 0, not none.
+
+    `sensitivity` is how far each element would have moved if its gradient had been off by the whole
+    norm of the (clipped) gradient in every step: AdamW divides by the size of the gradient, so that
+    rounding moves an element whose gradient is small further than one whose gradient is large.
+    """
 
     def __init__(self, config: Config, weights: dict[str, Tensor], embeddings: set[str]) -> None:
         self.o, self.weights, self.embeddings = config.optim, weights, embeddings
         self.m = {name: torch.zeros_like(w) for name, w in weights.items()}
         self.v = {name: torch.zeros_like(w) for name, w in weights.items()}
+        self.sensitivity = {name: torch.zeros_like(w) for name, w in weights.items()}
         self.count = 0
 
     @torch.no_grad()
@@ -235,6 +243,7 @@ class Optimizer:
             decay = o.weight_decay if w.ndim > 1 else 0.0
             if o.name == "sgd":
                 w -= rate * (g + decay * w)
+                self.sensitivity[name] += rate * scale * norm
                 continue
             w *= 1 - rate * decay
             beta_1, beta_2 = o.betas
@@ -243,4 +252,5 @@ class Optimizer:
             mean = self.m[name] / (1 - beta_1**self.count)
             root = (self.v[name] / (1 - beta_2**self.count)).sqrt()
             w -= rate * mean / (root + o.eps)
+            self.sensitivity[name] += rate * scale * norm / (root + o.eps)
         return norm

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 from typing import Any
 
 import dalr_kernels as kernels
@@ -310,3 +311,17 @@ def test_the_shared_pass_equals_separate_terms(preset: str, changes: dict[str, A
         leaves,
     )
     assert not torch.allclose(other[0], got, rtol=1e-3)
+
+
+def test_teachers_are_mixed_as_wide_as_their_similarity() -> None:
+    """float64 similarities of a sum that was rounded to float32 would be float64 in name only."""
+    torch.manual_seed(0)
+    features = [torch.randn(4, 6).half() for _ in range(2)]
+    side = SimpleNamespace(text=features)
+    for name, dtype in (("float64", torch.float64), ("float32", torch.float32)):
+        objective = ObjectiveConfig(teacher_mix="features", teacher_similarity_dtype=name)  # type: ignore[arg-type]
+        found = text_similarity(side, side, objective, (0.33, 0.67))  # type: ignore[arg-type]
+        mixed = found.factors[0][1]
+        assert mixed.dtype == dtype
+        exact = 0.33 * features[0].double() + 0.67 * features[1].double()
+        assert torch.equal(mixed, exact) == (name == "float64")
