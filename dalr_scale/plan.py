@@ -28,7 +28,7 @@ from dalr_scale.models.dalr import DalrModel
 from dalr_scale.preflight import (
     assemble,
     check_settings,
-    warn_unread_streams,
+    warn_of_streams,
     warn_without_effect,
 )
 
@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{config.data.builder} data: drawn in {config.data.shards} unless they are there")
     prepare_data(config, World(0, 1, world.device))
     streams, parts, _ = assemble(config, world)
-    warn_unread_streams(streams)
+    warn_of_streams(streams)
     where = "this host's" if options.device == "auto" else "as asked for"
     print(f"planned for: {device.type} ({where}), {config.engine.precision}")
     print(report.arithmetic(config, streams, parts.model, options.ranks))

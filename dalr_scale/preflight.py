@@ -67,8 +67,11 @@ def warn_without_effect(config: Config) -> None:
         log.warning("without effect in this run: %s", ", ".join(idle))
 
 
-def warn_unread_streams(streams: Streams) -> None:
-    """Says which stream no batch comes from: the reference rule may leave the text out for good."""
+def warn_of_streams(streams: Streams) -> None:
+    """Says which stream is never read, and which one never fills a batch.
+
+    The reference rule may leave the text out for good; kept tails may be all that there is.
+    """
     given = {"data.text": streams.text, "data.pairs": streams.pairs}
     batches = streams.plan.batches_before(streams.total_steps)
     for (key, source), count in zip(given.items(), batches, strict=True):
@@ -77,6 +80,11 @@ def warn_unread_streams(streams: Streams) -> None:
                 "%s is never read: none of the %d batches comes from it (alternation %s); set "
                 "data.pair_fraction, or leave %s empty",
                 key, streams.total_steps, streams.plan.alternation, key,
+            )  # fmt: skip
+        elif source is not None and source.num_items < streams.plan.global_batch:
+            log.warning(
+                "%s has %d items: each of its batches is shorter than batch.global_size = %d",
+                key, source.num_items, streams.plan.global_batch,
             )  # fmt: skip
 
 

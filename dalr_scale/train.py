@@ -150,7 +150,7 @@ def _prepare(config: Config, world: Any) -> _Prepared:
     from dalr_scale.assembly import prepare_data
     from dalr_scale.dist.engine import build_engine
     from dalr_scale.optim import build_optimizer
-    from dalr_scale.preflight import assemble, warn_unread_streams, warn_without_effect
+    from dalr_scale.preflight import assemble, warn_of_streams, warn_without_effect
 
     prepare_data(config, world)
     streams, parts, suite = assemble(config, world)
@@ -159,7 +159,7 @@ def _prepare(config: Config, world: Any) -> _Prepared:
         print(report.arithmetic(config, streams, parts.model, world.size))
         print(report.needs(config, parts.model, world.size), flush=True)
         warn_without_effect(config)
-        warn_unread_streams(streams)
+        warn_of_streams(streams)
     optimizer = build_optimizer(parts.model, config.optim)
     engine, ds_config = build_engine(parts.model, optimizer, config, world)
     return _Prepared(streams, parts, suite, engine, ds_config, fingerprint)

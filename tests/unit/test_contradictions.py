@@ -22,7 +22,7 @@ from dalr_scale.contradictions import (
 from dalr_scale.data.order import StreamPlan
 from dalr_scale.errors import UserError
 from dalr_scale.objective import unmatched_rows
-from dalr_scale.preflight import warn_unread_streams, warn_without_effect
+from dalr_scale.preflight import warn_of_streams, warn_without_effect
 from dalr_scale.presets import PRESETS
 
 BASE = {
@@ -174,7 +174,17 @@ def test_a_stream_that_is_never_read_is_warned_of(
     plan = StreamPlan(
         seed=1, global_batch=10, text_items=60, pair_items=60, alternation=alternation
     )
-    streams = SimpleNamespace(text=object(), pairs=object(), plan=plan, total_steps=12)
-    warn_unread_streams(streams)  # type: ignore[arg-type]
+    source = SimpleNamespace(num_items=60)
+    streams = SimpleNamespace(text=source, pairs=source, plan=plan, total_steps=12)
+    warn_of_streams(streams)  # type: ignore[arg-type]
     assert len(caplog.messages) == len(said)
     assert all(words in message for words, message in zip(said, caplog.messages, strict=True))
+
+
+def test_a_stream_that_never_fills_a_batch_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    plan = StreamPlan(seed=1, global_batch=10, text_items=7, tail="keep")
+    text = SimpleNamespace(num_items=7)
+    streams = SimpleNamespace(text=text, pairs=None, plan=plan, total_steps=12)
+    warn_of_streams(streams)  # type: ignore[arg-type]
+    (message,) = caplog.messages
+    assert "data.text has 7 items: each of its batches is shorter" in message
