@@ -356,9 +356,12 @@ def all_tails() -> list[Case]:
 
 
 def cover() -> list[Case]:
-    """Cases in which every two values of any two axes meet: the part of ``make test``."""
-    axes = (WORLDS, PRESETS, KINDS, BATCHES, CHUNKS, DROPOUT)
+    """Cases in which every two values of any two axes meet, at one and two ranks, and one of each
+    engine at four: the part of ``make test``."""
+    axes = ((1, 2), PRESETS, KINDS, BATCHES, CHUNKS, DROPOUT)
     picked = pairwise(axes)
+    picked += [(4, "dalr", kind, "pair", "four", "row") for kind in KINDS]
+    picked += [(4, "dalr-reference", "ddp", "pair", "ragged", "off")]
     extra = [Case(2, "dalr", kind, "pair", "four", "row", "offload") for kind in ZERO]
     extra += [Case(2, "dalr", kind, "pair", "four", "row", "checkpoint") for kind in KINDS]
     extra += [Case(2, "dalr", kind, "pair", "four", "off", "adamw") for kind in KINDS]

@@ -31,7 +31,7 @@ from reference.material import write_material
 from dalr_scale.fingerprint import package_versions
 
 RESULTS = Path(__file__).parent / "results"
-ROWS = 320
+ROWS = 336
 PROCESSES = 2
 pytestmark = pytest.mark.soak
 
