@@ -171,9 +171,7 @@ for name in ("first", "second"):
 def test_several_ranks_train_twice(tiny_data: Path, tmp_path: Path) -> None:
     """The second process group must not read what the first one left in the launcher's store."""
     (tmp_path / "twice.py").write_text(SCRIPT)
-    file = write_config(
-        tiny_config(tiny_data, {"engine.timeout_minutes": 0.5}), tmp_path / "a.toml"
-    )
+    file = write_config(tiny_config(tiny_data), tmp_path / "a.toml")
     words = ("--use_deepspeed", "--num_processes=2", str(tmp_path / "twice.py"))
     with contextlib.chdir(tmp_path):  # where runs/NAME is
         done = accelerate(*words, f"--config={file}", *QUICK)
