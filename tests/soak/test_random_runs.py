@@ -129,7 +129,7 @@ def test_a_stop_after_every_step_changes_no_bit(
 
 
 @pytest.mark.parametrize(
-    ("engine", "ranks"), itertools.product(ENGINES, (1, 2)), ids=lambda value: str(value)
+    ("engine", "ranks"), list(itertools.product(ENGINES, (1, 2))), ids=str
 )
 def test_every_engine_trains_what_the_reference_trains(
     engine: Engine, ranks: int, tmp_path: Path
