@@ -128,9 +128,7 @@ def test_a_stop_after_every_step_changes_no_bit(
     assert stopped_after_every_step(config, tmp_path, ranks=2) == []
 
 
-@pytest.mark.parametrize(
-    ("engine", "ranks"), list(itertools.product(ENGINES, (1, 2))), ids=str
-)
+@pytest.mark.parametrize(("engine", "ranks"), list(itertools.product(ENGINES, (1, 2))), ids=str)
 def test_every_engine_trains_what_the_reference_trains(
     engine: Engine, ranks: int, tmp_path: Path
 ) -> None:
