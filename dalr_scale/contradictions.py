@@ -39,7 +39,7 @@ def _contradictions(config: Config) -> Iterator[str]:
 def _of_encoder(config: Config) -> Iterator[str]:
     model = config.model
     if bool(model.encoder) == bool(model.architecture):
-        yield "set exactly one of model.encoder (a folder) and model.architecture"
+        yield "set exactly one of model.encoder (a directory) and model.architecture"
     if model.encoder and config.data.tokenizer:
         yield "data.tokenizer is for a new encoder; model.encoder brings its own"
     if not model.encoder and not config.data.tokenizer:
@@ -76,7 +76,7 @@ def _of_data(config: Config) -> Iterator[str]:
     needs = needs_of(config.objective)
     if not data.pairs and (needs.image or needs.caption or needs.tokens):
         yield (
-            f"objective {config.objective.preset} learns from pictures: name their shards in "
+            f"objective {config.objective.preset} learns from images: name their shards in "
             "data.pairs, or set --objective.preset=simcse"
         )
     for name in ("pairs", "text"):
@@ -102,7 +102,7 @@ def _of_evaluation(config: Config) -> Iterator[str]:
         yield f"eval.select = '{options.select}' is not one of the tasks {listed}"
     if options.retrieval and not config.teachers.image.startswith(STORED):
         yield (
-            "eval.retrieval reads stored picture features: set teachers.image = features:NAME, or "
+            "eval.retrieval reads stored image features: set teachers.image = features:NAME, or "
             "leave eval.retrieval empty"
         )
 
@@ -139,9 +139,9 @@ def idle_terms(objective: ObjectiveConfig) -> dict[str, str]:
             o.intra_kl_weight > 0 or o.rank_weight > 0 or o.g2l_weight > 0,
             "no intra-modal term has a weight",
         ),
-        "vl_temperature": (branches, "no term compares texts with pictures"),
-        "vl_margin": (branches, "no term compares texts with pictures"),
-        "false_negative_threshold": (branches, "no term compares texts with pictures"),
+        "vl_temperature": (branches, "no term compares texts with images"),
+        "vl_margin": (branches, "no term compares texts with images"),
+        "false_negative_threshold": (branches, "no term compares texts with images"),
         "image_weight": (o.cross_weight > 0, "cross_weight is 0"),
         "caption_weight": (o.cross_weight > 0, "cross_weight is 0"),
         "consistency_weight": (o.cross_weight > 0, "cross_weight is 0"),
@@ -149,7 +149,7 @@ def idle_terms(objective: ObjectiveConfig) -> dict[str, str]:
         "intra_kl_weight": (intra, "intra_weight is 0"),
         "rank_weight": (intra, "intra_weight is 0"),
         "g2l_weight": (intra, "intra_weight is 0"),
-        "soft_labels": (soft and image, "no margin of a picture branch to soften"),
+        "soft_labels": (soft and image, "no margin of a image branch to soften"),
         "caption_soft_labels": (soft and caption, "no margin of a caption branch to soften"),
         "clamp_soft_labels": (_softened(o, soft), "no soft labels"),
         "unmatched": (needs.consistency and o.consistency_weight > 0, "L_cons has no weight"),
@@ -192,7 +192,7 @@ def _idle_objective(config: Config) -> Iterator[tuple[str, str]]:
     elif not (o.intra_weight > 0 and (o.intra_kl_weight > 0 or o.rank_weight > 0)):
         yield "objective.distil_text_batches", "L_IMA and L_rank have no weight"
     if not data.pairs:
-        yield "objective.same_image", "there are no pictures"
+        yield "objective.same_image", "there are no images"
     if len(teachers.text) < 2:
         yield "objective.teacher_mix", "there is one sentence teacher"
     if len(teachers.tokens) < 2:
@@ -211,7 +211,7 @@ def _idle_data(config: Config) -> Iterator[tuple[str, str]]:
         yield "data.cache", "data.remote is empty"
     if not (needs.image and teachers.image and not teachers.image.startswith(STORED)):
         for key in ("crop_area", "flip"):
-            yield f"data.{key}", "no teacher reads pictures online"
+            yield f"data.{key}", "no teacher reads images online"
     yield from _idle_teachers(config, needs)
 
 
@@ -234,9 +234,9 @@ def _idle_teachers(config: Config, needs: Needs) -> Iterator[tuple[str, str]]:
 def _idle_others(config: Config) -> Iterator[tuple[str, str]]:
     needs, options = needs_of(config.objective), config.eval
     if not needs.grounding:
-        yield "model.grounding_width", "no term compares texts with pictures"
+        yield "model.grounding_width", "no term compares texts with images"
     if not (needs.grounding and config.objective.image_weight > 0):
-        yield "eval.retrieval", "no term compares texts with pictures"
+        yield "eval.retrieval", "no term compares texts with images"
     if not needs.consistency:
         yield "model.consistency_width", "the consistency module is not used"
     if config.optim.name == "sgd":

@@ -51,7 +51,7 @@ CONTRADICTIONS: list[tuple[dict[str, Any], str]] = [
     ({"engine.precision": "fp64"}, "fp64 exists on --engine.kind=ddp only"),
     ({"optim.steps": 30, "optim.epochs": 2.0}, "optim.steps = 30 and optim.epochs = 2 both"),
     ({"data.pairs": [], "data.text": []}, "both empty"),
-    ({"data.pairs": []}, "learns from pictures"),
+    ({"data.pairs": []}, "learns from images"),
     ({"data.pair_weights": [1, 2]}, "2 weights for 1 sources"),
     ({"data.text_weights": [1, 2]}, "2 weights for 1 sources"),
     (
@@ -60,7 +60,7 @@ CONTRADICTIONS: list[tuple[dict[str, Any], str]] = [
     ),
     ({"eval.select": "STS12"}, "eval.select = 'STS12' is not one of the tasks graded-dev"),
     ({"eval.select": "x", "eval.graded_dev": ""}, "none: eval.tasks and eval.graded_dev"),
-    ({"eval.retrieval": ["x"], "teachers.image": "open_clip:x"}, "reads stored picture features"),
+    ({"eval.retrieval": ["x"], "teachers.image": "open_clip:x"}, "reads stored image features"),
 ]
 
 
