@@ -312,8 +312,10 @@ def find_checkpoint(run_dir: Path, world: World) -> Checkpoint | None:
             f"{run_dir}/status.json names {status['checkpoint']}, but there is no checkpoint; "
             "restore it, or give the work up with --run.from_scratch=true"
         )
+    if status is not None:
+        return None
     steps = world.broadcast_object(_recorded_steps(run_dir) if world.rank == 0 else 0)
-    if status is None and steps:
+    if steps:
         raise UserError(
             f"{run_dir}/metrics.jsonl has {steps} steps, but checkpoints/ and status.json are "
             "gone; restore them, or move what is left aside with --run.from_scratch=true"

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -157,9 +157,7 @@ class DeepSpeedEngine:
     def untouched(self) -> dict[str, float]:
         from deepspeed.utils import safe_get_full_grad
 
-        parameters = dict(self.module.named_parameters())
-        gradients = {name: safe_get_full_grad(parameters[name]) for name in self._untouched}
-        return {n: 0.0 if g is None else float(g.abs().max()) for n, g in gradients.items()}
+        return largest_gradients(self.module, self._untouched, safe_get_full_grad)
 
     def backward(self, loss: Tensor) -> None:
         self.engine.backward(loss)
@@ -253,9 +251,18 @@ def zero_missing_gradients(module: nn.Module, optimizer: Any) -> list[str]:
             continue
         # a parameter of ZeRO-3 is empty outside of a forward pass, and refuses a whole gradient
         data, parameter.data = parameter.data, zero
-        parameter.grad = torch.zeros_like(zero)
+        parameter.grad = zero
         parameter.data = data
     return missing
+
+
+def largest_gradients(
+    module: nn.Module, names: list[str], read: Callable[[nn.Parameter], Tensor | None]
+) -> dict[str, float]:
+    """Largest absolute element of the gradients of some parameters; 0 where there is none."""
+    parameters = dict(module.named_parameters())
+    gradients = {name: read(parameters[name]) for name in names}
+    return {n: 0.0 if g is None else float(g.abs().max()) for n, g in gradients.items()}
 
 
 class WideSums:
@@ -332,9 +339,7 @@ class PlainEngine:
         self._average()
 
     def untouched(self) -> dict[str, float]:
-        parameters = dict(self.module.named_parameters())
-        gradients = {name: parameters[name].grad for name in self._untouched}
-        return {n: 0.0 if g is None else float(g.abs().max()) for n, g in gradients.items()}
+        return largest_gradients(self.module, self._untouched, lambda parameter: parameter.grad)
 
     def _average(self) -> None:
         parameters = [p for g in self.optimizer.param_groups for p in g["params"]]
