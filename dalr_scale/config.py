@@ -122,7 +122,7 @@ class TeachersConfig:
     )
     tokens: tuple[str, ...] = opt(
         (),
-        "token teachers for global-to-local: at most one 'features:NAME', any 'hf:FOLDER'; "
+        "token teachers for global-to-local: at most one 'features:NAME', any 'hf:DIRECTORY'; "
         "several are weighted as the sentence teachers at their positions",
     )
 
@@ -202,7 +202,7 @@ class ObjectiveConfig:
         "proportional", "how text-only and paired batches take turns"
     )
     tail: Literal["drop", "keep"] = opt(
-        "drop", "the last batch of a pass when it is not full (keep: if it has two rows or more)"
+        "drop", "the last batch of an epoch when it is not full (keep: if it has two rows or more)"
     )
 
 

@@ -43,7 +43,7 @@ def _of_encoder(config: Config) -> Iterator[str]:
     if model.encoder and config.data.tokenizer:
         yield "data.tokenizer is for a new encoder; model.encoder brings its own"
     if not model.encoder and not config.data.tokenizer:
-        yield "a new encoder needs data.tokenizer: a folder or a vocab.txt"
+        yield "a new encoder needs data.tokenizer: a directory or a vocab.txt"
 
 
 def _of_engine(config: Config) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""Errors that a user meets: wrong input, and training that cannot go on."""
+"""Errors that a user meets: wrong input, and training that cannot continue."""
 
 
 class UserError(ValueError):
@@ -6,4 +6,4 @@ class UserError(ValueError):
 
 
 class TrainingError(RuntimeError):
-    """Training cannot go on; the message names step and cause."""
+    """Training cannot continue; the message names step and cause."""

@@ -242,7 +242,7 @@ def check_fingerprint(
     if lines and not allow_change:
         raise UserError(
             "the checkpoint was made with other versions, settings or files; restore them, use a "
-            "new run folder, or accept the change with --run.allow_change=true:\n  "
+            "new run directory, or accept the change with --run.allow_change=true:\n  "
             + "\n  ".join(lines)
         )
     return lines

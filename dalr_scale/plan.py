@@ -4,8 +4,8 @@ Prints the batch arithmetic, the memory of a rank by purpose, the bytes a rank s
 the time a step takes on this host (one chunk is really encoded). No run folder is written; but what
 a run would do to its data first is done here too, since the numbers come from them: a recipe with a
 builder draws its data and trains its teachers (``data.builder``), and missing indexes are built.
-Settings and data that a run refuses are refused here in the same words; what the run folder holds
-already is not looked at.
+Settings and data that a run refuses are refused here in the same words; what the run directory
+already holds is not looked at.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if config.data.builder != "none":
         print(f"{config.data.builder} data: drawn in {config.data.shards} unless they are there")
     prepare_data(config, World(0, 1, world.device))
-    streams, parts, _ = assemble(config, world)
+    streams, parts, *_ = assemble(config, world)
     warn_of_streams(streams)
     where = "this host's" if options.device == "auto" else "as asked for"
     print(f"planned for: {device.type} ({where}), {config.engine.precision}")

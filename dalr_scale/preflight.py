@@ -21,6 +21,7 @@ from dalr_scale.assembly import (
 )
 from dalr_scale.config import Config
 from dalr_scale.contradictions import check_contradictions, settings_without_effect
+from dalr_scale.data.source import Source
 from dalr_scale.dist.ds_config import ds_config
 from dalr_scale.dist.engine import resolve_precision
 from dalr_scale.dist.world import World
@@ -39,6 +40,7 @@ class Assembly(NamedTuple):
     streams: Streams
     parts: ModelParts
     suite: EvaluationSuite
+    held_out: Source | None
 
 
 def check_settings(config: Config, ranks: int) -> None:
@@ -48,7 +50,7 @@ def check_settings(config: Config, ranks: int) -> None:
         UserError: one sentence that names the setting and the fix.
     """
     if config.run_dir.exists() and not config.run_dir.is_dir():
-        raise UserError(f"{config.run_dir} cannot be a run folder: it is a file; choose another")
+        raise UserError(f"{config.run_dir} cannot be a run directory: it is a file; choose another")
     rows = check_arithmetic(config, ranks)
     check_contradictions(config)
     if config.optim.steps:
@@ -98,5 +100,6 @@ def assemble(config: Config, world: World) -> Assembly:
     """
     streams = build_streams(config)
     parts = build_model(config, streams, world)
-    suite = build_suite(config, parts.model.encoder, open_held_out(config), world)
-    return Assembly(streams, parts, suite)
+    held_out = open_held_out(config)
+    suite = build_suite(config, parts.model.encoder, held_out, world)
+    return Assembly(streams, parts, suite, held_out)

@@ -116,7 +116,7 @@ def _mark_failed(config: Config, world: Any) -> None:
 
 
 def _train_in_world(config: Config, world: Any, held: contextlib.ExitStack) -> int:
-    """`held` has what belongs to the run folder: the log, and from here on the lock."""
+    """`held` has what belongs to the run directory: the log, and from here on the lock."""
     from dalr_scale.preempt import StopFlag
     from dalr_scale.runstate import lock_run_folder
 
@@ -135,7 +135,7 @@ def _train_in_world(config: Config, world: Any, held: contextlib.ExitStack) -> i
 
 @dataclass(frozen=True)
 class _Prepared:
-    """Everything that a run is made of; nothing has been written into its folder yet."""
+    """Everything that a run is made of; nothing has been written into its directory yet."""
 
     streams: Any
     parts: Any
@@ -153,8 +153,8 @@ def _prepare(config: Config, world: Any) -> _Prepared:
     from dalr_scale.preflight import assemble, warn_of_streams, warn_without_effect
 
     prepare_data(config, world)
-    streams, parts, suite = assemble(config, world)
-    fingerprint = _fingerprint(config, world, streams)
+    streams, parts, suite, held_out = assemble(config, world)
+    fingerprint = _fingerprint(config, world, streams, held_out)
     if world.rank == 0:
         print(report.arithmetic(config, streams, parts.model, world.size))
         print(report.needs(config, parts.model, world.size), flush=True)
@@ -165,12 +165,10 @@ def _prepare(config: Config, world: Any) -> _Prepared:
     return _Prepared(streams, parts, suite, engine, ds_config, fingerprint)
 
 
-def _fingerprint(config: Config, world: Any, streams: Any) -> dict[str, Any]:
-    from dalr_scale.assembly import open_held_out
+def _fingerprint(config: Config, world: Any, streams: Any, held_out: Any) -> dict[str, Any]:
     from dalr_scale.dist.engine import resolve_precision
     from dalr_scale.fingerprint import run_fingerprint
 
-    held_out = open_held_out(config)
     shards = streams.contents | ({"eval.retrieval": held_out.contents} if held_out else {})
     return run_fingerprint(
         config,
@@ -274,7 +272,7 @@ def _finish(config: Config, world: Any, trainer: Any, run_log: Any) -> dict[str,
 def _is_finished(config: Config, world: Any) -> bool:
     """A run that is done is shown again, not trained again; another one is refused."""
     from dalr_scale import report
-    from dalr_scale.assembly import build_streams
+    from dalr_scale.assembly import build_streams, open_held_out
     from dalr_scale.dist.world import World
     from dalr_scale.runstate import read_status
 
@@ -285,7 +283,7 @@ def _is_finished(config: Config, world: Any) -> bool:
     if world.rank == 0:
         try:
             streams, alone = build_streams(config), World(0, 1, world.device)
-            now = _fingerprint(config, alone, streams)
+            now = _fingerprint(config, alone, streams, open_held_out(config))
         except UserError as error:  # data that were deleted since do not hide the result
             log.debug("the inputs of the finished run are not compared: %s", error)
     _refuse_other_run(config, world, now)
@@ -299,7 +297,7 @@ def _is_finished(config: Config, world: Any) -> bool:
 
 
 def _refuse_other_run(config: Config, world: Any, now: dict[str, Any] | None) -> None:
-    """A run folder is not handed to another run; rank 0 looks, as it alone writes there."""
+    """A run directory is not handed to another run; rank 0 looks, as it alone writes there."""
     refusal = None
     if world.rank == 0 and (config.run_dir / "config.toml").exists():
         try:
@@ -311,7 +309,7 @@ def _refuse_other_run(config: Config, world: Any, now: dict[str, Any] | None) ->
 
 
 def refuse_other_run(config: Config, now: dict[str, Any] | None) -> None:
-    """Compares the run in the folder with this one, `now` (None: its settings only).
+    """Compares the run in the directory with this one, `now` (None: its settings only).
 
     Versions may differ: nothing that they computed is continued.
     """
@@ -342,7 +340,7 @@ def _starts_from_scratch(config: Config, world: Any) -> bool:
 
 
 def _set_aside(config: Config, world: Any, held: contextlib.ExitStack) -> None:
-    """Renames the earlier run's folder; log and lock lie in it and are opened anew."""
+    """Renames the earlier run's directory; log and lock lie in it and are opened again."""
     from dalr_scale.metrics import logging_to
     from dalr_scale.runstate import lock_run_folder
 

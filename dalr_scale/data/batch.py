@@ -26,7 +26,7 @@ class BadRow(NamedTuple):
 class Batch:
     """The rows of one rank for one step; b rows, L tokens, T teacher tokens.
 
-    In the last batch of a pass the last rows may be padding (``order.rank_rows``).
+    In the last batch of an epoch the last rows may be padding (``order.rank_rows``).
 
     Attributes:
         step: number of the step.

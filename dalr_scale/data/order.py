@@ -267,7 +267,7 @@ class StreamPlan:
     def batch_ids(self, step: int) -> np.ndarray:
         """Return the global batch of a step: int64 item numbers [global_batch] of its stream.
 
-        The batch is shorter only for the last batch of a pass under ``tail="keep"``. Which rows a
+        The batch is shorter only for the last batch of an epoch under ``tail="keep"``. Which rows a
         rank takes: ``rank_rows``.
         """
         if step < 0:

@@ -142,7 +142,7 @@ _FIXED: dict[str, tuple[tuple[Any, ...], str]] = {
     "fp16.enabled": ((False,), "engine.precision knows fp32 and bf16, which need no loss scale"),
     "fp16.fp16_master_weights_and_grads": ((False,), _MASTERS),
     "checkpoint.load_universal": ((False,), "the trainer reads its checkpoints at any ranks"),
-    "checkpoint.use_node_local_storage": ((False,), "checkpoints are verified in the run folder"),
+    "checkpoint.use_node_local_storage": ((False,), "checkpoints are verified in the run directory"),
     "checkpoint.checkpoint_serialization": ((True,), "checkpoints are read piece by piece"),
     "compile.deepcompile": ((False,), "it replaces the backward pass"),
     "hybrid_engine.enabled": ((False,), "it is for generation"),
@@ -150,7 +150,7 @@ _FIXED: dict[str, tuple[tuple[Any, ...], str]] = {
     "zero_optimization.zero_quantized_nontrainable_weights": ((False,), _EXACT),
     "zero_optimization.zero_quantized_gradients": ((False,), _EXACT),
     "zero_optimization.compute_grad_norm": ((True,), "the norm of every step is reported"),
-    "zero_optimization.load_from_fp32_weights": ((True,), "a resumed run goes on bit for bit"),
+    "zero_optimization.load_from_fp32_weights": ((True,), "a resumed run continues bit-identically"),
     "zero_optimization.elastic_checkpoint": (
         (False,),
         "the trainer reads its checkpoints at any ranks",
@@ -158,7 +158,7 @@ _FIXED: dict[str, tuple[tuple[Any, ...], str]] = {
     "zero_optimization.legacy_stage1": ((False,), "DeepSpeed has removed it"),
     "zero_optimization.ignore_unused_parameters": (
         (True,),
-        "text-only steps leave the picture heads out",
+        "text-only steps leave the image heads out",
     ),
     "zero_optimization.offload_optimizer.ratio": ((1.0,), "the optimizer is torch's"),
     "zero_optimization.offload_optimizer.super_offload": ((False,), "the optimizer is torch's"),

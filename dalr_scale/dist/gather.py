@@ -7,7 +7,7 @@ ranks say about it. The engine then **averages** parameter gradients over ranks.
 and 1/W make exactly the gradient of the mean over all N rows; no factor W stands anywhere. The
 rule holds with gradient caching too, because the cached gradients come out of this same pass.
 
-**Padded batches.** The last batch of a pass may have N rows that W does not divide. Every rank then
+**Padded batches.** The last batch of an epoch may have N rows that W does not divide. Every rank then
 holds c = ceil(N/W) rows, so that all collectives stay equally long; the places after row N-1 repeat
 it. Gathered columns are cut to their first N. Rank r has v_r real rows, and the mean over them is
 weighted v_r * W / N: averaged over ranks this is the mean over the N rows again (`Share`).

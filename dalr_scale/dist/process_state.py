@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 _PREFIXES = ("ACCELERATE_", "FSDP_", "MEGATRON_LM_", "PARALLELISM_CONFIG_")
 # these change neither what is computed nor how it is distributed
 _HARMLESS = ("ACCELERATE_LOG_LEVEL", "ACCELERATE_DEBUG_MODE", "ACCELERATE_CPU_AFFINITY")
-# what a launcher without wishes sets; DeepSpeed itself is what such a launch is for
+# what a launcher sets by default; DeepSpeed itself is what such a launch is for
 _NEUTRAL = ("", "no", "none", "false", "0", "1")
 _ASK_FOR_SOMETHING = (
     "ACCELERATE_DYNAMO_BACKEND",
@@ -49,7 +49,7 @@ class Environment:
         self._before = _own(os.environ)
 
     def ignore_launcher_settings(self, *, warn: bool) -> None:
-        """Removes the launcher's wishes: a run does what its own configuration says."""
+        """Removes the launcher's settings: a run does what its own configuration says."""
         for name in [name for name in self._before if name.startswith(_PREFIXES)]:
             del os.environ[name]
         asked = [
@@ -78,7 +78,7 @@ def _own(variables: Mapping[str, str]) -> dict[str, str]:
 
 
 def forget_engines() -> None:
-    """Makes Accelerate, DeepSpeed and transformers start anew; imports none of them."""
+    """Makes Accelerate, DeepSpeed and transformers start afresh; imports none of them."""
     torch.nn.functional.linear = _LINEAR
     if accelerate := sys.modules.get("accelerate.state"):
         accelerate.AcceleratorState._reset_state(reset_partial_state=True)

@@ -189,7 +189,7 @@ REFUSED = [
     (f"{ZERO}.zenflow", {"topk_ratio": 0.1}, "delays"),
     (f"{ZERO}.round_robin_gradients", True, "reads weights back wrongly"),
     (f"{ZERO}.compute_grad_norm", False, "norm of every step"),
-    (f"{ZERO}.load_from_fp32_weights", False, "bit for bit"),
+    (f"{ZERO}.load_from_fp32_weights", False, "bit-identically"),
     (f"{ZERO}.ignore_unused_parameters", False, "text-only"),
     (f"{ZERO}.offload_param", {"device": "cpu"}, "zero3 only"),
     (f"{ZERO}.offload_param", {"device": "nvme"}, "zero3 only"),
