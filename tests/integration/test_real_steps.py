@@ -116,3 +116,24 @@ def test_rank_0_alone_decides_which_encoder_is_best(own: float, rank_0: float, k
     trainer_module.Trainer.evaluate(ran, SimpleNamespace(scores=lambda *_: None))  # type: ignore[arg-type]
     assert bool(exported) is kept
     assert ran.best_score == (rank_0 if kept else 0.45)
+
+
+@pytest.mark.parametrize(
+    ("pooler", "rate", "said"), [("cls_before_pooler", 2e-5, True), ("mean", 1e-3, False)]
+)
+def test_a_run_that_learns_nothing_says_so(
+    tiny_data: Path, tmp_path: Path, pooler: str, rate: float, said: bool
+) -> None:
+    """A small encoder from scratch that pools by its first token stays at ln N."""
+    changes = {
+        "objective.preset": "simcse",
+        "model.pooler": pooler,
+        "optim.lr": rate,
+        "optim.steps": 100,
+        "save.every_steps": 0,
+    }
+    file = write_config(tiny_config(tiny_data, changes), tmp_path / "run.toml")
+    words = [f"--config={file}", f"--run.dir={tmp_path / 'run'}", *NO_EVALUATION]
+    outcome = train(words, tmp_path / "log")
+    assert outcome.codes == (0,), outcome.output
+    assert ("has not left ln N" in outcome.output) is said
