@@ -18,11 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dalr_scale.cli import calm_threads, run_command
 from dalr_scale.config import Config, load_config
-from dalr_scale.config_text import settings_help
+from dalr_scale.config.text import settings_help
 from dalr_scale.errors import UserError
-from dalr_scale.failure import record_failure
+from dalr_scale.process import end_process, run_command, set_passive_omp_wait
+from dalr_scale.run.failure import record_failure
 
 log = logging.getLogger("dalr_scale.train")  # not "__main__"
 MAX_FRUITLESS_STARTS = 3
@@ -51,9 +51,9 @@ def configuration(argv: Sequence[str] | None = None) -> Config:
 def train(config: Config) -> int:
     """Runs one configuration on this rank of the world that the launcher started."""
     # heavy imports wait until the arguments are known to be right
-    calm_threads()
-    from dalr_scale.dist.world import leave_world, start_world
-    from dalr_scale.metrics import logging_to
+    set_passive_omp_wait()
+    from dalr_scale.distributed.world import leave_world, start_world
+    from dalr_scale.training.metrics import logging_to
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     _check_alone(config)
@@ -83,7 +83,7 @@ def train(config: Config) -> int:
 
 def _check_alone(config: Config) -> None:
     """Refuses wrong settings before a process group exists, each rank for itself."""
-    from dalr_scale.preflight import check_settings
+    from dalr_scale.training.preflight import check_settings
 
     try:
         check_settings(config, int(os.environ.get("WORLD_SIZE") or 1))
@@ -107,7 +107,7 @@ def _refuse(error: UserError, config: Config, world: Any) -> int:
 
 def _mark_failed(config: Config, world: Any) -> None:
     """Marks the run as failed, if it is this process that the status file calls running."""
-    from dalr_scale.runstate import read_status, write_status
+    from dalr_scale.run.state import read_status, write_status
 
     status = read_status(config.run_dir) if world.rank == 0 else None
     if status and status.get("outcome") == "running" and status.get("pid") == os.getpid():
@@ -117,8 +117,8 @@ def _mark_failed(config: Config, world: Any) -> None:
 
 def _train_in_world(config: Config, world: Any, held: contextlib.ExitStack) -> int:
     """`held` has what belongs to the run directory: the log, and from here on the lock."""
-    from dalr_scale.preempt import StopFlag
-    from dalr_scale.runstate import lock_run_folder
+    from dalr_scale.run.state import lock_run_folder
+    from dalr_scale.training.stopping import StopFlag
 
     started = time.monotonic()
     from_scratch = _starts_from_scratch(config, world)
@@ -146,11 +146,11 @@ class _Prepared:
 
 
 def _prepare(config: Config, world: Any) -> _Prepared:
-    from dalr_scale import report
-    from dalr_scale.assembly import prepare_data
-    from dalr_scale.dist.engine import build_engine
-    from dalr_scale.optim import build_optimizer
-    from dalr_scale.preflight import assemble, warn_of_streams, warn_without_effect
+    from dalr_scale.engines.engine import build_engine
+    from dalr_scale.training import report
+    from dalr_scale.training.build import prepare_data
+    from dalr_scale.training.optim import build_optimizer
+    from dalr_scale.training.preflight import assemble, warn_of_streams, warn_without_effect
 
     prepare_data(config, world)
     streams, parts, suite, held_out = assemble(config, world)
@@ -166,8 +166,8 @@ def _prepare(config: Config, world: Any) -> _Prepared:
 
 
 def _fingerprint(config: Config, world: Any, streams: Any, held_out: Any) -> dict[str, Any]:
-    from dalr_scale.dist.engine import resolve_precision
-    from dalr_scale.fingerprint import run_fingerprint
+    from dalr_scale.engines.engine import resolve_precision
+    from dalr_scale.training.fingerprint import run_fingerprint
 
     shards = streams.contents | ({"eval.retrieval": held_out.contents} if held_out else {})
     return run_fingerprint(
@@ -181,11 +181,11 @@ def _fingerprint(config: Config, world: Any, streams: Any, held_out: Any) -> dic
 
 
 def _run(config: Config, world: Any, prepared: _Prepared, started: float) -> int:
-    from dalr_scale import report
-    from dalr_scale.metrics import RunLog
-    from dalr_scale.preempt import StopFlag
-    from dalr_scale.runstate import start_status
-    from dalr_scale.trainer import Trainer, write_outcome, write_run_files
+    from dalr_scale.run.state import start_status
+    from dalr_scale.training import report
+    from dalr_scale.training.metrics import RunLog
+    from dalr_scale.training.stopping import StopFlag
+    from dalr_scale.training.trainer import Trainer, write_outcome, write_run_files
 
     streams, suite, engine = prepared.streams, prepared.suite, prepared.engine
     trainer = Trainer(config, world, streams, prepared.parts, engine, suite, prepared.fingerprint)
@@ -238,7 +238,7 @@ def _score_before(
     """Scores x 100 of the untrained encoder and of word overlap, kept in RUN/before.json for a
     resume."""
     from dalr_scale.eval.unit import UNIT, in_percent, read_scores
-    from dalr_scale.runstate import write_durably
+    from dalr_scale.run.state import write_durably
 
     path = config.run_dir / "before.json"
     if trainer.step:
@@ -271,10 +271,10 @@ def _finish(config: Config, world: Any, trainer: Any, run_log: Any) -> dict[str,
 
 def _is_finished(config: Config, world: Any) -> bool:
     """A run that is done is shown again, not trained again; another one is refused."""
-    from dalr_scale import report
-    from dalr_scale.assembly import build_streams, open_held_out
-    from dalr_scale.dist.world import World
-    from dalr_scale.runstate import read_status
+    from dalr_scale.distributed.world import World
+    from dalr_scale.run.state import read_status
+    from dalr_scale.training import report
+    from dalr_scale.training.build import build_streams, open_held_out
 
     status = world.broadcast_object(read_status(config.run_dir) if world.rank == 0 else None)
     if not status or status.get("outcome") != "finished":
@@ -313,7 +313,7 @@ def refuse_other_run(config: Config, now: dict[str, Any] | None) -> None:
 
     Versions may differ: nothing that they computed is continued.
     """
-    from dalr_scale.fingerprint import changes, settings_of
+    from dalr_scale.training.fingerprint import changes, settings_of
 
     settings = settings_of(load_config(str(config.run_dir / "config.toml")))
     before = {"config": settings}
@@ -341,8 +341,8 @@ def _starts_from_scratch(config: Config, world: Any) -> bool:
 
 def _set_aside(config: Config, world: Any, held: contextlib.ExitStack) -> None:
     """Renames the earlier run's directory; log and lock lie in it and are opened again."""
-    from dalr_scale.metrics import logging_to
-    from dalr_scale.runstate import lock_run_folder
+    from dalr_scale.run.state import lock_run_folder
+    from dalr_scale.training.metrics import logging_to
 
     world.barrier()
     if world.rank == 0:
@@ -371,7 +371,5 @@ def _give_up_on_crash_loop(fruitless: int, world: Any, run_dir: Path) -> None:
 if __name__ == "__main__":
     status = run_command(main, None)
     if "torch" in sys.modules:
-        from dalr_scale.dist.world import end_process
-
         end_process(status)
     raise SystemExit(status)

@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from dalr_scale.data.features_store import features_path
-from dalr_scale.data.images import decode_image
-from dalr_scale.data.source import Source
-from dalr_scale.data.writer import ShardSetWriter, write_text_shards
+from dalr_scale.data.shards.features_store import features_path
+from dalr_scale.data.shards.images import decode_image
+from dalr_scale.data.shards.writer import ShardSetWriter, write_text_shards
+from dalr_scale.data.stream.source import Source
 from dalr_scale.errors import UserError
 from dalr_scale.quickstart.captions import FRAMES, choose_told, tell, vocabulary
 from dalr_scale.quickstart.graded import graded_pairs
@@ -343,7 +343,7 @@ def _all_cores() -> Iterator[None]:
 
 
 def _store_features(data: QuickstartData, spec: QuickstartSpec, progress: bool) -> None:
-    from dalr_scale import features
+    from dalr_scale.commands import features
 
     options = {
         "clip": ["--image-teacher", str(data.teacher)],

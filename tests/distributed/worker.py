@@ -6,12 +6,14 @@ import json
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE), str(HERE.parent / "support")]
 
 from cases import SETS, run, save
 from facts import collect
 
-from dalr_scale.dist.world import end_process, leave_world, start_world
+from dalr_scale.distributed.world import leave_world, start_world
+from dalr_scale.process import end_process
 
 
 def main(folder: Path, which: str) -> None:
