@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dalr_scale.config import Config
+from dalr_scale.config.arguments import configuration
 from dalr_scale.config.limits import check_arithmetic
 from dalr_scale.errors import UserError
 from dalr_scale.run.failure import node_name
@@ -59,7 +60,7 @@ def examine(
     report = NodeReport(node_name(), rank)
     report.facts = versions() | {"the code of dalr_scale": _code_digest()}
     try:
-        config = _configuration(training)
+        config = configuration(training)
         run_dir = run_dir or config.run_dir
         check_arithmetic(config, nodes * processes)
         report.shards, report.facts["the list of shards"] = _shards(config)
@@ -71,16 +72,10 @@ def examine(
     return report
 
 
-def _configuration(training: Sequence[str]) -> Config:
-    from dalr_scale.train import configuration
-
-    return configuration(list(training))
-
-
 def _code_digest() -> str:
     """A checkout that one node sees in another version is as bad as another package."""
     digest = hashlib.sha256()
-    folder = Path(__file__).parent
+    folder = Path(__file__).parents[1]
     for path in sorted(folder.rglob("*.py")):
         digest.update(str(path.relative_to(folder)).encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:12]

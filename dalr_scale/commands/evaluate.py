@@ -7,12 +7,12 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from dalr_scale.commands.features import default_device
 from dalr_scale.errors import UserError
 from dalr_scale.eval.graded import load_graded, score_graded, score_lexical
 from dalr_scale.eval.sts import MAIN_TASKS, TASKS, percent, score_tasks
 from dalr_scale.models import directories as folders
 from dalr_scale.models.encoder import POOLERS, SentenceEncoder, make_encode_fn
+from dalr_scale.teachers.extract import default_device
 
 DATA_VARIABLE = "DALR_DATA"
 

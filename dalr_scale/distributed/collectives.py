@@ -9,8 +9,8 @@ rule holds with gradient caching too, because the cached gradients come out of t
 
 **Padded batches.** The last batch of an epoch may have N rows that W does not divide. Every rank
 then holds c = ceil(N/W) rows, so that all collectives stay equally long; the places after row N-1
-repeat it. Gathered columns are cut to their first N. Rank r has v_r real rows, and the mean over them is
-weighted v_r * W / N: averaged over ranks this is the mean over the N rows again (`Share`).
+repeat it. Gathered columns are cut to their first N. Rank r has v_r real rows, and the mean over
+them is weighted v_r * W / N: averaged over ranks this is the mean over the N rows again (`Share`).
 
 Gathering without gradient loses the columns' part, and no factor repairs its direction
 (discussed at length in https://github.com/mlfoundations/open_clip/issues/616).

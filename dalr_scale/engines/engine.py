@@ -36,7 +36,6 @@ from dalr_scale.engines.restore import (
     state_by_name,
 )
 from dalr_scale.errors import UserError
-from dalr_scale.training.optim import set_learning_rate
 
 log = logging.getLogger(__name__)
 
@@ -76,6 +75,12 @@ class Engine(Protocol):
     def save(self, folder: Path) -> None: ...
     def load(self, folder: Path, saved_ranks: int) -> None: ...
     def full_state(self, prefix: str) -> dict[str, Tensor]: ...
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Gives every group its share ``lr_scale`` of the learning rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("lr_scale", 1.0)
 
 
 def build_engine(

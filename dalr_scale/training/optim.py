@@ -73,8 +73,3 @@ def parameter_groups(model: nn.Module, optim: OptimConfig) -> list[dict]:
         {"params": params, "weight_decay": decay, "lr_scale": scale}
         for (decay, scale), params in groups.items()
     ]
-
-
-def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = lr * group.get("lr_scale", 1.0)

@@ -13,10 +13,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import checks, chunked
-from .row_pass import RowPass
-from .similarity import Similarity, unit
-from .terms import AlignmentKL, InfoNCE, ListMLE, ListNet, RowLosses, Term, constant_blocks
+from dalr_kernels import validation as checks
+from dalr_kernels.eager import chunked
+from dalr_kernels.eager.row_pass import RowPass
+from dalr_kernels.similarity import Similarity, unit
+from dalr_kernels.terms import (
+    AlignmentKL,
+    InfoNCE,
+    ListMLE,
+    ListNet,
+    RowLosses,
+    Term,
+    constant_blocks,
+)
 
 
 class How(NamedTuple):
@@ -166,7 +175,7 @@ def _fused(impl: str, rows: Tensor, cols: Tensor, terms: Sequence[Term]) -> bool
     """Whether the Triton kernels compute this call; "triton" that cannot run is refused."""
     if impl == "torch":
         return False
-    from . import fused
+    from dalr_kernels import fused
 
     reason = fused.unavailable(rows, cols)
     if reason is None and any(s.wider_than(rows.dtype) for t in terms for s in t.similarities()):
@@ -179,7 +188,7 @@ def _fused(impl: str, rows: Tensor, cols: Tensor, terms: Sequence[Term]) -> bool
 def _with_kernels(
     rows: Tensor, cols: Tensor, terms: Sequence[Term], col_offset: int, how: How, workspace: int
 ) -> tuple[Tensor, Tensor]:
-    from . import fused
+    from dalr_kernels import fused
 
     totals: list[Tensor] = []
     components: dict[int, Tensor] = {}

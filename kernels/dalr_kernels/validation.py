@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from .similarity import Similarity
+from dalr_kernels.similarity import Similarity
 
 IMPLEMENTATIONS = ("auto", "triton", "torch", "reference")
 MODES = ("auto", "workspace", "stream")

@@ -17,13 +17,13 @@ import pytest
 from common import ORIGIN, PICTURES, as_layer, tiny_config, tiny_layer, tree, write_config
 
 from dalr_scale import train
-from dalr_scale.process import run_command
 from dalr_scale.commands import plan
 from dalr_scale.config import BatchConfig, build_config
 from dalr_scale.config.limits import check_arithmetic
 from dalr_scale.data.shards.features_store import write_features
 from dalr_scale.errors import UserError
 from dalr_scale.estimate import predict
+from dalr_scale.process import run_command
 from dalr_scale.training import optim
 from dalr_scale.training.build import build_streams
 

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 import zstandard
 
-from dalr_scale.process import run_command
 from dalr_scale.commands import prepare
 from dalr_scale.data.shards.files import expand_shards
 from dalr_scale.data.stream.source import Source
+from dalr_scale.process import run_command
 
 SENTENCES = [f"sentence number {number} , with words" for number in range(3000)]
 PLAIN = "\n".join(SENTENCES).encode()

@@ -16,9 +16,9 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from .closed_form import Spare
-from .reference import normalise_tokens
-from .similarity import EPSILON, length
+from dalr_kernels.eager.closed_form import Spare
+from dalr_kernels.reference import normalise_tokens
+from dalr_kernels.similarity import EPSILON, length
 
 
 class BlockLosses(Protocol):

@@ -17,9 +17,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import reference
-from .margin import MIN_SINE_SQUARED
-from .similarity import Similarity
+from dalr_kernels import reference
+from dalr_kernels.margin import MIN_SINE_SQUARED
+from dalr_kernels.similarity import Similarity
 
 # Subtracted from the logit of an excluded cell: its exponential is 0, its product with 0 is too.
 EXCLUDED = 1e30

@@ -15,10 +15,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import checks, chunked
-from .closed_form import Spare, angular_margin
-from .shared import workspace_of
-from .similarity import Similarity, UnitSimilarity, unit
+from dalr_kernels import validation as checks
+from dalr_kernels.eager import chunked
+from dalr_kernels.eager.closed_form import Spare, angular_margin
+from dalr_kernels.row_losses import workspace_of
+from dalr_kernels.similarity import Similarity, UnitSimilarity, unit
 
 # Merges a tensor over ranks, element by element.
 Merge = Callable[[Tensor], Tensor]

@@ -12,10 +12,10 @@ from contextlib import ExitStack
 import torch
 from torch import Tensor
 
-from . import closed_form
-from .closed_form import Block, Sink, Spare
-from .similarity import Similarity
-from .terms import InfoNCE, Term
+from dalr_kernels.eager import closed_form
+from dalr_kernels.eager.closed_form import Block, Sink, Spare
+from dalr_kernels.similarity import Similarity
+from dalr_kernels.terms import InfoNCE, Term
 
 # A margin and the labels that soften it.
 Shift = tuple[float, Similarity | None, bool]

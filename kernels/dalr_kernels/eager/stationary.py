@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import checks, chunked
-from .shared import workspace_of
-from .similarity import unit
+from dalr_kernels import validation as checks
+from dalr_kernels.eager import chunked
+from dalr_kernels.row_losses import workspace_of
+from dalr_kernels.similarity import unit
 
 
 def token_negatives(

@@ -8,13 +8,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..chunked import spans
-from . import plan
-from .operands import Student, Teacher, student, teachers
-from .plan import Layout, Limits, Matrices, Scalars, Sizes
-from .products import add_product, full_sums, scores
-from .rows import row_kernel
-from .units import through_units
+from dalr_kernels.eager.chunked import spans
+from dalr_kernels.fused import tuning as plan
+from dalr_kernels.fused.operands import Student, Teacher, student, teachers
+from dalr_kernels.fused.products import add_product, full_sums, scores
+from dalr_kernels.fused.rows import row_kernel
+from dalr_kernels.fused.tuning import Layout, Limits, Matrices, Scalars, Sizes
+from dalr_kernels.fused.units import through_units
 
 
 class Inputs(NamedTuple):
@@ -55,7 +55,7 @@ def run(
     inputs: Inputs, limits: Limits, want_rows: bool, want_cols: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Total, mean of each term ``[3]``, and the gradients by rows and columns (empty if not)."""
-    from . import stream  # which needs `Pass`
+    from dalr_kernels.fused import stream  # which needs `Pass`
 
     rows, cols = inputs.rows, inputs.cols
     dtype = operand_dtype(rows, cols, inputs.half)

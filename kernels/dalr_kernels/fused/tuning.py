@@ -15,8 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..similarity import Similarity
-from ..terms import AlignmentKL, InfoNCE, ListMLE, ListNet, Term
+from dalr_kernels.similarity import Similarity
+from dalr_kernels.terms import AlignmentKL, InfoNCE, ListMLE, ListNet, Term
 
 LOG2E = math.log2(math.e)
 # Shifts of a student similarity: none, the whole margin, the margin softened by labels.
