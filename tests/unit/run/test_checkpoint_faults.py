@@ -106,7 +106,7 @@ first = found.step if found else 0
 print("ready", flush=True)
 for step in range(first + 1, first + 1000): save(run, step, keep=2)
 """
-    head = "from dalr_scale import checkpoint; run = Path(sys.argv[1])\n"
+    head = "from dalr_scale.run import checkpoint; run = Path(sys.argv[1])\n"
     last = 0
     for _ in range(5):
         process = python(head + code, tmp_path)
