@@ -127,7 +127,7 @@ def _typed(value: Any, hint: Any, where: str) -> Any:
         values = value if isinstance(value, list | tuple) else [value]
         return tuple(_typed(v, item, where) for v in values)
     if origin is dict:
-        return _table(value, where)
+        return _table(value, where, typing.get_args(hint)[1])
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         value = _float(value)
     right = isinstance(value, hint) and not (hint is int and isinstance(value, bool))
@@ -155,10 +155,13 @@ def _text(value: str, where: str) -> str:
     return value
 
 
-def _table(value: Any, where: str) -> dict[str, Any]:
-    """A free table (``model.architecture``): text, numbers, booleans, lists and tables."""
+def _table(value: Any, where: str, hint: Any = Any) -> dict[str, Any]:
+    """A table of values of one type (``objective.terms``), or a free one (``model.architecture``):
+    text, numbers, booleans, lists and tables."""
     if not isinstance(value, Mapping):
         raise UserError(f"{where} = {shown(value)} must be of type dict")
+    if hint is not Any:
+        return {_text(str(k), where): _typed(v, hint, f"{where}.{k}") for k, v in value.items()}
     return {_text(str(k), where): _entry(v, f"{where}.{k}") for k, v in value.items()}
 
 
