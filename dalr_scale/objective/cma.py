@@ -9,8 +9,8 @@ from dalr_kernels import Similarity
 from torch import Tensor
 
 from dalr_scale.config.schema import CrossAlignmentConfig
-from dalr_scale.objective.term import READ, BatchTerm, Needs, divergence
-from dalr_scale.objective.text_teachers import text_similarity
+from dalr_scale.objective.term import READ, BatchTerm, Needs, divergence, divergence_settings
+from dalr_scale.objective.text_teachers import TEACHER_KEYS, text_similarity
 from dalr_scale.objective.views import LossBatch
 
 
@@ -51,9 +51,6 @@ class CrossAlignment(BatchTerm):
 
     def settings(self, objective: CrossAlignmentConfig) -> Mapping[str, str]:
         """See `Term.settings`."""
-        return dict.fromkeys(
-            ("cross_kl_student", "image_projection", "kl_student_temperature",
-             "kl_teacher_temperature", "teacher_mix", "teacher_similarity_dtype",
-             "teacher_tokenizer"),
-            READ,
-        )  # fmt: skip
+        own = ("cross_kl_student", "image_projection")
+        keys = dict.fromkeys((*own, *TEACHER_KEYS), READ)
+        return keys | divergence_settings(objective.cross_kl_student)

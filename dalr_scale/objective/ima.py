@@ -7,8 +7,8 @@ from collections.abc import Mapping
 import dalr_kernels as kernels
 
 from dalr_scale.config.schema import IntraAlignmentConfig
-from dalr_scale.objective.term import READ, FusedTerm, Needs, divergence
-from dalr_scale.objective.text_teachers import text_similarity
+from dalr_scale.objective.term import READ, FusedTerm, Needs, divergence, divergence_settings
+from dalr_scale.objective.text_teachers import TEACHER_KEYS, text_similarity
 from dalr_scale.objective.views import LossBatch
 
 
@@ -33,8 +33,6 @@ class IntraAlignment(FusedTerm):
 
     def settings(self, objective: IntraAlignmentConfig) -> Mapping[str, str]:
         """See `Term.settings`."""
-        return dict.fromkeys(
-            ("intra_kl_student", "kl_student_temperature", "kl_teacher_temperature", "teacher_mix",
-             "teacher_similarity_dtype", "teacher_tokenizer", "distil_text_batches"),
-            READ,
-        )  # fmt: skip
+        own = ("intra_kl_student", "distil_text_batches")
+        keys = dict.fromkeys((*own, *TEACHER_KEYS), READ)
+        return keys | divergence_settings(objective.intra_kl_student)

@@ -8,7 +8,7 @@ import dalr_kernels as kernels
 
 from dalr_scale.config.schema import RankingConfig
 from dalr_scale.objective.term import READ, FusedTerm, Needs, read_if
-from dalr_scale.objective.text_teachers import rank_similarity
+from dalr_scale.objective.text_teachers import TEACHER_KEYS, rank_similarity
 from dalr_scale.objective.views import LossBatch
 
 
@@ -44,16 +44,17 @@ class Ranking(FusedTerm):
         return Needs(text=True)
 
     def settings(self, objective: RankingConfig) -> Mapping[str, str]:
-        """See `Term.settings`; `teacher_mix` decides which teachers' features may be stored."""
+        """See `Term.settings`."""
         list_net = objective.rank_loss == "listnet"
+        with_margin = objective.rank_student == "margin"
         return {
+            "temperature": READ,
+            "margin": read_if(with_margin, "rank_student is cosine"),
             "rank_loss": READ,
             "rank_student": READ,
             "rank_teacher_temperature": read_if(list_net, "only ListNet reads it"),
             "listmle_reduction": read_if(not list_net, "only ListMLE reads it"),
             "listmle_eps": read_if(not list_net, "only ListMLE reads it"),
-            "teacher_mix": READ,
-            "teacher_similarity_dtype": READ,
-            "teacher_tokenizer": READ,
             "distil_text_batches": READ,
+            **dict.fromkeys(TEACHER_KEYS, READ),
         }

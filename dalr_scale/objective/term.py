@@ -183,3 +183,14 @@ def divergence(objective: DivergenceConfig, student: str) -> Divergence:
         "student_temperature": objective.kl_student_temperature,
         "teacher_temperature": objective.kl_teacher_temperature,
     }
+
+
+def divergence_settings(student: str) -> dict[str, str]:
+    """The keys that `divergence` reads, as in `Term.settings`."""
+    matrix = read_if(student == "margin", "the student matrix is the cosine")
+    return {
+        "margin": matrix,
+        "temperature": matrix,
+        "kl_student_temperature": READ,
+        "kl_teacher_temperature": READ,
+    }

@@ -11,6 +11,10 @@ from torch import Tensor
 from dalr_scale.config.schema import TextTeacherConfig
 from dalr_scale.objective.views import LossBatch
 
+# The keys that a term with a sentence teacher reads (`Term.settings`): here, or where features are
+# loaded.
+TEACHER_KEYS = ("teacher_mix", "teacher_similarity_dtype", "teacher_tokenizer")
+
 
 def text_similarity(objective: TextTeacherConfig, batch: LossBatch) -> Similarity:
     """S_TT: the cosine of the mixed features, or the mix of the cosines."""
