@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import subprocess
 from collections.abc import Mapping
 from datetime import date
 from importlib import metadata
@@ -36,7 +37,8 @@ float64, of the loss that the contestant means to compute (InfoNCE over all pair
 gradient of a contestant is read from the weights before and after the step, `(before - after) /
 rate`, with one method for all: it is what training applies, on any engine. The rounding of float32
 alone gives {floor:.1e} (one process, no chunks). DeepSpeed trains no float64. At ZeRO-3 the
-persistence threshold is 0: the tensors of so small a model would not be partitioned otherwise.
+persistence threshold is 0, since the tensors of a small model would not be partitioned otherwise.
+The last table lists every measurement with its number of ranks.
 """
 NOTES = """\
 ## How each one is run
@@ -44,12 +46,14 @@ NOTES = """\
 * **sentence-transformers**: `SentenceTransformerTrainer` under `torchrun`, as its
   [page on distributed training](https://sbert.net/docs/sentence_transformer/training/distributed.html)
   says; `gather_across_devices=True` makes the negatives global
-  ([#3442](https://github.com/huggingface/sentence-transformers/pull/3442)); DeepSpeed by
-  `SentenceTransformerTrainingArguments(deepspeed=...)`, all numbers explicit as the maintainer
-  advises in [#3531](https://github.com/huggingface/sentence-transformers/issues/3531), where he
-  also expects that the cached losses do not work with DeepSpeed. Users report ZeRO's assertion in
-  [#3173](https://github.com/huggingface/sentence-transformers/issues/3173); DDP was made to reduce
-  once a step in [#4039](https://github.com/huggingface/sentence-transformers/pull/4039).
+  ([#3442](https://github.com/huggingface/sentence-transformers/pull/3442)). DeepSpeed comes in by
+  `SentenceTransformerTrainingArguments(deepspeed=...)`, with a number for `reduce_bucket_size`, as
+  the maintainer advises in
+  [#3531](https://github.com/huggingface/sentence-transformers/issues/3531); the same comment does
+  not expect the cached losses to work with it. Users report the assertion in
+  [#3173](https://github.com/huggingface/sentence-transformers/issues/3173). Under DDP version 6.2
+  reduces gradients once a step
+  ([#4039](https://github.com/huggingface/sentence-transformers/pull/4039)).
 * **GradCache**: as its [README](https://github.com/luyug/GradCache#distributed-training-with-multiple-gpus)
   says for several GPUs, with `no_sync_except_last=True`. `DistributedContrastiveLoss` is multiplied
   by the number of ranks, as tevatron does: gradients flow to a rank's own rows only
@@ -84,10 +88,20 @@ def versions() -> dict[str, str]:
             package = metadata.distribution(name)
         except metadata.PackageNotFoundError:
             continue
-        source = json.loads(package.read_text("direct_url.json") or "{}")
-        commit = source.get("vcs_info", {}).get("commit_id", "")
+        commit = _commit(json.loads(package.read_text("direct_url.json") or "{}"))
         found[name] = package.version + (f" ({commit[:12]})" if commit else "")
     return found
+
+
+def _commit(source: Mapping[str, Any]) -> str:
+    """The commit that a package was installed from; of a local clone, the one it is at."""
+    if "vcs_info" in source:
+        return source["vcs_info"]["commit_id"]
+    clone = source.get("url", "").removeprefix("file://")
+    if "dir_info" not in source or source["dir_info"].get("editable"):
+        return ""
+    head = ["git", "-C", clone, "rev-parse", "HEAD"]
+    return subprocess.run(head, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def write(
@@ -132,7 +146,7 @@ def _markdown(facts: Mapping[str, Any], labels: Mapping[str, str]) -> str:
         f"{facts['date']}; {facts['host']}; {installed}.\n",
         method,
         "\n".join(short) + "\n",
-        "-: not measured. Bold: another gradient, or none.\n",
+        "-: not measured. Bold: another gradient, an exception, or no step.\n",
         *_messages(cells, labels),
         NOTES,
         "## All measurements\n",
