@@ -27,7 +27,6 @@ import importlib
 import importlib.util
 import json
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -116,8 +115,8 @@ def work(arguments: argparse.Namespace) -> None:
         torch.save(case.whole_weights(model), directory / f"weights-{rank}.pt")
     except Exception as error:  # whatever a peer raises is the result
         status = 1
-        kind = "unsupported" if isinstance(error, case.Unsupported) else type(error).__name__
-        (directory / f"error-{rank}.txt").write_text(f"{kind}\n{first_line(error)}\n")
+        text = f"{type(error).__name__}\n{first_line(error)}\n"
+        (directory / f"error-{rank}.txt").write_text(text)
         traceback.print_exc()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -144,8 +143,8 @@ def measure(name: str, engine: str, dtype: str, ranks: int, log: Path | None) ->
         failed = sorted(directory.glob("error-*.txt"), key=lambda file: file.stat().st_mtime)
         if failed:
             kind, message, *_ = failed[0].read_text().split("\n")
-            return {"status": "unsupported" if kind == "unsupported" else "exception",
-                    "exception": kind, "message": message}  # fmt: skip
+            status = "unsupported" if kind == case.Unsupported.__name__ else "exception"
+            return {"status": status, "exception": kind, "message": message}
         if not ended:
             return {"status": "hang", "message": f"no end in {LIMIT_S} s"}
         if len(list(directory.glob("weights-*.pt"))) < ranks:
@@ -170,15 +169,14 @@ def _launch(name: str, engine: str, dtype: str, ranks: int, directory: Path) -> 
     }
     with open(directory / "output.txt", "w+", encoding="utf-8") as output:
         process = subprocess.Popen(
-            command, env=os.environ | settings, stdout=output, stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )  # fmt: skip
+            command, env=os.environ | settings, stdout=output, stderr=subprocess.STDOUT
+        )
         try:
             process.wait(LIMIT_S)
             ended = True
         except subprocess.TimeoutExpired:
             ended = False
-            os.killpg(process.pid, signal.SIGKILL)
+            process.terminate()  # the launcher ends the ranks, which are sessions of their own
             process.wait()
         output.seek(0)
         return output.read(), ended
@@ -234,6 +232,8 @@ def run(arguments: argparse.Namespace) -> None:
                 continue
             cell = measure(name, engine, dtype, ranks, arguments.log)
             print(f"{name} {engine} {dtype} {ranks}: {json.dumps(cell)}", flush=True)
+            if cell["status"] == "unsupported":
+                continue
             cells.setdefault(name, {})[f"{engine} {dtype} {ranks}"] = cell
             report.write(RESULTS, cells, floor, {k: c.label for k, c in CONTESTANTS.items()})
 

@@ -170,7 +170,8 @@ def _over_ranks(cells: Mapping[int, Any]) -> str:
     if not cells:
         return "-"
     errors = [c["relative"] for c in cells.values() if c["status"] == "measured"]
-    if len(errors) == len(cells) and len({error > WRONG for error in errors}) == 1:
+    agreed = not any(c.get("ranks_differ", False) for c in cells.values())
+    if agreed and len(errors) == len(cells) and len({error > WRONG for error in errors}) == 1:
         return _error(max(errors))
     texts = {ranks: _outcome(cell) for ranks, cell in cells.items()}
     if len(set(texts.values())) == 1:
@@ -180,7 +181,7 @@ def _over_ranks(cells: Mapping[int, Any]) -> str:
 
 def _outcome(cell: Mapping[str, Any]) -> str:
     if cell["status"] == "measured":
-        return _error(cell["relative"])
+        return _error(cell["relative"]) + (", ranks differ" if cell["ranks_differ"] else "")
     if cell["status"] == "exception":
         return f"**{cell['exception']}**"
     return f"**{cell['status']}**"
