@@ -39,7 +39,7 @@ import torch
 from peers import case, report
 
 RESULTS = Path(__file__).parent / "results" / "exactness_peers"
-LIMIT_S = 240
+LIMIT_S = 600
 
 
 @dataclass(frozen=True)
@@ -212,12 +212,13 @@ def missing(contestant: Contestant) -> list[str]:
 
 def run(arguments: argparse.Namespace) -> None:
     """Measures the chosen cells, writing the results after each one."""
-    file = RESULTS.with_suffix(".json")
-    kept: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
-    cells: dict[str, Any] = kept.get("cells", {})
+    cells, versions = _earlier()
     if arguments.log is not None:
         arguments.log.mkdir(parents=True, exist_ok=True)
-    floor = rounding("float32", case.SCALE)
+    scales = sorted({contestant.scale for contestant in CONTESTANTS.values()})
+    floor = {str(scale): rounding("float32", scale) for scale in scales}
+    labels = {key: contestant.label for key, contestant in CONTESTANTS.items()}
+    report.write(RESULTS, cells, versions, floor, labels)
     for name in arguments.only or CONTESTANTS:
         absent = missing(CONTESTANTS[name])
         if absent:
@@ -235,7 +236,19 @@ def run(arguments: argparse.Namespace) -> None:
             if cell["status"] == "unsupported":
                 continue
             cells.setdefault(name, {})[f"{engine} {dtype} {ranks}"] = cell
-            report.write(RESULTS, cells, floor, {k: c.label for k, c in CONTESTANTS.items()})
+            report.write(RESULTS, cells, versions, floor, labels)
+
+
+def _earlier() -> tuple[dict[str, Any], dict[str, str]]:
+    """The cells measured before, and the versions of what was and will be measured."""
+    file, versions = RESULTS.with_suffix(".json"), report.versions()
+    if not file.is_file():
+        return {}, versions
+    kept = json.loads(file.read_text())
+    changed = [n for n, v in kept["versions"].items() if versions.get(n, v) != v]
+    if changed:
+        sys.exit(f"{file} was measured with another {', '.join(changed)}; move it away first")
+    return kept["cells"], kept["versions"] | versions
 
 
 def main() -> None:

@@ -36,9 +36,10 @@ exact gradient is that of one process with the whole batch and no chunks, by pla
 float64, of the loss that the contestant means to compute (InfoNCE over all pairs of all ranks). The
 gradient of a contestant is read from the weights before and after the step, `(before - after) /
 rate`, with one method for all: it is what training applies, on any engine. The rounding of float32
-alone gives {floor:.1e} (one process, no chunks). DeepSpeed trains no float64. At ZeRO-3 the
-persistence threshold is 0, since the tensors of a small model would not be partitioned otherwise.
-The last table lists every measurement with its number of ranks.
+alone gives {floor:.1e} (one process, no chunks), and {floor_1:.1e} at temperature 1 (tevatron).
+DeepSpeed trains no float64. At ZeRO-3 the persistence threshold is 0, since the tensors of a small
+model would not be partitioned otherwise. The last table lists every measurement with its number of
+ranks.
 """
 NOTES = """\
 ## How each one is run
@@ -105,20 +106,25 @@ def _commit(source: Mapping[str, Any]) -> str:
 
 
 def write(
-    path: Path, cells: dict[str, Any], floor: Mapping[str, Any], labels: Mapping[str, str]
+    path: Path,
+    cells: dict[str, Any],
+    packages: Mapping[str, str],
+    floor: Mapping[str, Any],
+    labels: Mapping[str, str],
 ) -> None:
     """Writes `path` with the suffixes ``.json`` and ``.md``.
 
     Args:
         cells: contestant -> "engine dtype ranks" -> what was measured.
-        floor: errors of one float32 process with the whole batch.
+        packages: name -> version.
+        floor: inverse temperature -> errors of one float32 process with the whole batch.
         labels: contestant -> its name for readers, in the order of the rows.
     """
     path.parent.mkdir(exist_ok=True)
     facts = {
         "date": date.today().isoformat(),
         "host": f"{os.cpu_count()} cores, {platform.machine()}",
-        "versions": versions(),
+        "versions": dict(packages),
         "pairs": case.PAIRS,
         "chunk": case.CHUNK,
         "rounding_float32": dict(floor),
@@ -132,7 +138,10 @@ def _markdown(facts: Mapping[str, Any], labels: Mapping[str, str]) -> str:
     cells = facts["cells"]
     installed = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
     method = METHOD.format(
-        pairs=facts["pairs"], chunk=facts["chunk"], floor=facts["rounding_float32"]["relative"]
+        pairs=facts["pairs"],
+        chunk=facts["chunk"],
+        floor=facts["rounding_float32"][str(case.SCALE)]["relative"],
+        floor_1=facts["rounding_float32"]["1.0"]["relative"],
     )
     short = [
         f"| largest relative error | {' | '.join(COLUMNS.values())} |",
