@@ -9,13 +9,13 @@ import torch
 from transformers import BertConfig, BertModel
 
 from dalr_scale.config import Config, build_config
-from dalr_scale.dist.engine import Engine, build_engine
-from dalr_scale.dist.gradcache import StepInputs
-from dalr_scale.dist.world import World
+from dalr_scale.distributed.world import World
+from dalr_scale.engines.engine import Engine, build_engine
+from dalr_scale.estimate.predict import random_teachers
+from dalr_scale.global_batch.step import StepInputs
 from dalr_scale.models.dalr import DalrModel, FeatureWidths, LossSpec
 from dalr_scale.models.encoder import pool
-from dalr_scale.optim import build_optimizer
-from dalr_scale.predict import random_teachers
+from dalr_scale.training.optim import build_optimizer
 
 ALONE = World(0, 1, torch.device("cpu"))
 

@@ -16,10 +16,11 @@ from typing import Any
 from accelerate.state import AcceleratorState
 from batch_step import Shape, build
 
-from dalr_scale.dist.gradcache import backward_global_batch
-from dalr_scale.dist.traffic import TrafficCounter
-from dalr_scale.dist.world import end_process, leave_world, start_world
-from dalr_scale.predict import column_traffic, parameter_traffic
+from dalr_scale.distributed.traffic import TrafficCounter
+from dalr_scale.distributed.world import leave_world, start_world
+from dalr_scale.estimate.predict import column_traffic, parameter_traffic
+from dalr_scale.global_batch.step import backward_global_batch
+from dalr_scale.process import end_process
 
 RANKS = (2, 4)
 ROWS, MICRO = 1024, 128

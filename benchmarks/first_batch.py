@@ -13,16 +13,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from dalr_scale.data.features_store import write_features
-from dalr_scale.data.index import ensure_index
-from dalr_scale.data.loader import make_loader
-from dalr_scale.data.order import StreamPlan
-from dalr_scale.data.shards import expand_shards
-from dalr_scale.data.source import Source
-from dalr_scale.data.token_store import Encoding, write_tokens
-from dalr_scale.data.writer import write_text_shards
-from dalr_scale.models.teachers import tokenizer_hash
+from dalr_scale.data.shards.features_store import write_features
+from dalr_scale.data.shards.files import expand_shards
+from dalr_scale.data.shards.index import ensure_index
+from dalr_scale.data.shards.token_store import Encoding, write_tokens
+from dalr_scale.data.shards.writer import write_text_shards
+from dalr_scale.data.stream.loader import make_loader
+from dalr_scale.data.stream.order import StreamPlan
+from dalr_scale.data.stream.source import Source
 from dalr_scale.models.tokenizer import load_tokenizer
+from dalr_scale.teachers.models import tokenizer_hash
 
 ROWS, WIDTH, BATCH = 100, 16, 256
 

@@ -27,12 +27,12 @@ from typing import Any
 import batch_traffic
 import torch
 from batch_step import Shape, build, random_inputs
-from dalr_kernels import chunked
+from dalr_kernels.eager import chunked
 
 from dalr_scale.config import BatchConfig
-from dalr_scale.dist.gradcache import backward_global_batch
-from dalr_scale.fingerprint import package_versions
-from dalr_scale.predict import plan_memory
+from dalr_scale.estimate.predict import plan_memory
+from dalr_scale.global_batch.step import backward_global_batch
+from dalr_scale.training.fingerprint import package_versions
 
 RESULTS = Path(__file__).parent / "results"
 MICRO = 64

@@ -32,12 +32,12 @@ from bench import host, results, table
 from transformers import BertConfig, BertModel
 
 from dalr_scale.config import build_config
-from dalr_scale.dist.engine import PlainEngine
-from dalr_scale.dist.gradcache import StepInputs, backward_global_batch
-from dalr_scale.dist.world import World
+from dalr_scale.distributed.world import World
+from dalr_scale.engines.engine import PlainEngine
+from dalr_scale.global_batch.step import StepInputs, backward_global_batch
 from dalr_scale.models.dalr import DalrModel, FeatureWidths, LossSpec, TeacherBatch
 from dalr_scale.models.encoder import pool
-from dalr_scale.optim import build_optimizer
+from dalr_scale.training.optim import build_optimizer
 
 K = 1024
 # A step at a larger batch may take this much longer than in proportion to its rows: the encoder

@@ -39,8 +39,8 @@ from loader_cases import (
     write_shards,
 )
 
-from dalr_scale.models.teachers import tokenizer_hash
 from dalr_scale.models.tokenizer import load_tokenizer
+from dalr_scale.teachers.models import tokenizer_hash
 from dalr_scale.versions import version_line
 
 RESULTS = Path(__file__).parent / "results"
@@ -188,7 +188,7 @@ def order(work: Path, data: Path | None) -> Record:
     """Seconds and peak memory of the order of 100 million rows, in a new process."""
     code = (
         "import json, re, time\n"
-        "from dalr_scale.data.order import epoch_order\n"
+        "from dalr_scale.data.stream.order import epoch_order\n"
         "status = lambda: open('/proc/self/status').read()\n"
         "peak = lambda: int(re.search(r'VmHWM:\\s+(\\d+)', status())[1]) / 1000\n"
         "before, started = peak(), time.perf_counter()\n"
@@ -270,7 +270,7 @@ def command(name: str, *words: Any) -> float:
     """Run one of the project's commands; seconds of a fresh process, imports included."""
     started = time.perf_counter()
     subprocess.run(
-        [sys.executable, "-m", f"dalr_scale.{name}", *map(str, words)],
+        [sys.executable, "-m", "dalr_scale", name, *map(str, words)],
         check=True,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,

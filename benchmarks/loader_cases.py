@@ -14,14 +14,14 @@ import torch
 import webdataset as wds
 from PIL import Image
 
-from dalr_scale.data.batch import Batch
-from dalr_scale.data.features_store import write_features
-from dalr_scale.data.index import ensure_index
-from dalr_scale.data.loader import make_loader
-from dalr_scale.data.order import StreamPlan
-from dalr_scale.data.source import Source
-from dalr_scale.data.token_store import Encoding, write_tokens
-from dalr_scale.data.writer import ShardSetWriter, write_text_shards
+from dalr_scale.data.shards.features_store import write_features
+from dalr_scale.data.shards.index import ensure_index
+from dalr_scale.data.shards.token_store import Encoding, write_tokens
+from dalr_scale.data.shards.writer import ShardSetWriter, write_text_shards
+from dalr_scale.data.stream.batch import Batch
+from dalr_scale.data.stream.loader import make_loader
+from dalr_scale.data.stream.order import StreamPlan
+from dalr_scale.data.stream.source import Source
 
 MAX_LENGTH = 32
 WIDTH = 1024

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import difflib
 import importlib
-import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from dalr_scale import __version__
-from dalr_scale.errors import UserError
+from dalr_scale.process import run_command, set_passive_omp_wait
 
 COMMANDS = {
     "prepare": "raw pictures, captions and text to shards",
@@ -24,30 +23,14 @@ COMMANDS = {
 }
 
 
+def module_of(command: str) -> str:
+    """The module whose ``main`` does the work of a command."""
+    return f"dalr_scale.{command}" if command == "train" else f"dalr_scale.commands.{command}"
+
+
 def usage() -> str:
     rows = "\n".join(f"  {name:<10}{text}" for name, text in COMMANDS.items())
     return f"usage: dalr-scale COMMAND [ARGUMENTS]   (dalr-scale COMMAND --help)\n\n{rows}"
-
-
-def calm_threads() -> None:
-    """Lets idle OpenMP threads sleep; call it before torch is imported.
-
-    By default they spin, and on a host whose cores are shared with anything else two spinning
-    threads made a training step up to ten times slower than one thread.
-    """
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
-
-def run_command(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None) -> int:
-    """Runs a command's ``main``; errors that are the user's to mend become one line."""
-    try:
-        return main(argv)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -63,10 +46,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         problem = f"error: no command '{words[0]}'; did you mean '{near}'?"
         print(f"{problem}\n\n{usage()}", file=sys.stderr)
         return 2
-    calm_threads()
-    module = importlib.import_module(f"dalr_scale.{words[0]}")
+    set_passive_omp_wait()
+    module = importlib.import_module(module_of(words[0]))
     return run_command(module.main, words[1:])
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

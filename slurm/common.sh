@@ -145,13 +145,13 @@ store_features() {
   prepare_job
   choose_container
   interrupted=0
-  on_nodes launch dalr_scale.features "$@"
+  on_nodes launch dalr_scale features "$@"
 }
 
 # Reads and writes RUN/jobs/JOBID.json; needs nothing but the standard library.
 job_record() {
   # shellcheck disable=SC2016  # expanded by the inner shell
-  local command=(bash -c 'source "$CHECKOUT/slurm/common.sh"; enter_environment; exec python -m dalr_scale.job "$@"' job)
+  local command=(bash -c 'source "$CHECKOUT/slurm/common.sh"; enter_environment; exec python -m dalr_scale.cluster.job "$@"' job)
   if [[ $CONTAINER == pyxis ]]; then
     command=(srun --overlap --nodes=1 --ntasks=1 "${SRUN_CONTAINER[@]}" "${command[@]}")
   else
@@ -226,7 +226,7 @@ enter_environment() {
 
 check_node() {
   [[ ${DOCTOR:-yes} == no ]] ||
-    python -m dalr_scale.doctor --head "$HEAD_ADDR" --port "$PORT" --nodes "$SLURM_NNODES" \
+    python -m dalr_scale doctor --head "$HEAD_ADDR" --port "$PORT" --nodes "$SLURM_NNODES" \
       --node-rank "$SLURM_NODEID" --processes "$PROCS_PER_NODE" --run-dir "$RUN_DIR" -- "$@"
 }
 

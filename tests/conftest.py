@@ -1,4 +1,4 @@
-"""Fixtures shared by all folders; helpers without pytest are in ``common.py``."""
+"""Fixtures shared by all directories; helpers without pytest are in ``support/``."""
 
 from __future__ import annotations
 

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from dalr_scale.config import Config
-from dalr_scale.data.source import Source
-from dalr_scale.dist.engine import whole_weights
-from dalr_scale.dist.world import World
+from dalr_scale.data.stream.source import Source
+from dalr_scale.distributed.world import World
+from dalr_scale.engines.engine import whole_weights
 from dalr_scale.errors import UserError
 from dalr_scale.eval.graded import load_graded, score_lexical
 from dalr_scale.eval.retrieval import recall_at_k

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from dalr_scale.dist.gather import Share, all_reduce_sum
+from dalr_scale.distributed.collectives import Share, all_reduce_sum
 
 
 class GlobalBatchNorm(nn.Module):

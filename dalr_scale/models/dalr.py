@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from dalr_scale.config import ModelConfig, ObjectiveConfig
-from dalr_scale.dist.gather import Share, gather_rows, with_gradient
+from dalr_scale.distributed.collectives import Share, gather_rows, with_gradient
 from dalr_scale.errors import UserError
 from dalr_scale.models.consistency import Aligner
 from dalr_scale.models.encoder import SentenceEncoder
 from dalr_scale.models.heads import GroundingHead, SentenceHead, projection
-from dalr_scale.objective import (
+from dalr_scale.objective.terms import (
     Needs,
     Views,
     cross_terms,
@@ -264,7 +264,7 @@ EARLY_COLUMNS = ("z2", "u", "u_caption")
 def teacher_columns(teachers: TeacherBatch, needs: Needs) -> dict[str, Tensor]:
     """The frozen columns of this rank's rows; they can be gathered before a sentence is encoded.
 
-    Tokens are not among them: they stay where they are (``dalr_kernels.stationary``).
+    Tokens are not among them: they stay where they are (``dalr_kernels.eager.stationary``).
     """
     columns = {"ids": teachers.ids}
     columns |= {f"text{k}": e for k, e in enumerate(teachers.text if needs.text else ())}

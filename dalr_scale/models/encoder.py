@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModel
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
 from dalr_scale.errors import UserError
-from dalr_scale.models import folders
+from dalr_scale.models import directories as folders
 from dalr_scale.models.row_dropout import RowKeys
 from dalr_scale.models.tokenizer import (
     first_line,

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, BertTokenizer
 from transformers import logging as hf_logging
 
 from dalr_scale.errors import UserError
-from dalr_scale.models import folders
+from dalr_scale.models import directories as folders
 
 _PROBE_WORDS = 200
 _MAX_PROBE_UNKNOWN = 0.5

@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from dalr_scale.data.features_store import features_path
-from dalr_scale.data.images import decode_image
-from dalr_scale.data.source import Source
-from dalr_scale.data.writer import ShardSetWriter, write_text_shards
+from dalr_scale.data.shards.features_store import features_path
+from dalr_scale.data.shards.images import decode_image
+from dalr_scale.data.shards.writer import ShardSetWriter, write_text_shards
+from dalr_scale.data.stream.source import Source
 from dalr_scale.errors import UserError
 from dalr_scale.quickstart.captions import FRAMES, choose_told, tell, vocabulary
 from dalr_scale.quickstart.graded import graded_pairs
@@ -343,15 +343,20 @@ def _all_cores() -> Iterator[None]:
 
 
 def _store_features(data: QuickstartData, spec: QuickstartSpec, progress: bool) -> None:
-    from dalr_scale import features
+    del spec, progress
+    from dalr_scale.teachers.extract import FeatureRequest, store_features
 
-    options = {
-        "clip": ["--image-teacher", str(data.teacher)],
-        "clip-text": ["--caption-teacher", str(data.teacher)],
-        "clip-tokens": ["--caption-teacher", str(data.teacher), "--tokens"],
-    }
+    teacher = str(data.teacher)
+    requests = [
+        FeatureRequest("clip", "image", teacher, device="cpu", overwrite=True),
+        FeatureRequest("clip-text", "caption", teacher, device="cpu", overwrite=True),
+        FeatureRequest(
+            "clip-tokens", "caption", teacher, tokens=True, device="cpu", overwrite=True
+        ),
+    ]
+    sets = _feature_sets(data)
     with _all_cores(), contextlib.redirect_stdout(io.StringIO()):
-        for name, shards in _feature_sets(data).items():
-            common = ["--name", name, "--device", "cpu", "--overwrite", "--quiet"]
-            # all shards here, although the trainer that builds may be rank 0 of several
-            features.store([*map(str, shards), *common, *options[name]], rank=0, world=1)
+        for request in requests:
+            if request.name in sets:
+                # all shards here, although the trainer that builds may be rank 0 of several
+                store_features(sets[request.name], request)

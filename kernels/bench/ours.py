@@ -25,7 +25,7 @@ from bench.problems import (
     objective_loss,
     separate_losses,
 )
-from dalr_scale import objective
+from dalr_scale.objective import terms as objective
 
 LOSSES = ("info_nce", "alignment_kl", "list_net", "list_mle", "global_to_local", "row_losses")
 

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from bench import counts
 from bench.counts import Group
-from dalr_scale import objective as dalr_objective
 from dalr_scale.config import ObjectiveConfig, build_config
-from dalr_scale.objective import Views, cross_terms, text_terms, token_terms, total_loss
+from dalr_scale.objective import terms as dalr_objective
+from dalr_scale.objective.terms import Views, cross_terms, text_terms, token_terms, total_loss
 
 TEMPERATURE = 0.05
 MARGIN = 0.18

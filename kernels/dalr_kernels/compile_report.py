@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .fused.plan import HARD, PLAIN, SOFT
+from dalr_kernels.fused.tuning import HARD, PLAIN, SOFT
 
 ARCHITECTURES = (80, 90, 100)
 # Bytes of shared memory that one block may use.
@@ -129,11 +129,11 @@ def cases(
     In float16 all objectives; in float32, where tiles are the same for all, and without gradient
     those of QUICK.
     """
-    from .fused import stream
-    from .fused.engine import row_launch
-    from .fused.rows import row_kernel
-    from .fused.tiles import slopes_kernel, statistics_kernel
-    from .fused.units import tile_of, unit_gradient_kernel, unit_kernel
+    from dalr_kernels.fused import stream
+    from dalr_kernels.fused.launch import row_launch
+    from dalr_kernels.fused.rows import row_kernel
+    from dalr_kernels.fused.tiles import slopes_kernel, statistics_kernel
+    from dalr_kernels.fused.units import tile_of, unit_gradient_kernel, unit_kernel
 
     statistics, slopes = stream.tables(architecture)
     for dtype in DTYPES:

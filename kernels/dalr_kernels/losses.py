@@ -13,10 +13,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import checks, chunked, reference
-from .shared import How, weighted_mean, workspace_of
-from .similarity import Similarity, unit
-from .terms import AlignmentKL, InfoNCE, ListMLE, ListNet, Term
+from dalr_kernels import reference
+from dalr_kernels import validation as checks
+from dalr_kernels.eager import chunked
+from dalr_kernels.row_losses import How, weighted_mean, workspace_of
+from dalr_kernels.similarity import Similarity, unit
+from dalr_kernels.terms import AlignmentKL, InfoNCE, ListMLE, ListNet, Term
 
 # ListMLE sorts whole rows and global-to-local streams over tokens: plain torch serves both.
 WITHOUT_KERNEL = ("auto", "torch", "reference")

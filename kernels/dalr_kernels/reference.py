@@ -12,8 +12,8 @@ import math
 import torch
 from torch import Tensor
 
-from .margin import angular_margin, diagonal_mask
-from .similarity import unit
+from dalr_kernels.margin import angular_margin, diagonal_mask
+from dalr_kernels.similarity import unit
 
 # Scores closer than this rank as ties. Equal sentences have equal teacher scores, but a matrix
 # product may round them differently depending on its shape; the grid keeps their order (lowest

@@ -13,9 +13,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import checks, chunked, closed_form, reference
-from .closed_form import Block, Sink
-from .similarity import Similarity
+from dalr_kernels import reference
+from dalr_kernels import validation as checks
+from dalr_kernels.eager import chunked, closed_form
+from dalr_kernels.eager.closed_form import Block, Sink
+from dalr_kernels.similarity import Similarity
 
 # A constant similarity and a span of rows to its block [stop - start, N].
 Blocks = Callable[[Similarity, int, int], Tensor]

@@ -22,18 +22,19 @@ from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel
 
-from dalr_scale import objective
 from dalr_scale.config import BatchConfig, Config, EngineConfig, OptimConfig, build_config
-from dalr_scale.data.order import rank_rows
-from dalr_scale.dist import gather, gradcache
-from dalr_scale.dist.engine import DeepSpeedEngine, Engine, build_engine
-from dalr_scale.dist.gradcache import StepInputs, backward_global_batch
-from dalr_scale.dist.world import World
+from dalr_scale.data.stream.order import rank_rows
+from dalr_scale.distributed import collectives as gather
+from dalr_scale.distributed.world import World
+from dalr_scale.engines.engine import DeepSpeedEngine, Engine, build_engine
+from dalr_scale.global_batch import step as gradcache
+from dalr_scale.global_batch.step import StepInputs, backward_global_batch
 from dalr_scale.models import consistency, dalr
 from dalr_scale.models.dalr import DalrModel, FeatureWidths, LossSpec, TeacherBatch
 from dalr_scale.models.encoder import pool
 from dalr_scale.models.row_dropout import install_row_dropout
-from dalr_scale.optim import build_optimizer
+from dalr_scale.objective import terms as objective
+from dalr_scale.training.optim import build_optimizer
 
 ROWS, LENGTH, WIDTH, STEPS = 32, 7, 16, 5
 WORLDS = (1, 2, 4)

@@ -16,14 +16,14 @@ from cases import KINDS, LENGTH, WIDTH, Case, build, learning_rate, sabotage, st
 from torch import Tensor
 
 from dalr_scale.config import TeachersConfig
-from dalr_scale.dist import gradcache
-from dalr_scale.dist.columns import ColumnGather
-from dalr_scale.dist.gradcache import StepInputs, backward_global_batch
-from dalr_scale.dist.traffic import TrafficCounter
-from dalr_scale.dist.world import World
+from dalr_scale.distributed.traffic import TrafficCounter
+from dalr_scale.distributed.world import World
 from dalr_scale.errors import UserError
+from dalr_scale.estimate.predict import column_traffic, parameter_traffic
+from dalr_scale.global_batch import step as gradcache
+from dalr_scale.global_batch.columns import ColumnGather
+from dalr_scale.global_batch.step import StepInputs, backward_global_batch
 from dalr_scale.models.dalr import TeacherBatch
-from dalr_scale.predict import column_traffic, parameter_traffic
 
 TRAFFIC = [
     Case(2, preset, kind, batch, chunks)

@@ -34,9 +34,9 @@ from cases import (
 )
 from facts import ALIKE, REPEATED, REPLAYS, TRAFFIC
 
-from dalr_scale.dist import gradcache
-from dalr_scale.dist.gradcache import ChunkPlan, backward_global_batch
-from dalr_scale.dist.world import World, leave_world, start_world
+from dalr_scale.distributed.world import World, leave_world, start_world
+from dalr_scale.global_batch import step as gradcache
+from dalr_scale.global_batch.step import ChunkPlan, backward_global_batch
 
 
 def tolerance(case: Case) -> float:

@@ -10,11 +10,13 @@ from collections.abc import Mapping
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 
 from cases import SETS, run, save
 from facts import collect
 
-from dalr_scale.dist.world import end_process, leave_world, start_world
+from dalr_scale.distributed.world import leave_world, start_world
+from dalr_scale.process import end_process
 
 
 def one_rank(folder: str, which: str, environment: Mapping[str, str], log: str) -> None:

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from dalr_scale.dist.nccl_check import all_reduce
-from dalr_scale.node_report import examine
+from dalr_scale.cluster.nccl_check import all_reduce
+from dalr_scale.cluster.node_report import examine
 
 pytestmark = [
     pytest.mark.gpu,

@@ -74,7 +74,7 @@ def test_ragged_chunks(dtype, mode):
 @MODES
 def test_mistakes_are_noticed(mode, monkeypatch):
     # Negative control: the positive is one column off.
-    from dalr_kernels.fused import engine
+    from dalr_kernels.fused import launch as engine
 
     case = cases.make(LARGE, torch.bfloat16, "triple, plain", "cuda")
     prepare = engine.prepare
@@ -98,7 +98,7 @@ def test_same_bits_twice(dtype, mode):
 
 
 def test_auto_takes_the_kernels(caplog):
-    from dalr_kernels.fused import plan
+    from dalr_kernels.fused import tuning as plan
 
     plan.log_choice.cache_clear()
     rows, cols = torch.randn(2, 70, 64, device="cuda").unbind()

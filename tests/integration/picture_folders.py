@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from dalr_scale import prepare
-from dalr_scale.cli import run_command
-from dalr_scale.data.shards import expand_shards
-from dalr_scale.data.source import Source
+from dalr_scale.commands import prepare
+from dalr_scale.data.shards.files import expand_shards
+from dalr_scale.data.stream.source import Source
+from dalr_scale.process import run_command
 
 NAMES = [f"{number}_ab.jpg" for number in range(12)]
 

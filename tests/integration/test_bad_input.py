@@ -16,13 +16,16 @@ import numpy as np
 import pytest
 from common import ORIGIN, PICTURES, as_layer, tiny_config, tiny_layer, tree, write_config
 
-from dalr_scale import optim, plan, predict, train
-from dalr_scale.assembly import build_streams
-from dalr_scale.cli import run_command
+from dalr_scale import train
+from dalr_scale.commands import plan
 from dalr_scale.config import BatchConfig, build_config
-from dalr_scale.data.features_store import write_features
+from dalr_scale.config.limits import check_arithmetic
+from dalr_scale.data.shards.features_store import write_features
 from dalr_scale.errors import UserError
-from dalr_scale.ranges import check_arithmetic
+from dalr_scale.estimate import predict
+from dalr_scale.process import run_command
+from dalr_scale.training import optim
+from dalr_scale.training.build import build_streams
 
 Refuse = Callable[..., str]
 
@@ -163,7 +166,7 @@ def no_world(monkeypatch: pytest.MonkeyPatch) -> None:
     def start_world(*_: Any) -> None:
         pytest.fail("a process group was about to start")
 
-    monkeypatch.setattr("dalr_scale.dist.world.start_world", start_world)
+    monkeypatch.setattr("dalr_scale.distributed.world.start_world", start_world)
 
 
 FROM_SETTINGS = [

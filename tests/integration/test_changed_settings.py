@@ -10,7 +10,7 @@ from common import history, records, tiny_config, tree, write_config
 from launching import train
 
 from dalr_scale.config import load_config
-from dalr_scale.optim import learning_rate
+from dalr_scale.training.optim import learning_rate
 
 NEW = {
     "lr": "3e-3",

@@ -12,16 +12,16 @@ from pathlib import Path
 
 import pytest
 
-from dalr_scale.data.writer import write_text_shards
+from dalr_scale.data.shards.writer import write_text_shards
 
 SETUP = """
     import os, sys, time
     from pathlib import Path
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
-    from dalr_scale.data.loader import make_loader
-    from dalr_scale.data.order import StreamPlan
-    from dalr_scale.data.source import Source
+    from dalr_scale.data.stream.loader import make_loader
+    from dalr_scale.data.stream.order import StreamPlan
+    from dalr_scale.data.stream.source import Source
 
     core = Tokenizer(models.WordLevel({"[PAD]": 0, "[UNK]": 1}, "[UNK]"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="[PAD]")
@@ -118,7 +118,7 @@ def test_a_killed_worker_is_an_error_not_a_hang(folder: Path) -> None:
 def test_plainly_ignoring_the_signal_would_hang_the_exit(folder: Path, monkeypatch) -> None:
     """The control: with SIG_IGN a process that fails with an open loader never ends."""
     ignore = (
-        "    import signal, dalr_scale.data.loader as module\n"
+        "    import signal, dalr_scale.data.stream.loader as module\n"
         "    module._start_worker = lambda _: signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
     )
     monkeypatch.setattr(

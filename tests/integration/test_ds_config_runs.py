@@ -10,7 +10,7 @@ import launching
 import pytest
 from common import history, tiny_config, weights_hash, write_config
 
-from dalr_scale.dist.ds_config import stage_template
+from dalr_scale.engines.ds_config import stage_template
 
 # None of these changes a number; each of them was refused or overwritten once.
 EDITS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {

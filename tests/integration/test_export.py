@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoTokenizer
 
 from dalr_scale.cli import main as cli
+from dalr_scale.commands.export import export
 from dalr_scale.errors import UserError
-from dalr_scale.export import export
 from dalr_scale.models.encoder import SentenceEncoder, encode_sentences, pool
 
 SENTENCES = [
@@ -107,7 +107,7 @@ def test_commands_print_help_and_run_as_modules(capsys):
         with pytest.raises(SystemExit, match="0"):
             cli([name, "--help"])
         assert capsys.readouterr().out.startswith(f"usage: dalr-scale {name}")
-    words = [sys.executable, "-m", "dalr_scale.features", "none.tar", "--name", "x"]
+    words = [sys.executable, "-m", "dalr_scale", "features", "none.tar", "--name", "x"]
     shown = subprocess.run(
         [*words, "--from-npz", "none.npz"],
         capture_output=True,

@@ -10,7 +10,7 @@ import launching
 import pytest
 from common import records, tiny_config, write_config
 
-from dalr_scale.ranges import RANGES
+from dalr_scale.config.limits import RANGES
 
 # How large things are and how long a run is: their upper ends ask for memory and time.
 SIZES = {

@@ -8,7 +8,7 @@ import pytest
 from common import history, records, status, tiny_config, write_config
 from launching import train
 
-from dalr_scale.assembly import build_streams
+from dalr_scale.training.build import build_streams
 
 COMPARED = ("cons", "cma", "xce", "ima", "rank", "g2l")
 NO_DROPOUT = (

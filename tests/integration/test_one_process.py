@@ -35,7 +35,7 @@ FOREIGN = {
 
 def _in_sequence(calls: list[list[str]], folder: str, environment: dict[str, str]) -> None:
     """Runs the command once for each call; exit statuses, output and the environment after it."""
-    from dalr_scale.cli import run_command
+    from dalr_scale.process import run_command
     from dalr_scale.train import main
 
     for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK"):
@@ -115,7 +115,7 @@ def test_contents_decide_whether_a_run_goes_on(tiny_data: Path, tmp_path: Path) 
     lines = (other / "vocab.txt").read_text().splitlines()
     (other / "vocab.txt").write_text("\n".join([*lines[:5], *reversed(lines[5:])]))
     more = shutil.copytree(tiny_data, tmp_path / "more")
-    from dalr_scale.data.writer import write_text_shards
+    from dalr_scale.data.shards.writer import write_text_shards
 
     write_text_shards(["baa bab bac"] * 3, more, "text-new", per_member=3)
     file = write_config(tiny_config(tiny_data), tmp_path / "tiny.toml")
@@ -160,7 +160,7 @@ def test_contents_decide_whether_a_run_goes_on(tiny_data: Path, tmp_path: Path) 
 
 SCRIPT = """
 import sys
-from dalr_scale.cli import run_command
+from dalr_scale.process import run_command
 from dalr_scale.train import main
 for name in ("first", "second"):
     assert run_command(main, [*sys.argv[1:], f"--run.name={name}"]) == 0

@@ -10,10 +10,10 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from dalr_scale.data.loader import make_loader
-from dalr_scale.data.order import Part, StreamPlan, share_rows
-from dalr_scale.data.source import Source
-from dalr_scale.data.writer import write_text_shards
+from dalr_scale.data.shards.writer import write_text_shards
+from dalr_scale.data.stream.loader import make_loader
+from dalr_scale.data.stream.order import Part, StreamPlan, share_rows
+from dalr_scale.data.stream.source import Source
 
 BATCH, EPOCHS = 12, 4
 TEXT, PAIRS = 125, 64  # 10 and 5 batches a pass, tails of 5 and 4

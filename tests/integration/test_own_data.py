@@ -109,7 +109,16 @@ def check_several_processes(folder: Path) -> None:
     assert main(["features", "shards/text", "--name", "simcse", *teacher]) == 0
     for path in again.rglob("*.simcse*.features.tar"):
         path.unlink()
-    words = ("-m", "dalr_scale.features", "again/mine", "again/text", "--name", "simcse", *teacher)
+    words = (
+        "-m",
+        "dalr_scale",
+        "features",
+        "again/mine",
+        "again/text",
+        "--name",
+        "simcse",
+        *teacher,
+    )
     found = accelerate("--use_deepspeed", "--num_processes=2", *words)
     assert found.returncode == 0, found.stdout[-4000:]
     assert found.stdout.count("1 feature shards written, set 'simcse'") == 2

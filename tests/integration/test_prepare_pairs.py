@@ -13,9 +13,9 @@ import pytest
 from picture_folders import NAMES, captions_csv, contents, everything, jpeg, quoted, run, texts
 from PIL import Image
 
-from dalr_scale import index
-from dalr_scale.data.shards import expand_shards
-from dalr_scale.data.source import Source
+from dalr_scale.commands import index
+from dalr_scale.data.shards.files import expand_shards
+from dalr_scale.data.stream.source import Source
 
 LAYOUTS = {
     "CSV": lambda: "\n".join(

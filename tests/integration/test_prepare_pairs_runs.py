@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from picture_folders import NAMES, captions_csv, contents, everything, jpeg, run
 
-from dalr_scale.data import prepare_pairs
-from dalr_scale.data.index_file import index_path
+from dalr_scale.data.prepare import pairs as prepare_pairs
+from dalr_scale.data.shards.index_file import index_path
 
 
 def test_nothing_is_overwritten_unasked(pictures: Path, tmp_path: Path, capsys) -> None:
@@ -157,7 +157,7 @@ def test_a_killed_run_leaves_no_shard_and_can_be_repeated(
         "check = prepare_pairs.check_image\n"
         "prepare_pairs._CHUNK = 4\n"
         "prepare_pairs.check_image = lambda data: (time.sleep(0.2), check(data))[1]\n"
-        "from dalr_scale.prepare import main\n"
+        "from dalr_scale.commands.prepare import main\n"
         "main(sys.argv[1:])\n"
     )
     process = subprocess.Popen([sys.executable, "-c", script, *arguments])
@@ -233,7 +233,7 @@ def test_both_commands_run_as_modules(pictures: Path, tmp_path: Path) -> None:
     captions = captions_csv(tmp_path)
 
     def module(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", f"dalr_scale.{name}", *map(str, arguments)]
+        command = [sys.executable, "-m", "dalr_scale", name, *map(str, arguments)]
         return subprocess.run(command, capture_output=True, text=True, check=False)
 
     done = module("prepare", pictures, "--captions", captions, "--output", tmp_path / "o")

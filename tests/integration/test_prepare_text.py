@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 import zstandard
 
-from dalr_scale import prepare
-from dalr_scale.cli import run_command
-from dalr_scale.data.shards import expand_shards
-from dalr_scale.data.source import Source
+from dalr_scale.commands import prepare
+from dalr_scale.data.shards.files import expand_shards
+from dalr_scale.data.stream.source import Source
+from dalr_scale.process import run_command
 
 SENTENCES = [f"sentence number {number} , with words" for number in range(3000)]
 PLAIN = "\n".join(SENTENCES).encode()
@@ -132,7 +132,7 @@ def test_a_compressed_bomb_stays_small_in_memory(tmp_path: Path) -> None:
     script = (
         "import sys, webdataset\n"
         "from resource import RUSAGE_SELF, getrusage\n"
-        "from dalr_scale.prepare import main\n"
+        "from dalr_scale.commands.prepare import main\n"
         "before = getrusage(RUSAGE_SELF).ru_maxrss\n"
         "code = main(sys.argv[1:])\n"
         "print(code, getrusage(RUSAGE_SELF).ru_maxrss - before)\n"

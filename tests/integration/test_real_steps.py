@@ -9,12 +9,12 @@ import pytest
 from common import history, tiny_config, weights_hash, write_config
 from launching import train
 
-from dalr_scale import trainer as trainer_module
-from dalr_scale.assembly import build_encoder
-from dalr_scale.dist import engine as engine_module
+from dalr_scale.engines import engine as engine_module
 from dalr_scale.errors import UserError
 from dalr_scale.models.dalr import DalrModel
-from dalr_scale.trainer import Trainer
+from dalr_scale.training import trainer as trainer_module
+from dalr_scale.training.build import build_encoder
+from dalr_scale.training.trainer import Trainer
 
 NO_EVALUATION = ("--eval.every=0", "--eval.graded_dev=")
 

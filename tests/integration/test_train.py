@@ -29,9 +29,9 @@ from common import (
 from launching import Outcome, accelerate, train
 from safetensors.torch import load_file
 
-from dalr_scale.assembly import build_encoder, build_streams
 from dalr_scale.config import load_config
-from dalr_scale.data.features_store import open_features
+from dalr_scale.data.shards.features_store import open_features
+from dalr_scale.training.build import build_encoder, build_streams
 
 STEPS = 12
 DRAWN = "--log.tensorboard=true"

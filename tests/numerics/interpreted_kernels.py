@@ -17,7 +17,9 @@ import fused_cases as cases
 import golden_terms
 import pytest
 import torch
-from dalr_kernels.fused import engine, plan, stream
+from dalr_kernels.fused import launch as engine
+from dalr_kernels.fused import stream
+from dalr_kernels.fused import tuning as plan
 from dalr_kernels.fused.rows import row_kernel
 from golden_terms import Golden
 from torch import Tensor

@@ -7,8 +7,9 @@ import math
 import dalr_kernels as K
 import pytest
 import torch
-from dalr_kernels import closed_form, reference
-from dalr_kernels.closed_form import Sink, Spare
+from dalr_kernels import reference
+from dalr_kernels.eager import closed_form
+from dalr_kernels.eager.closed_form import Sink, Spare
 from torch import Tensor
 
 

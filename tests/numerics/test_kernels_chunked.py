@@ -8,7 +8,7 @@ from typing import Any
 import dalr_kernels as K
 import pytest
 import torch
-from dalr_kernels import closed_form
+from dalr_kernels.eager import closed_form
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peak_memory import PeakMemory

@@ -8,7 +8,7 @@ import dalr_kernels as K
 import fused_cases as cases
 import pytest
 import torch
-from dalr_kernels.fused import plan
+from dalr_kernels.fused import tuning as plan
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

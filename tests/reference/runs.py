@@ -56,8 +56,8 @@ class Prelude:
     fault: Callable[[], None] | None = None
 
     def __call__(self) -> None:
-        from dalr_scale import report
-        from dalr_scale.trainer import Trainer
+        from dalr_scale.training import report
+        from dalr_scale.training.trainer import Trainer
 
         report.needs = lambda *_: ""  # traces a whole loss; costs more than the run
         export = Trainer.export

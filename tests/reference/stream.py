@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from dalr_scale.config import Config
-from dalr_scale.data.order import epoch_order
-from dalr_scale.data.source import Source
+from dalr_scale.data.stream.order import epoch_order
+from dalr_scale.data.stream.source import Source
 
 
 @dataclass

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from transformers import AutoModel
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
-from dalr_scale.assembly import build_model, build_streams
 from dalr_scale.config import Config
-from dalr_scale.dist.world import World
+from dalr_scale.distributed.world import World
+from dalr_scale.training.build import build_model, build_streams
 from reference.dropout import key_by_row, own_copy
 from reference.objective import Frozen, Objective
 from reference.stream import Rows, Schedule, read

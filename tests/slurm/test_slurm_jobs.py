@@ -24,7 +24,7 @@ from common import history, records, status, tiny_config, weights_hash
 from jobs import REPOSITORY, SECRET, START, STEPS, Job, Jobs, files_with, write_recipe
 from launching import train
 
-from dalr_scale.assembly import build_streams
+from dalr_scale.training.build import build_streams
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(2 * START)]
 FAIL_WITHIN = 60  # seconds from the start of a job that cannot work

@@ -117,7 +117,7 @@ def main() -> None:
                 if "--name" in words
                 else f"prepare {target.name}"
             )
-            seconds[key] = run([sys.executable, "-m", f"dalr_scale.{words[0]}", *words[1:]])
+            seconds[key] = run([sys.executable, "-m", "dalr_scale", *words])
     results = {
         preset: [train(preset, seed, options.shards, extra) for seed in options.seeds]
         for preset in PRESETS

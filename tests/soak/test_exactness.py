@@ -20,8 +20,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
 from cases import GROUPS, WORLDS, Case, agreement, load, product, run
 from test_global_batch import launch, tolerance
 
-from dalr_scale.dist.world import leave_world, start_world
-from dalr_scale.fingerprint import package_versions
+from dalr_scale.distributed.world import leave_world, start_world
+from dalr_scale.training.fingerprint import package_versions
 
 RESULTS = Path(__file__).parent / "results"
 pytestmark = pytest.mark.soak

@@ -28,7 +28,7 @@ from reference.engines import (
 )
 from reference.material import write_material
 
-from dalr_scale.fingerprint import package_versions
+from dalr_scale.training.fingerprint import package_versions
 
 RESULTS = Path(__file__).parent / "results"
 ROWS = 336

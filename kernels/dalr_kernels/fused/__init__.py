@@ -9,9 +9,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..precision import multiplies_in_half
-from ..terms import InfoNCE, Term
-from .plan import Limits, describe, flatten, groups, pack
+from dalr_kernels.fused.tuning import Limits, describe, flatten, groups, pack
+from dalr_kernels.precision import multiplies_in_half
+from dalr_kernels.terms import InfoNCE, Term
 
 __all__ = ["Limits", "groups", "unavailable", "weighted_mean"]
 
@@ -37,7 +37,7 @@ def weighted_mean(
     rows: Tensor, cols: Tensor, terms: Sequence[Term], col_offset: int, limits: Limits
 ) -> tuple[Tensor, Tensor]:
     """Weighted sum of the terms of one group (see `groups`) and the mean of each, ``[K]``."""
-    from .operator import row_losses
+    from dalr_kernels.fused.operator import row_losses
 
     scalars, layout, similarities = describe(terms)
     matrices = flatten(similarities)

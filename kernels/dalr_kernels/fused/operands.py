@@ -9,9 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .plan import Matrices, padded
-from .products import scores
-from .units import unit_rows
+from dalr_kernels.fused.products import scores
+from dalr_kernels.fused.tuning import Matrices, padded
+from dalr_kernels.fused.units import unit_rows
 
 # Rounding of a teacher's cosines that its Similarity asks for, by code.
 ROUNDINGS = (None, torch.float16, torch.bfloat16)

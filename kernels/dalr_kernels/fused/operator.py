@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import engine
-from .plan import Limits, unpack
+from dalr_kernels.fused import launch as engine
+from dalr_kernels.fused.tuning import Limits, unpack
 
 Result = tuple[Tensor, Tensor, Tensor, Tensor]
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .cells import HARD, SOFT, add, clamp, kept, slope_of, students, weigh
+from dalr_kernels.fused.elementwise import HARD, SOFT, add, clamp, kept, slope_of, students, weigh
 
 LN2 = tl.constexpr(0.6931471805599453)
 

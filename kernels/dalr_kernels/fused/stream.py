@@ -9,10 +9,10 @@ import torch
 import triton
 from torch import Tensor
 
-from ..chunked import spans
-from .engine import Pass, add_gradients, ids_of, read_by_terms
-from .plan import HARD, SOFT
-from .tiles import STATES, slopes_kernel, statistics_kernel
+from dalr_kernels.eager.chunked import spans
+from dalr_kernels.fused.launch import Pass, add_gradients, ids_of, read_by_terms
+from dalr_kernels.fused.tiles import STATES, slopes_kernel, statistics_kernel
+from dalr_kernels.fused.tuning import HARD, SOFT
 
 # Programs of the statistics kernel: some waves on the 132 processors of an H200.
 PROGRAMS = 4 * 132

@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .cells import HARD, NEVER, SOFT, add, clamp, kept, slope_of, students
+from dalr_kernels.fused.elementwise import HARD, NEVER, SOFT, add, clamp, kept, slope_of, students
 
 # Sums kept per row and column split, in the order of `states`.
 STATES: tuple[str, ...] = (

@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .cells import MIN_NORM
-from .plan import padded
+from dalr_kernels.fused.elementwise import MIN_NORM
+from dalr_kernels.fused.tuning import padded
 
 # Elements of a program's tile, and the longest step along a row.
 TILE = 4096

@@ -1,0 +1,1 @@
+"""The processes and nodes of a job: Slurm records, node checks, rendezvous."""

@@ -1,0 +1,1 @@
+"""The commands of ``dalr-scale``, one file each: arguments in, one call."""

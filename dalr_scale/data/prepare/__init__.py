@@ -1,0 +1,1 @@
+"""Raw captions, images and text into shards."""

@@ -1,0 +1,1 @@
+"""Shards on disk: samples, their index, stored features and token ids, remote copies."""

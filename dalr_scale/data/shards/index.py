@@ -1,0 +1,281 @@
+"""Builds, refreshes and checks the indexes beside shards; ``index_file`` says what is in one."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from itertools import groupby
+from pathlib import Path
+
+import numpy as np
+
+from dalr_scale.data.shards.images import check_image
+from dalr_scale.data.shards.index_file import (
+    ASIDE,
+    CAPTION_LIMIT,
+    ITEM,
+    MEMBER_LIMIT,
+    NO_CAPTION,
+    REASONS,
+    SAMPLE,
+    WHOLE,
+    IndexFile,
+    IndexHeader,
+    ShardIndex,
+    current_index,
+    index_path,
+    read_header,
+    shard_status,
+)
+from dalr_scale.data.shards.files import (
+    IMAGE_EXTENSIONS,
+    Member,
+    open_regular,
+    read_exactly,
+    split_name,
+    walk_tar,
+)
+from dalr_scale.errors import UserError
+from dalr_scale.run.state import process_name
+
+_log = logging.getLogger(__name__)
+
+
+def ensure_index(shard: Path, *, deep: bool = False) -> IndexFile:
+    """Return the index of a shard; build and write it when it is missing, damaged or stale.
+
+    With ``deep`` every picture is decoded, and those that cannot be are set aside.
+
+    Several processes may do this at once: each writes its own temporary file and renames it. In a
+    folder that cannot be written to, the index stays in memory.
+
+    Raises:
+        UserError: the shard is not a valid WebDataset tar of samples, or holds none.
+    """
+    found = current_index(shard)
+    if found is not None and found.header.deep >= deep:
+        return found
+    if found is None and index_path(shard).exists():
+        _log.warning("%s: the index is damaged or older than the shard; building it again", shard)
+    header, blob = build_index(shard, deep=deep)
+    if header.aside:
+        _log.warning("%s: %d lines or samples are set aside", shard, header.aside)
+    try:
+        write_index(shard, blob)
+    except OSError as error:
+        _log.warning("%s: the index is kept in memory only (%s)", shard, error.strerror)
+        return IndexFile(shard, header, blob)
+    return IndexFile(shard, header)
+
+
+def write_index(shard: Path, blob: bytes) -> None:
+    """Write an index beside its shard, by temporary file and rename."""
+    path = index_path(shard)
+    temporary = path.with_name(f"{path.name}.tmp-{process_name()}")
+    try:
+        temporary.write_bytes(blob)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def build_index(shard: Path, *, deep: bool = False) -> tuple[IndexHeader, bytes]:
+    """Read a shard from end to end and return the header and the bytes of its index.
+
+    Args:
+        shard: the shard.
+        deep: decode every picture too.
+
+    Raises:
+        UserError: the tar is irregular (see ``walk_tar``), a sample is torn apart, no sample can
+            be used, or the shard changed while it was read.
+    """
+    before = shard_status(shard)
+    rows = _Rows()
+    descriptor = open_regular(shard)
+    try:
+        for key, members in _grouped(shard):
+            rows.add(descriptor, key, members, deep)
+        with open(descriptor, "rb", closefd=False) as file:
+            file.seek(0)
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    finally:
+        os.close(descriptor)
+    if not rows.items:
+        raise UserError(
+            f"{shard}: no usable sample; a sample needs a .txt member with one caption per line"
+            + rows.first_fault()
+        )
+    after = shard_status(shard)
+    if (after.st_size, after.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
+        raise UserError(f"{shard}: changed while it was indexed; wait until it has been written")
+    body = rows.pack()
+    header = IndexHeader(
+        shard_size=after.st_size,
+        mtime_ns=after.st_mtime_ns,
+        items=len(rows.items),
+        samples=len(rows.samples),
+        images=sum(row[4] > 0 for row in rows.samples),
+        key_bytes=len(rows.keys),
+        sha256=sha256,
+        body_crc32=zlib.crc32(body),
+        aside=len(rows.aside),
+        deep=deep,
+    )
+    return header, header.pack() + body
+
+
+class _SetAside(Exception):
+    """A sample cannot be used; the argument is the number of its reason."""
+
+
+@dataclass
+class _Rows:
+    """The tables of an index while they are being filled."""
+
+    items: list[tuple[int, int, int, int, int]] = field(default_factory=list)
+    samples: list[tuple[int, int, int, int, int, int]] = field(default_factory=list)
+    aside: list[tuple[int, int, int]] = field(default_factory=list)
+    keys: bytearray = field(default_factory=bytearray)
+
+    def add(self, descriptor: int, key: str, members: list[Member], deep: bool) -> None:
+        """Append one sample with its items; or without, when it has to be set aside."""
+        number, first = len(self.samples), len(self.items)
+        image = 0, 0, 0
+        try:
+            by_extension = _by_extension(members)
+            image = _image_row(descriptor, by_extension, deep)
+            if "txt" in by_extension:
+                self._add_lines(descriptor, by_extension["txt"], number)
+            if len(self.items) == first and not any(row[0] == number for row in self.aside[-1:]):
+                raise _SetAside(NO_CAPTION)
+        except _SetAside as fault:
+            self.aside.append((number, WHOLE, fault.args[0]))
+        raw_key = key.encode("utf-8")
+        self.samples.append((len(self.keys), len(raw_key), image[2], image[0], image[1], first))
+        self.keys += raw_key
+
+    def _add_lines(self, descriptor: int, member: Member, sample: int) -> None:
+        """Append a row for each line that is not blank."""
+        if member.size > MEMBER_LIMIT:
+            raise _SetAside(5)
+        start = member.offset
+        lines = read_exactly(descriptor, member.size, start).split(b"\n")
+        for number, line in enumerate(lines):
+            text = line.strip()
+            if text:
+                try:
+                    text = _cut(text)
+                except UnicodeDecodeError:
+                    self.aside.append((sample, number, 1))
+                else:
+                    offset = start + len(line) - len(line.lstrip())
+                    self.items.append((offset, len(text), zlib.crc32(text), sample, number))
+            start += len(line) + 1
+
+    def first_fault(self) -> str:
+        if not self.aside:
+            return ""
+        sample, line, reason = self.aside[0]
+        start, size = self.samples[sample][:2]
+        key = self.keys[start : start + size].decode()
+        where = "" if line == WHOLE else f"line {line + 1} of "
+        return f" ({where}sample {key!r} {REASONS[reason]})"
+
+    def pack(self) -> bytes:
+        return b"".join(
+            (
+                np.array(self.items, ITEM).tobytes(),
+                np.array(self.samples, SAMPLE).tobytes(),
+                np.array(self.aside, ASIDE).tobytes(),
+                bytes(self.keys),
+            )
+        )
+
+
+def check_shard(shard: Path) -> list[str]:
+    """Compare a shard with the index beside it, byte by byte, and return what does not agree.
+
+    Nothing is written. A changed modification time alone is no fault.
+    """
+    path = index_path(shard)
+    if not path.is_file():
+        return [f"{path}: missing; run dalr-scale index {shard}"]
+    old = read_header(path)
+    if old is None:
+        return [f"{path}: damaged or of another version; run dalr-scale index {shard}"]
+    try:
+        arrays = IndexFile(shard, old).load()
+        faults = [f"{shard}: {text}" for text in _crc_faults(arrays)]
+        new, _ = build_index(shard, deep=old.deep)
+    except UserError as error:
+        return [str(error)]
+    if replace(new, mtime_ns=0) != replace(old, mtime_ns=0) and not faults:
+        faults.append(f"{shard}: differs from what was indexed; copy or index it again")
+    return faults
+
+
+def _crc_faults(index: ShardIndex) -> Iterator[str]:
+    """Name every caption and picture whose bytes have another checksum than the index says."""
+    descriptor = open_regular(index.shard)
+    try:
+        for offset, size, crc, sample, line in index.items.tolist():
+            if zlib.crc32(read_exactly(descriptor, size, offset)) != crc:
+                yield f"line {line + 1} of sample {index.key(sample)!r} has changed"
+        for number, row in enumerate(index.samples):
+            data = read_exactly(descriptor, int(row["image_size"]), int(row["image"]))
+            if zlib.crc32(data) != int(row["image_crc32"]):
+                yield f"the picture of sample {index.key(number)!r} has changed"
+    finally:
+        os.close(descriptor)
+
+
+def _grouped(shard: Path) -> Iterator[tuple[str, list[Member]]]:
+    """Group the members into samples; the members of a sample stand together."""
+    seen: set[str] = set()
+    for key, group in groupby(walk_tar(shard), key=lambda member: split_name(member.name)[0]):
+        if key in seen:
+            raise UserError(
+                f"{shard}: the members of sample {key!r} do not stand together; "
+                "write the shard again with its names sorted"
+            )
+        seen.add(key)
+        yield key, list(group)
+
+
+def _by_extension(members: list[Member]) -> dict[str, Member]:
+    found = {split_name(member.name)[1]: member for member in members}
+    if len(found) < len(members):
+        raise _SetAside(2)
+    return found
+
+
+def _image_row(descriptor: int, members: dict[str, Member], deep: bool) -> tuple[int, int, int]:
+    """Return (offset, size, crc32) of the sample's picture, zeros where it has none."""
+    pictures = [members[extension] for extension in IMAGE_EXTENSIONS if extension in members]
+    if not pictures:
+        return 0, 0, 0
+    if len(pictures) > 1:
+        raise _SetAside(3)
+    picture = pictures[0]
+    if not 0 < picture.size <= MEMBER_LIMIT:
+        raise _SetAside(4)
+    data = read_exactly(descriptor, picture.size, picture.offset)
+    if deep:
+        try:
+            check_image(data)
+        except ValueError as error:
+            raise _SetAside(6) from error
+    return picture.offset, picture.size, zlib.crc32(data)
+
+
+def _cut(text: bytes) -> bytes:
+    """Check that a line is UTF-8 and cut a huge one to CAPTION_LIMIT bytes of whole characters."""
+    if len(text) <= CAPTION_LIMIT:
+        text.decode("utf-8")
+        return text
+    return text[:CAPTION_LIMIT].decode("utf-8", "ignore").encode("utf-8")

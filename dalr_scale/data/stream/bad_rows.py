@@ -1,0 +1,93 @@
+"""How many items of a run's data could not be used, and when that is too many.
+
+Every rank counts the bad rows of all ranks, so that all stop at the same step or none does.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+
+from dalr_scale.data.stream.batch import BadRow
+from dalr_scale.errors import UserError
+from dalr_scale.run.state import World
+
+_SHOWN = 10
+_KEPT = 10_000  # numbers kept per stream in a checkpoint
+_log = logging.getLogger(__name__)
+
+
+class BadRows:
+    """Bad items met so far, by stream; each item counts once, however often it is met.
+
+    Attributes:
+        items: stream -> numbers of the items that could not be used.
+    """
+
+    def __init__(
+        self,
+        sizes: Mapping[str, int],
+        quarantine: Mapping[str, Sequence[str]],
+        max_fraction: float,
+    ) -> None:
+        """Start with what the indexes have set aside.
+
+        Args:
+            sizes: usable items of each stream.
+            quarantine: by stream, what is set aside, a sentence each.
+            max_fraction: largest share of a stream that may be bad, 0 to 1.
+
+        Raises:
+            UserError: more than that is set aside already.
+        """
+        self.items: dict[str, set[int]] = {kind: set() for kind in sizes}
+        self._sizes = dict(sizes)
+        self._aside = {kind: len(quarantine.get(kind, ())) for kind in sizes}
+        self._max = max_fraction
+        self._reasons: dict[str, list[str]] = {
+            kind: list(quarantine.get(kind, ()))[:_SHOWN] for kind in sizes
+        }
+        for kind in sizes:
+            self._check(kind)
+
+    def restore(self, items: Mapping[str, Iterable[int]]) -> None:
+        """Take over what an earlier part of the run has met."""
+        for kind, numbers in items.items():
+            self.items.setdefault(kind, set()).update(numbers)
+
+    def state(self) -> dict[str, list[int]]:
+        """Return the item numbers for a checkpoint, streams without any left out."""
+        return {kind: sorted(found)[:_KEPT] for kind, found in self.items.items() if found}
+
+    def count(self, bad: Sequence[BadRow], world: World) -> None:
+        """Count the bad rows of one step, over all ranks; a collective.
+
+        Raises:
+            UserError: a stream has more than its share of bad items. The report names them.
+        """
+        if not world.all_max(len(bad)):
+            return
+        gathered = world.gather_objects(list(bad))
+        rows = [BadRow(*row) for part in world.broadcast_object(gathered) for row in part]
+        for row in rows:
+            known = self.items.setdefault(row.kind, set())
+            if row.item not in known:
+                known.add(row.item)
+                self._reasons.setdefault(row.kind, []).append(row.why)
+                if world.rank == 0:
+                    _log.warning("not used, another item stands in: %s", row.why)
+        for kind in dict.fromkeys(row.kind for row in rows):
+            self._check(kind)
+
+    def _check(self, kind: str) -> None:
+        found = len(self.items[kind]) + self._aside[kind]
+        total = self._sizes[kind] + self._aside[kind]
+        if found <= self._max * total:
+            return
+        shown = self._reasons[kind][-_SHOWN:]
+        more = [f"... and {found - len(shown)} more"] if found > len(shown) else []
+        lines = "\n  ".join([*shown, *more])
+        raise UserError(
+            f"{found} of {total} items of the {kind} stream cannot be used, more than "
+            f"data.max_bad_fraction = {self._max:g}; repair the shards or raise it:\n  {lines}"
+        )

@@ -1,0 +1,1 @@
+"""DeepSpeed and DDP behind one protocol."""
