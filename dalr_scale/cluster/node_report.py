@@ -18,7 +18,7 @@ from dalr_scale.config.arguments import configuration
 from dalr_scale.config.limits import check_arithmetic
 from dalr_scale.errors import UserError
 from dalr_scale.run.failure import node_name
-from dalr_scale.run.state import process_name
+from dalr_scale.run.files import process_name
 from dalr_scale.versions import versions
 
 __all__ = ["NodeReport", "examine", "node_name"]

@@ -22,7 +22,7 @@ from typing import Any
 from dalr_scale import __version__
 from dalr_scale.config import Config, new_encoder_pooler
 from dalr_scale.errors import UserError
-from dalr_scale.run.state import World
+from dalr_scale.run.ranks import Ranks
 from dalr_scale.teachers.mixing import text_weights
 
 # Keys that may change between a run and its continuation: they do not touch the result.
@@ -49,7 +49,7 @@ _MODEL_FILES = (".json", ".txt", ".model", ".safetensors")
 
 def run_fingerprint(
     config: Config,
-    world: World,
+    world: Ranks,
     *,
     precision: str,
     total_steps: int,

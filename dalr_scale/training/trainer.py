@@ -34,7 +34,9 @@ from dalr_scale.run.checkpoint import (
     find_checkpoint,
     save_checkpoint,
 )
-from dalr_scale.run.state import RunState, StreamState, write_durably, write_status
+from dalr_scale.run.files import write_durably
+from dalr_scale.run.state import RunState, StreamState
+from dalr_scale.run.status import write_status
 from dalr_scale.training.build import ModelParts, Streams
 from dalr_scale.training.fingerprint import check_fingerprint
 from dalr_scale.training.metrics import RunLog

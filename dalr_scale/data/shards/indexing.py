@@ -40,7 +40,7 @@ from dalr_scale.data.shards.files import (
     walk_tar,
 )
 from dalr_scale.errors import UserError
-from dalr_scale.run.state import process_name
+from dalr_scale.run.files import process_name
 
 log = logging.getLogger(__name__)
 

@@ -26,7 +26,7 @@ from dalr_scale.data.shards.features_store import features_path
 from dalr_scale.data.shards.index_file import read_header
 from dalr_scale.data.shards.files import expand_braces
 from dalr_scale.errors import UserError
-from dalr_scale.run.state import process_name, write_durably
+from dalr_scale.run.files import process_name, write_durably
 
 SCHEMES = ("https", "http", "s3", "gs", "hf", "memory")
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from dalr_scale.data.shards.index_file import index_path
 from dalr_scale.data.shards.files import COMPANION_SUFFIXES, SHARD_EXTENSIONS
 from dalr_scale.errors import UserError
-from dalr_scale.run.state import write_durably
+from dalr_scale.run.files import write_durably
 
 _STATE = "progress.json"
 _LAYOUT = 2  # raise it when the same input would give other bytes or other counts

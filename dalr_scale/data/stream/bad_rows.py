@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from dalr_scale.data.stream.batch import BadRow
 from dalr_scale.errors import UserError
-from dalr_scale.run.state import World
+from dalr_scale.run.ranks import Ranks
 
 _SHOWN = 10
 _MAX_STORED = 10_000  # numbers kept per stream in a checkpoint
@@ -59,7 +59,7 @@ class BadRows:
         """Return the item numbers for a checkpoint, streams without any left out."""
         return {kind: sorted(found)[:_MAX_STORED] for kind, found in self.items.items() if found}
 
-    def count(self, bad: Sequence[BadRow], world: World) -> None:
+    def count(self, bad: Sequence[BadRow], world: Ranks) -> None:
         """Count the bad rows of one step, over all ranks; a collective.
 
         Raises:

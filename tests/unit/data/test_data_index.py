@@ -21,7 +21,7 @@ from dalr_scale.data.shards.index_file import CAPTION_LIMIT, IndexHeader, curren
 from dalr_scale.data.shards.indexing import build_index, check_shard, ensure_index
 from dalr_scale.data.stream.source import Source
 from dalr_scale.errors import UserError
-from dalr_scale.run.state import write_durably
+from dalr_scale.run.files import write_durably
 
 
 def shard_of(directory: Path, *members: tuple[str, bytes]) -> Path:
