@@ -27,22 +27,22 @@ from dalr_scale.teachers.models import tokenizer_hash
 ROWS, WIDTH, BATCH = 100, 16, 256
 
 
-def write(folder: Path, shards: int) -> None:
+def write(directory: Path, shards: int) -> None:
     """Shards of 100 sentences, each with its index, one feature set and its token ids."""
-    if (folder / "done").exists():
+    if (directory / "done").exists():
         return
     sentences = (f"a w{n % 499} w{n % 7} w{n}" for n in range(shards * ROWS))
     paths = write_text_shards(
-        sentences, folder, "text", per_member=ROWS, members_per_shard=1, overwrite=True
+        sentences, directory, "text", per_member=ROWS, members_per_shard=1, overwrite=True
     )
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", *(f"w{n}" for n in range(500))]
-    (folder / "vocab.txt").write_text("\n".join(words) + "\n")
+    (directory / "vocab.txt").write_text("\n".join(words) + "\n")
     with ProcessPoolExecutor() as pool:
-        list(pool.map(_write_beside, paths, chunksize=100))
-    (folder / "done").touch()
+        list(pool.map(_write_companions, paths, chunksize=100))
+    (directory / "done").touch()
 
 
-def _write_beside(path: Path) -> None:
+def _write_companions(path: Path) -> None:
     ensure_index(path)
     values = np.random.default_rng(0).normal(size=(ROWS, WIDTH))
     write_features(path, "clip", values, level="item", manifest_extra={})
@@ -52,17 +52,17 @@ def _write_beside(path: Path) -> None:
 
 
 @lru_cache(maxsize=1)
-def _tokenizer(folder: Path) -> tuple[Any, str]:
-    tokenizer = load_tokenizer(folder / "vocab.txt")
+def _tokenizer(directory: Path) -> tuple[Any, str]:
+    tokenizer = load_tokenizer(directory / "vocab.txt")
     return tokenizer, tokenizer_hash(tokenizer)
 
 
-def read(folder: Path) -> None:
+def read(directory: Path) -> None:
     """Print the seconds of each part as JSON."""
     torch.set_num_threads(1)
-    tokenizer, sha256 = _tokenizer(folder)
+    tokenizer, sha256 = _tokenizer(directory)
     started = time.perf_counter()
-    paths = expand_shards([str(folder / "text-*.tar")])
+    paths = expand_shards([str(directory / "text-*.tar")])
     listed = time.perf_counter()
     source = Source(paths, features={"text0": "clip"})
     source.use_ids(Encoding(sha256, 32, tokenizer.pad_token_id))

@@ -26,14 +26,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="dalr-scale index",
         description="Build the index beside each shard where it is missing or out of date.",
     )
-    parser.add_argument("shards", nargs="+", help="shard files, folders, globs or brace ranges")
+    parser.add_argument("shards", nargs="+", help="shard files, directories, globs or brace ranges")
     parser.add_argument(
         "--check",
         action="store_true",
         help="write nothing; read every byte and compare it with the index and the feature sums",
     )
     parser.add_argument(
-        "--deep", action="store_true", help="decode every picture; set aside those that cannot be"
+        "--deep",
+        action="store_true",
+        help="decode every image; quarantine those that cannot be decoded",
     )
     args = parser.parse_args(argv)
     shards = expand_shards(args.shards)
@@ -49,21 +51,21 @@ def _build(shards: list[Path], deep: bool) -> int:
             state = "up to date"
         rows.append((shard, state, ensure_index(shard, deep=deep).header))
     _print_table(rows)
-    _print_quarantine([row[0] for row in rows if row[2].aside])
+    _print_quarantine([row[0] for row in rows if row[2].quarantined])
     return 0
 
 
 def _print_quarantine(shards: list[Path]) -> None:
     found = [line for shard in shards for line in ensure_index(shard).load().quarantine()]
     for line in found[:_SHOWN]:
-        print(f"set aside: {line}")
+        print(f"quarantined: {line}")
     if len(found) > _SHOWN:
-        print(f"set aside: ... and {len(found) - _SHOWN} more")
+        print(f"quarantined: ... and {len(found) - _SHOWN} more")
 
 
 def _print_table(rows: list[tuple[Path, str, IndexHeader]]) -> None:
     width = max(len(row[0].name) for row in rows)
-    print(f"{'shard':<{width}}  {'samples':>9}  {'pictures':>9}  {'items':>11}  {'MB':>9}  index")
+    print(f"{'shard':<{width}}  {'samples':>9}  {'images':>9}  {'items':>11}  {'MB':>9}  index")
     for shard, state, header in rows:
         features = ", ".join(feature_names(shard))
         print(

@@ -30,9 +30,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="dalr-scale tokens",
         description="Store the token ids of every caption and sentence beside the shards.",
     )
-    parser.add_argument("shards", nargs="+", help="shard files, folders, globs or brace ranges")
+    parser.add_argument("shards", nargs="+", help="shard files, directories, globs or brace ranges")
     parser.add_argument(
-        "--tokenizer", required=True, help="the student's tokenizer: a folder or a vocab.txt"
+        "--tokenizer", required=True, help="the student's tokenizer: a directory or a vocab.txt"
     )
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     args = parser.parse_args(argv)
@@ -60,7 +60,7 @@ def _store(shards: Sequence[Path], tokenizer_path: str, quiet: bool) -> int:
 
 
 def _is_there(shard: Path, sha256: str) -> bool:
-    """Whether sound ids of this state of the shard are there; others are made anew."""
+    """Whether sound ids of this state of the shard are there; others are created again."""
     try:
         return open_tokens(shard, sha256) is not None
     except UserError:

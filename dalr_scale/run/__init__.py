@@ -1,1 +1,1 @@
-"""The directory of a run: checkpoints, state, status, failures, lock. Nothing here imports torch."""
+"""What a run writes into its directory: checkpoints, state, status, lock."""

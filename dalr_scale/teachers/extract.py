@@ -200,7 +200,7 @@ def _pixels(
     except ValueError as error:
         key = ensure_index(shard).load().key(row)
         raise UserError(
-            f"{shard}: the picture of sample {key!r} {error}; set it aside with dalr-scale index "
+            f"{shard}: the image of sample {key!r} {error}; quarantine it with dalr-scale index "
             "--deep"
         ) from error
 

@@ -226,5 +226,7 @@ def check_stored_tokenizers(config: Config, source: Source, tokenizer: Any) -> N
 def _model_spec(config: Config, spec: str) -> str:
     prefix, colon, path = spec.partition(":")
     if not colon or prefix not in ("hf", "open_clip"):
-        raise UserError(f"teacher '{spec}' must be features:NAME, hf:FOLDER or open_clip:FOLDER")
+        raise UserError(
+            f"teacher '{spec}' must be features:NAME, hf:DIRECTORY or open_clip:DIRECTORY"
+        )
     return spec if path.startswith("package:") else f"{prefix}:{config.path(path)}"

@@ -267,7 +267,7 @@ def build_encoder(config: Config) -> SentenceEncoder:
     """The student's encoder: pre-trained, or new from ``model.architecture``."""
     if config.model.encoder:
         path = config.path(config.model.encoder)
-        encoder = SentenceEncoder.from_folder(str(path), config.model.pooler or None)
+        encoder = SentenceEncoder.from_directory(str(path), config.model.pooler or None)
     else:
         tokenizer = load_tokenizer(config.path(config.data.tokenizer))
         encoder = _new_encoder(config, tokenizer)

@@ -190,7 +190,7 @@ def _teachers(config: Config) -> list[tuple[str, str]]:
 
 def _digests(config: Config, place: str) -> dict[str, str]:
     """Files by name inside their directory; a Hub name or a tag that is no path stands for them."""
-    from dalr_scale.models.directories import resolve_folder
+    from dalr_scale.models.directories import resolve_directory
 
     path = config.path(place)
     if not path.exists() and Path(place.partition("@")[2]).expanduser().is_file():
@@ -198,7 +198,7 @@ def _digests(config: Config, place: str) -> dict[str, str]:
     if path.is_file():
         return {path.name: _sha256(path)}
     try:
-        folder = path if path.is_dir() else resolve_folder(place)
+        folder = path if path.is_dir() else resolve_directory(place)
     except UserError:
         return {place: BY_NAME}
     files = [p for p in sorted(folder.rglob("*")) if p.suffix in _MODEL_FILES and p.is_file()]

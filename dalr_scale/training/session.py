@@ -16,7 +16,7 @@ from dalr_scale.config import Config
 from dalr_scale.distributed.world import World, leave_world, start_world
 from dalr_scale.engines.engine import Engine
 from dalr_scale.errors import UserError
-from dalr_scale.eval.suite import EvaluationSuite, FolderEngine
+from dalr_scale.eval.suite import DirectoryEngine, EvaluationSuite
 from dalr_scale.eval.unit import UNIT, in_percent, read_scores
 from dalr_scale.run.failure import record_failure
 from dalr_scale.run.files import write_durably
@@ -187,7 +187,7 @@ def _finish(config: Config, world: World, trainer: Trainer, run_log: RunLog) -> 
     trainer.export(final)
     scores = selected = trainer.suite.score_final(trainer.engine)
     if trainer.best_step not in (None, trainer.step):
-        selected = trainer.suite.score_final(FolderEngine(best, world.device))
+        selected = trainer.suite.score_final(DirectoryEngine(best, world.device))
     run_log.final_scores(trainer.step, scores, selected, trainer.best_step)
     return scores | selected
 

@@ -32,7 +32,7 @@ from dalr_scale.data.shards.packed import (
     peek_manifest,
     write_packed,
 )
-from dalr_scale.data.shards.files import FEATURE_SUFFIX, beside
+from dalr_scale.data.shards.files import FEATURE_SUFFIX, companions
 from dalr_scale.errors import UserError
 
 LEVELS = ("sample", "item", "token")
@@ -50,7 +50,7 @@ def features_path(shard: Path, name: str) -> Path:
 
 def _place(shard: Path, name: str) -> str:
     """``features_path`` for lists of thousands: strings are much faster than paths."""
-    return beside(shard, _ending(name))
+    return companions(shard, _ending(name))
 
 
 @lru_cache(maxsize=64)
@@ -296,7 +296,7 @@ def _check_values(
     _check_shape(path, len(values), level, offsets, samples, items)
     bad = np.flatnonzero(~np.isfinite(values).all(axis=1))
     if len(bad):
-        raise UserError(f"{path}: row {bad[0]} of the values is not finite in float16; mend it")
+        raise UserError(f"{path}: row {bad[0]} of the values is not finite in float16; fix it")
 
 
 def _check_shape(

@@ -30,7 +30,7 @@ from dalr_scale.data.shards.packed import (
     digest,
     write_packed,
 )
-from dalr_scale.data.shards.files import TOKENS_SUFFIX, beside
+from dalr_scale.data.shards.files import TOKENS_SUFFIX, companions
 from dalr_scale.errors import UserError
 
 SCHEMA = 1
@@ -45,11 +45,11 @@ _SHORT, _LONG = np.dtype("<u2"), np.dtype("<u4")
 
 def tokens_path(shard: Path, tokenizer_sha256: str) -> Path:
     """Return where the ids of a shard lie for a tokenizer."""
-    return Path(beside(shard, tokens_ending(tokenizer_sha256)))
+    return Path(companions(shard, tokens_ending(tokenizer_sha256)))
 
 
 def tokens_ending(tokenizer_sha256: str) -> str:
-    """Return what stands in place of ``.tar`` in the name of a shard's stored ids."""
+    """Return what replaces ``.tar`` in the name of a shard's stored ids."""
     return f".ids-{tokenizer_sha256[:12]}{TOKENS_SUFFIX}"
 
 
@@ -116,9 +116,9 @@ class TokenTable:
             n: f"{self.path}: the ids of item {rows[n]} have changed; {_REMEDY}"
             for n in changed.tolist()
         }
-        room = max_length - len(self.prefix) - len(self.suffix)
-        kept = np.minimum(lengths, room)
-        if len(kept) and int(lengths.max()) > room:
+        free = max_length - len(self.prefix) - len(self.suffix)
+        kept = np.minimum(lengths, free)
+        if len(kept) and int(lengths.max()) > free:
             values = gather_rows(values, np.cumsum(lengths) - lengths, kept)
         return FoundIds(values, kept, faults)
 
@@ -261,8 +261,8 @@ def _special_tokens(tokenizer: Any, sentences: Sequence[str]) -> tuple[list[int]
         prefix, suffix = whole[first][:start], whole[first][start + len(bare[first]) :]
         for limit in (8, STORED_TOKENS):
             cut = _encode(tokenizer, probes, truncation=True, max_length=limit)
-            room = limit - extra
-            if all(w == prefix + b[:room] + suffix for w, b in zip(cut, bare, strict=True)):
+            free = limit - extra
+            if all(w == prefix + b[:free] + suffix for w, b in zip(cut, bare, strict=True)):
                 continue
             break
         else:

@@ -41,7 +41,7 @@ class Batch:
         token_mask: bool [b, T] or None.
         images: [b, 3, H, W] as the image transform gives them, or None.
         bad: rows that could not be used, each with its item number and what was wrong with it;
-            another item stands in their place (``StreamPlan.substitute``).
+            another item takes their place (``StreamPlan.replacement``).
     """
 
     step: int

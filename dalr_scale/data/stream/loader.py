@@ -35,9 +35,9 @@ from dalr_scale.errors import UserError
 ImageTransform = Callable[[Image.Image], Tensor]
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
-_RECEIVED = 2  # batches that wait in this process
-_SLOW = 10.0  # seconds of waiting for a batch before a warning
-_LEAVE = 5.0  # seconds for the thread to end; it may wait for a worker
+_PREFETCHED = 2  # batches that wait in this process
+_WARN_AFTER = 10.0  # seconds of waiting for a batch before a warning
+_JOIN_TIMEOUT = 5.0  # seconds for the thread to end; it may wait for a worker
 
 
 def tokenize(
@@ -103,17 +103,17 @@ class StepDataset(Dataset):
         rows = rank_rows(len(whole), self.rank, self.world_size)
         ids = whole[rows]
         bad: list[BadRow] = []
-        stand_ins = self.plan.substitutes(kind)
+        replacements = self.plan.num_replacements(kind)
         for attempt in itertools.count(1):
             records = source.read(ids, text=self._reads_text(source), strict=False)
             images, faults = self._decode(step, source, ids, records)
             if not faults:
                 return self._batch(step, ids, records, images, tuple(bad))
             bad += [BadRow(kind, int(ids[row]), why) for row, why in sorted(faults.items())]
-            if attempt > stand_ins:
+            if attempt > replacements:
                 raise UserError(bad[-1].why)
             for row in faults:
-                ids[row] = self.plan.substitute(step, int(rows[row]), attempt)
+                ids[row] = self.plan.replacement(step, int(rows[row]), attempt)
         raise AssertionError("unreachable")
 
     def _reads_text(self, source: Source) -> bool:
@@ -150,7 +150,7 @@ class StepDataset(Dataset):
     def _decode(
         self, step: int, source: Source, ids: np.ndarray, records: Records
     ) -> tuple[Tensor | None, dict[int, str]]:
-        """Decode the pictures of the rows that are sound; return them and all faults."""
+        """Decode the images of the rows that are sound; return them and all faults."""
         faults = dict(records.faults)
         if records.images is None or self.image_transform is None:
             return None, faults
@@ -159,19 +159,19 @@ class StepDataset(Dataset):
             if row in faults:
                 continue
             try:
-                decoded.append(self._picture(step, item, data))
+                decoded.append(self._image(step, item, data))
             except ValueError as error:
                 where = source.describe(item)
-                faults[row] = f"{where}: the picture {error}; prepare the shard again"
+                faults[row] = f"{where}: the image {error}; prepare the shard again"
         return None if faults else torch.stack(decoded), faults
 
-    def _picture(self, step: int, item: int, data: bytes) -> Tensor:
+    def _image(self, step: int, item: int, data: bytes) -> Tensor:
         assert self.image_transform is not None
-        picture = decode_image(data)
+        image = decode_image(data)
         if self.augment is not None:
             kind, epoch, _ = self.plan.position(step)
-            picture = self.augment(picture, sample_rng(self.plan.seed, kind, epoch, item))
-        return self.image_transform(picture)
+            image = self.augment(image, sample_rng(self.plan.seed, kind, epoch, item))
+        return self.image_transform(image)
 
 
 class StepLoader(DataLoader):
@@ -186,13 +186,13 @@ class StepLoader(DataLoader):
         """
         batches: Iterator[Any] = super().__iter__()
         try:
-            with closing(ahead(batches, _RECEIVED if self.num_workers else 0)) as received:
+            with closing(ahead(batches, _PREFETCHED if self.num_workers else 0)) as received:
                 for batch in received:
                     if isinstance(batch, UserError):
                         raise batch
                     yield batch.unpack() if isinstance(batch, PackedBatch) else batch
         except (ConnectionError, EOFError) as error:
-            # The queue broke before the worker's death was reported. The report interrupts this
+            # The queue broke before the worker's exit was reported. The report interrupts this
             # sleep with an error that names the process.
             time.sleep(2)
             raise RuntimeError("a loader worker died while it sent a batch") from error
@@ -209,12 +209,12 @@ def ahead(items: Iterator[T], count: int) -> Generator[T, None, None]:
         yield from items
         return
     ready: queue.SimpleQueue[tuple[T | None, BaseException | None]] = queue.SimpleQueue()
-    room = threading.Semaphore(count)
+    slots = threading.Semaphore(count)
     stopped = threading.Event()
 
     def take() -> None:
         try:
-            while room.acquire() and not stopped.is_set():
+            while slots.acquire() and not stopped.is_set():
                 ready.put((next(items), None))
         except BaseException as error:  # StopIteration too: the user of the items raises it
             ready.put((None, error))
@@ -223,25 +223,25 @@ def ahead(items: Iterator[T], count: int) -> Generator[T, None, None]:
     thread.start()
     try:
         while True:
-            item, error = _patiently(ready)
+            item, error = _get_with_warnings(ready)
             if isinstance(error, StopIteration):
                 return
             if error is not None:
                 raise error
-            room.release()
+            slots.release()
             yield item  # type: ignore[misc]
     finally:
         stopped.set()
-        room.release()
-        thread.join(_LEAVE)
+        slots.release()
+        thread.join(_JOIN_TIMEOUT)
 
 
-def _patiently(ready: queue.SimpleQueue[T]) -> T:
-    """Wait for an item, and say when that takes long; ending the run is the watchdog's part."""
+def _get_with_warnings(ready: queue.SimpleQueue[T]) -> T:
+    """Wait for an item, and warn when it takes long; the watchdog ends the run."""
     started = time.monotonic()
     while True:
         try:
-            return ready.get(timeout=_SLOW)
+            return ready.get(timeout=_WARN_AFTER)
         except queue.Empty:
             waited = time.monotonic() - started
             _log.warning("no batch for %.0f s: slow storage, or too few data.workers", waited)
@@ -278,8 +278,8 @@ def make_loader(
         total_steps: end of the run.
         max_length: tokens kept of a sentence, special tokens included.
         num_workers: worker processes; 0 reads in this process.
-        image_transform: picture to tensor, for sources that read images.
-        augment: changes a picture before the transform, by random numbers of its own.
+        image_transform: image to tensor, for sources that read images.
+        augment: changes an image before the transform, by random numbers of its own.
         with_text: give the sentences too; stored token ids make them superfluous otherwise.
         pin_memory: put batches into page-locked memory.
         prefetch: batches each worker reads ahead.

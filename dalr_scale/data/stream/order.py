@@ -24,12 +24,12 @@ Kind = Literal["text", "pair"]
 Alternation = Literal["proportional", "reference"]
 Tail = Literal["drop", "keep"]
 
-MAX_SUBSTITUTES = 8  # a row whose next eight stand-ins are bad too is no accident
+MAX_REPLACEMENTS = 8  # eight unusable replacements in a row are no accident
 _CHUNK = 1 << 22
 
 
 def epoch_order(seed: int, epoch: int, num_items: int, *, stream: str) -> np.ndarray:
-    """Return the item numbers of one pass over a stream in the order they are used.
+    """Return the item numbers of one epoch of a stream in the order they are used.
 
     The random bits come straight from the Philox bit generator, whose output numpy guarantees to
     keep; ``Generator.permutation`` may change between numpy releases. Each word carries the item
@@ -38,7 +38,7 @@ def epoch_order(seed: int, epoch: int, num_items: int, *, stream: str) -> np.nda
 
     Args:
         seed: seed of the run.
-        epoch: number of the pass, from 0.
+        epoch: number of the epoch of this stream, from 0.
         num_items: length of the permutation.
         stream: name of the stream; two streams with equal lengths are ordered differently.
 
@@ -142,7 +142,7 @@ class StreamPlan:
         pair_items: items of the pair stream; 0 when there is none.
         alternation: see above.
         pair_fraction: share of paired steps (``proportional`` only); None means N_pair's share.
-        tail: what happens to the last, shorter batch of a pass. ``drop`` leaves it out, ``keep``
+        tail: what happens to the last, shorter batch of an epoch. ``drop`` leaves it out, ``keep``
             uses it when it has two items or more.
         text_parts, pair_parts: weighted parts of the streams, numbered one after the other; empty:
             one part. Every batch takes the same number of rows from each part, and each part is
@@ -214,12 +214,12 @@ class StreamPlan:
 
     @property
     def n_text(self) -> int:
-        """Batches in one pass over the text stream."""
+        """Batches in one epoch of the text stream."""
         return self._batches(self.text_items)
 
     @property
     def n_pair(self) -> int:
-        """Batches in one pass over the pair stream."""
+        """Batches in one epoch of the pair stream."""
         return self._batches(self.pair_items)
 
     @property
@@ -258,11 +258,11 @@ class StreamPlan:
         return step - pairs, pairs
 
     def position(self, step: int) -> tuple[Kind, int, int]:
-        """Return (stream, pass over it, batch within the pass) of a step."""
+        """Return (stream, epoch of it, batch within the epoch) of a step."""
         kind = self.kind(step)
         text, pair = self.batches_before(step)
-        per_pass = self.n_text if kind == "text" else self.n_pair
-        return (kind, *divmod(text if kind == "text" else pair, per_pass))
+        per_epoch = self.n_text if kind == "text" else self.n_pair
+        return (kind, *divmod(text if kind == "text" else pair, per_epoch))
 
     def batch_ids(self, step: int) -> np.ndarray:
         """Return the global batch of a step: int64 item numbers [global_batch] of its stream.
@@ -291,7 +291,7 @@ class StreamPlan:
         return min(self.global_batch, items - batch * self.global_batch)
 
     def prepare(self, step: int) -> None:
-        """Make the orders of both streams' current passes, so that forked workers share them."""
+        """Create the orders of both streams' current epochs, so that forked workers share them."""
         first = {self.kind(step): step}
         other = step + 1
         while len(first) < bool(self.n_text) + bool(self.n_pair) and other < step + 1000:
@@ -315,7 +315,7 @@ class StreamPlan:
         return sum(part.items for part in self._parts(kind)[:number])
 
     def _part_position(self, kind: Kind, number: int, step: int) -> tuple[int, int]:
-        """Return (pass over the part, batch within it) of a step of this kind."""
+        """Return (epoch of the part, batch within it) of a step of this kind."""
         parts = self._parts(kind)
         if len(parts) == 1:
             return self.position(step)[1:]
@@ -344,29 +344,29 @@ class StreamPlan:
         return layouts
 
     def sources_before(self, step: int) -> dict[str, tuple[int, int]]:
-        """Return (passes, batches of the current pass) of every source, before ``step``.
+        """Return (epochs, batches of the current epoch) of every source, before ``step``.
 
         Streams with parts have an entry for each, ``pair[0]``, ``pair[1]`` ...
         """
         text, pair = self.batches_before(step)
         found: dict[str, tuple[int, int]] = {}
-        for kind, done, per_pass, parts in (
+        for kind, done, per_epoch, parts in (
             ("text", text, self.n_text, self.text_parts),
             ("pair", pair, self.n_pair, self.pair_parts),
         ):
-            if per_pass:
-                found[kind] = divmod(done, per_pass)
+            if per_epoch:
+                found[kind] = divmod(done, per_epoch)
             for number, part in enumerate(parts):
                 found[f"{kind}[{number}]"] = divmod(done, part.items // part.rows)
         return found
 
-    def substitutes(self, kind: Kind) -> int:
-        """Return how many stand-ins a bad row has."""
+    def num_replacements(self, kind: Kind) -> int:
+        """Return how many replacements a bad row may try."""
         shortest = min(part.items // part.rows for part in self._parts(kind))
-        return min(shortest - 1, MAX_SUBSTITUTES)
+        return min(shortest - 1, MAX_REPLACEMENTS)
 
-    def substitute(self, step: int, row: int, attempt: int) -> int:
-        """Return the item that stands in for a bad row: the same row, some batches later.
+    def replacement(self, step: int, row: int, attempt: int) -> int:
+        """Return the item that replaces a bad row: the same row, some batches later.
 
         It is never an item of the batch itself, no other bad row of the batch gets the same one,
         and it depends on nothing but the order, so that all ranks and resumes agree on it.
@@ -374,7 +374,7 @@ class StreamPlan:
         Args:
             step: the step.
             row: row of the global batch.
-            attempt: 1 for the first stand-in, up to ``substitutes``.
+            attempt: 1 for the first replacement, up to ``num_replacements``.
         """
         kind = self.kind(step)
         layout = self._layout(kind)

@@ -25,7 +25,7 @@ from dalr_scale.data.shards.features_store import (
     features_path,
     open_features,
 )
-from dalr_scale.data.shards.files import beside, read_exactly, shard_names
+from dalr_scale.data.shards.files import companions, read_exactly, shard_names
 from dalr_scale.data.shards.index import ensure_index
 from dalr_scale.data.shards.index_file import IndexFile, IndexRows
 from dalr_scale.data.shards.token_store import (
@@ -58,7 +58,7 @@ class Records:
         features: by role, float32 [n, dim].
         tokens: token features float32 [n, T, dim], zero-padded to the longest, and their bool mask
             [n, T]; None unless the source has the role ``tokens``.
-        images: n encoded pictures; None unless the source reads images.
+        images: n encoded images; None unless the source reads images.
         encoded: stored token ids and their mask, int64 [n, L]; None unless the source has them.
         faults: position -> what is wrong with that row; its values above must not be used.
     """
@@ -116,7 +116,7 @@ class Source:
 
     Attributes:
         num_items: captions or sentences.
-        num_samples: samples, with or without pictures.
+        num_samples: samples, with or without images.
         part_items: items of each weighted part, in the order of their numbers.
         shards: the shards in their order.
         has_ids: whether every shard has stored token ids of the wanted encoding.
@@ -139,13 +139,13 @@ class Source:
             shards: shard files, each with another content.
             features: feature set name by role, e.g. ``{"image": "clip"}``; the role ``tokens``
                 takes a set of level ``token``, every other role one of level sample or item.
-            with_images: read the pictures too; every sample must have one.
+            with_images: read the images too; every sample must have one.
             encoding: the token ids to read where all shards have them stored.
             part_sizes: shards of each part that is drawn from on its own; empty: one part.
 
         Raises:
             UserError: a shard or feature set is missing, damaged or does not fit, two shards have
-                the same content, or pictures are missing.
+                the same content, or images are missing.
         """
         files = [ensure_index(shard) for shard in shards]
         if not files:
@@ -178,7 +178,7 @@ class Source:
 
     def quarantine(self) -> list[str]:
         """Name the damaged lines and samples that the indexes have set aside."""
-        listed = [file for file in self._files if file.header.aside]
+        listed = [file for file in self._files if file.header.quarantined]
         return [line for file in listed for line in file.load().quarantine(incomplete=False)]
 
     def used_samples(self) -> np.ndarray:
@@ -319,17 +319,17 @@ class Source:
         self, batch: _Batch, opened: _OpenShard, where: np.ndarray, samples: np.ndarray
     ) -> None:
         assert batch.images is not None
-        pictures = zip(
-            where.tolist(), samples.tolist(), self._pictures(opened, samples), strict=True
+        images = zip(
+            where.tolist(), samples.tolist(), self._read_images(opened, samples), strict=True
         )
-        for at, sample, data in pictures:
+        for at, sample, data in images:
             if data is None:
-                batch.faults.setdefault(at, _changed(opened, sample, "the picture"))
+                batch.faults.setdefault(at, _changed(opened, sample, "the image"))
             else:
                 batch.images[at] = data
 
-    def _pictures(self, opened: _OpenShard, samples: np.ndarray) -> Iterator[bytes | None]:
-        """Yield the encoded pictures of samples; None for one that is not what was indexed."""
+    def _read_images(self, opened: _OpenShard, samples: np.ndarray) -> Iterator[bytes | None]:
+        """Yield the encoded images of samples; None for one that is not what was indexed."""
         rows = opened.index.samples.rows(samples)[["image", "image_size", "image_crc32"]]
         for offset, size, crc in rows.tolist():
             data = read_exactly(opened.file.descriptor, size, offset)
@@ -344,14 +344,14 @@ class Source:
         return np.where(index.samples.rows(samples)["image_size"] > 0, ids, -1)
 
     def read_images(self, samples: np.ndarray) -> list[bytes]:
-        """Return the encoded pictures of some samples (numbers over the whole source)."""
+        """Return the encoded images of some samples (numbers over the whole source)."""
         found = []
         for sample in np.asarray(samples, np.int64).tolist():
             shard = int(np.searchsorted(self._sample_start, sample, side="right")) - 1
             opened, local = self._open(shard), sample - int(self._sample_start[shard])
-            (data,) = self._pictures(opened, np.array([local]))
+            (data,) = self._read_images(opened, np.array([local]))
             if data is None:
-                raise UserError(_changed(opened, local, "the picture"))
+                raise UserError(_changed(opened, local, "the image"))
             found.append(data)
         return found
 
@@ -379,9 +379,11 @@ class Source:
         if self._encoding is None or self._encoding.max_length > STORED_TOKENS:
             return False
         ending = tokens_ending(self._encoding.tokenizer_sha256)
-        places = [os.path.split(beside(shard, ending)) for shard in self.shards]
-        names = {folder: set(os.listdir(folder or ".")) for folder in {f for f, _ in places}}
-        there = [name in names[folder] for folder, name in places]
+        places = [os.path.split(companions(shard, ending)) for shard in self.shards]
+        names = {
+            directory: set(os.listdir(directory or ".")) for directory in {f for f, _ in places}
+        }
+        there = [name in names[directory] for directory, name in places]
         missing = [shard for shard, found in zip(self.shards, there, strict=True) if not found]
         if missing and len(missing) < len(self.shards):
             _log.warning(
@@ -398,8 +400,8 @@ class Source:
                 missing = int((_used(file) & (file.load().samples["image_size"] == 0)).sum())
             if missing:
                 raise UserError(
-                    f"{file.shard}: {missing} of {file.header.samples} samples have no picture; "
-                    "prepare the shard from pictures, or use stored features"
+                    f"{file.shard}: {missing} of {file.header.samples} samples have no image; "
+                    "prepare the shard from images, or use stored features"
                 )
 
     def _audit_features(self) -> tuple[dict[str, int], list[str]]:
@@ -439,8 +441,8 @@ def _used(file: IndexFile) -> np.ndarray:
 
 def _fingerprint(files: list[IndexFile], feature_sums: list[str]) -> str:
     lines = [f"{file.header.sha256} {file.header.items} {file.header.samples}" for file in files]
-    aside = [file for file in files if file.header.aside]
-    lines += [f"aside {file.load().aside.tobytes().hex()}" for file in aside]
+    quarantined = [file for file in files if file.header.quarantined]
+    lines += [f"aside {file.load().quarantined.tobytes().hex()}" for file in quarantined]
     return hashlib.sha256("\n".join(["source 1", *lines, *feature_sums]).encode()).hexdigest()
 
 

@@ -86,7 +86,7 @@ def test_a_mapped_file_that_shrinks_ends_the_process(tmp_path: Path) -> None:
 
 def files_of(shard: Path) -> dict[str, Path]:
     return {
-        "picture features": features_path(shard, "clip"),
+        "image features": features_path(shard, "clip"),
         "token features": features_path(shard, "tok"),
         "ids": tokens_path(shard, SHA256),
         "index": index_path(shard),

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from shard_tools import jpeg, picture_bytes, write_pairs
+from shard_tools import image_bytes, jpeg, write_pairs
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
@@ -35,7 +35,7 @@ from dalr_scale.errors import UserError
 
 
 def small_tokenizer() -> PreTrainedTokenizerFast:
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "sentence", "pairs", "caption", "of", "picture"]
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "sentence", "pairs", "caption", "of", "image"]
     words += [str(number) for number in range(100)]
     core = Tokenizer(models.WordLevel({word: n for n, word in enumerate(words)}, "[UNK]"))
     core.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -52,7 +52,7 @@ def small_tokenizer() -> PreTrainedTokenizerFast:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
+def directory(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("shards")
     write_text_shards(
         ("sentence " + "of " * (n % 9) + str(n) for n in range(100)),
@@ -69,9 +69,9 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def sources(folder: Path) -> tuple[Source, Source]:
-    text = Source(sorted(folder.glob("text-*.tar")))
-    pairs = Source(sorted(folder.glob("pairs-??????.tar")), features={"image": "clip"})
+def sources(directory: Path) -> tuple[Source, Source]:
+    text = Source(sorted(directory.glob("text-*.tar")))
+    pairs = Source(sorted(directory.glob("pairs-??????.tar")), features={"image": "clip"})
     return text, pairs
 
 
@@ -290,7 +290,7 @@ def test_errors_of_workers_arrive_as_one_sentence(workers: int, tmp_path: Path) 
     source = Source([shard])
     content = shard.read_bytes()
     with shard.open("r+b") as file:
-        file.seek(content.index(b"caption 2 of picture 1"))
+        file.seek(content.index(b"caption 2 of image 1"))
         file.write(b"#")
     with pytest.raises(UserError) as raised:
         list(
@@ -311,8 +311,8 @@ def test_errors_of_workers_arrive_as_one_sentence(workers: int, tmp_path: Path) 
     assert "\n" not in str(raised.value)
 
 
-def to_tensor(picture: Image.Image) -> torch.Tensor:
-    return torch.from_numpy(np.asarray(picture.resize((8, 8))).copy()).permute(2, 0, 1)
+def to_tensor(image: Image.Image) -> torch.Tensor:
+    return torch.from_numpy(np.asarray(image.resize((8, 8))).copy()).permute(2, 0, 1)
 
 
 def image_dataset(source: Source) -> StepDataset:
@@ -341,15 +341,15 @@ def test_an_undecodable_picture_names_its_sample(tmp_path: Path) -> None:
 
 
 GRAY16 = Image.fromarray(np.arange(64, dtype=np.uint16).reshape(8, 8) * 1000)
-PICTURES = {
-    "JPEG": picture_bytes(Image.new("RGB", (8, 8)), "JPEG"),
-    "PNG": picture_bytes(Image.new("P", (8, 8)), "PNG"),
-    "PNG with alpha": picture_bytes(Image.new("RGBA", (8, 8)), "PNG"),
-    "WebP": picture_bytes(Image.new("RGB", (8, 8)), "WEBP"),
-    "CMYK": picture_bytes(Image.new("CMYK", (8, 8)), "JPEG"),
-    "16 bit": picture_bytes(GRAY16, "PNG"),
-    "1 pixel": picture_bytes(Image.new("RGB", (1, 1)), "JPEG"),
-    "animated": picture_bytes(
+IMAGES = {
+    "JPEG": image_bytes(Image.new("RGB", (8, 8)), "JPEG"),
+    "PNG": image_bytes(Image.new("P", (8, 8)), "PNG"),
+    "PNG with alpha": image_bytes(Image.new("RGBA", (8, 8)), "PNG"),
+    "WebP": image_bytes(Image.new("RGB", (8, 8)), "WEBP"),
+    "CMYK": image_bytes(Image.new("CMYK", (8, 8)), "JPEG"),
+    "16 bit": image_bytes(GRAY16, "PNG"),
+    "1 pixel": image_bytes(Image.new("RGB", (1, 1)), "JPEG"),
+    "animated": image_bytes(
         Image.new("RGB", (8, 8)),
         "WEBP",
         save_all=True,
@@ -358,24 +358,24 @@ PICTURES = {
 }
 
 
-@pytest.mark.parametrize("data", PICTURES.values(), ids=PICTURES.keys())
+@pytest.mark.parametrize("data", IMAGES.values(), ids=IMAGES.keys())
 def test_usual_and_unusual_pictures_decode_to_rgb(data: bytes) -> None:
     assert check_image(data) in ("jpg", "png", "webp")
     assert decode_image(data).mode == "RGB"
 
 
-NO_PICTURES = {
+NO_IMAGES = {
     "empty": b"",
     "HTML": b"<html>not found</html>",
     "EPS": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
-    "GIF": picture_bytes(Image.new("P", (8, 8)), "GIF"),
+    "GIF": image_bytes(Image.new("P", (8, 8)), "GIF"),
     "half a JPEG": jpeg()[:-200],
-    "half a PNG": picture_bytes(Image.fromarray(np.eye(64, dtype=np.uint8)), "PNG")[:-40],
+    "half a PNG": image_bytes(Image.fromarray(np.eye(64, dtype=np.uint8)), "PNG")[:-40],
     "JPEG header only": jpeg()[:20],
 }
 
 
-@pytest.mark.parametrize("data", NO_PICTURES.values(), ids=NO_PICTURES.keys())
+@pytest.mark.parametrize("data", NO_IMAGES.values(), ids=NO_IMAGES.keys())
 def test_no_pictures_are_refused(data: bytes) -> None:
     for use in (check_image, decode_image):
         with pytest.raises(ValueError, match=r"cannot be decoded|is not a JPEG"):
@@ -383,7 +383,7 @@ def test_no_pictures_are_refused(data: bytes) -> None:
 
 
 def png_bomb(side: int) -> bytes:
-    small = picture_bytes(Image.new("1", (8, 8)), "PNG")
+    small = image_bytes(Image.new("1", (8, 8)), "PNG")
     header = b"IHDR" + side.to_bytes(4, "big") * 2 + small[24:29]
     return small[:12] + header + zlib.crc32(header).to_bytes(4, "big") + small[33:]
 
@@ -449,7 +449,7 @@ def test_a_long_wait_for_a_batch_is_said(
 
     received = ahead(items(), 1)
     assert next(received) == 0 and not caplog.text
-    monkeypatch.setattr(loader_module, "_SLOW", 0.05)
+    monkeypatch.setattr(loader_module, "_WARN_AFTER", 0.05)
     threading.Timer(0.3, come.set).start()
     assert next(received) == 1
     assert "slow storage" in caplog.text

@@ -25,14 +25,14 @@ from dalr_scale.teachers.models import tokenizer_hash
 
 TOKENIZER = small_tokenizer()
 SHA256 = tokenizer_hash(TOKENIZER)
-WORDS = ["sentence", "of", "picture", "zebra", "7", "99"]
+WORDS = ["sentence", "of", "image", "zebra", "7", "99"]
 sentences_lists = st.lists(
     st.lists(st.sampled_from(WORDS), min_size=1, max_size=40).map(" ".join), min_size=1, max_size=30
 )
 
 
-def shard_with(folder: Path, sentences: list[str]) -> Path:
-    path = folder / "t.tar"
+def shard_with(directory: Path, sentences: list[str]) -> Path:
+    path = directory / "t.tar"
     path.write_bytes(tar_member(b"0.txt", "\n".join(sentences).encode()) + END)
     return path
 
