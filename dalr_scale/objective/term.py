@@ -15,14 +15,16 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import ClassVar, Literal, TypedDict
+from typing import TYPE_CHECKING, ClassVar, Literal, TypedDict
 
 import dalr_kernels as kernels
-from torch import Tensor
 
-from dalr_scale.config import ObjectiveConfig
-from dalr_scale.config.schema import DivergenceConfig, NegativesConfig
-from dalr_scale.objective.views import LossBatch, Views
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dalr_scale.config import ObjectiveConfig
+    from dalr_scale.config.schema import DivergenceConfig, NegativesConfig
+    from dalr_scale.objective.views import LossBatch, Views
 
 KernelTerm = kernels.InfoNCE | kernels.AlignmentKL | kernels.ListNet | kernels.ListMLE
 
