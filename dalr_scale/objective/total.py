@@ -50,10 +50,8 @@ def batch_loss(objective: ObjectiveConfig, batch: LossBatch) -> Loss:
     """
     terms = [t for t in active_terms(objective) if t.runs(objective, paired=batch.paired)]
     fused = _fused_losses(objective, batch, [t for t in terms if isinstance(t, FusedTerm)])
-    parts, values = (
-        [loss.total for loss in fused],
-        {k: v for x in fused for k, v in x.terms.items()},
-    )
+    parts = [loss.total for loss in fused]
+    values = {name: value for loss in fused for name, value in loss.terms.items()}
     for term in terms:
         if not isinstance(term, FusedTerm):
             value = _mean(term, objective, batch)
