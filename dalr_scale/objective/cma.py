@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import dalr_kernels as kernels
 from dalr_kernels import Similarity
-from torch import Tensor
+from typing_extensions import override
 
-from dalr_scale.config.schema import CrossAlignmentConfig
-from dalr_scale.objective.term import READ, BatchTerm, Needs, divergence
-from dalr_scale.objective.text_teachers import text_similarity
-from dalr_scale.objective.views import LossBatch
+from dalr_scale.objective.term import READ, BatchTerm, Needs, divergence, divergence_settings
+from dalr_scale.objective.text_teachers import TEACHER_KEYS, text_similarity
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dalr_scale.config.schema import CrossAlignmentConfig
+    from dalr_scale.objective.views import LossBatch
 
 
 class CrossAlignment(BatchTerm):
@@ -26,6 +31,7 @@ class CrossAlignment(BatchTerm):
     batches = "paired"
     weight_keys = ("cross_weight", "cross_kl_weight")
 
+    @override
     def loss(self, objective: CrossAlignmentConfig, batch: LossBatch) -> Tensor:
         """The mean over this rank's texts and images."""
         rows, cols, ranks = batch.rows, batch.cols, batch.ranks
@@ -45,15 +51,12 @@ class CrossAlignment(BatchTerm):
         )  # fmt: skip
         return (by_image + by_text) / 2
 
+    @override
     def needs(self, objective: CrossAlignmentConfig) -> Needs:
-        """See `Term.needs`."""
         return Needs(image=True, image_columns=True, text=True, image_rows=True)
 
+    @override
     def settings(self, objective: CrossAlignmentConfig) -> Mapping[str, str]:
-        """See `Term.settings`."""
-        return dict.fromkeys(
-            ("cross_kl_student", "image_projection", "kl_student_temperature",
-             "kl_teacher_temperature", "teacher_mix", "teacher_similarity_dtype",
-             "teacher_tokenizer"),
-            READ,
-        )  # fmt: skip
+        own = ("cross_kl_student", "image_projection")
+        keys = dict.fromkeys((*own, *TEACHER_KEYS), READ)
+        return keys | divergence_settings(objective.cross_kl_student)

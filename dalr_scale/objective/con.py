@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import dalr_kernels as kernels
+from typing_extensions import override
 
-from dalr_scale.config.schema import ContrastiveConfig
 from dalr_scale.objective.term import READ, FusedTerm, mask_ids, read_if
-from dalr_scale.objective.views import LossBatch
+
+if TYPE_CHECKING:
+    from dalr_scale.config.schema import ContrastiveConfig
+    from dalr_scale.objective.views import LossBatch
 
 
 class Contrastive(FusedTerm):
@@ -18,6 +22,7 @@ class Contrastive(FusedTerm):
     title = "L_con"
     weight_keys = ()
 
+    @override
     def kernel_term(self, objective: ContrastiveConfig, batch: LossBatch) -> kernels.InfoNCE:
         """InfoNCE of z1 against z2, positives on the diagonal."""
         with_margin = batch.paired or objective.margin_in_text_batches
@@ -27,8 +32,8 @@ class Contrastive(FusedTerm):
             **mask_ids(objective, batch.rows, batch.cols),
         )
 
+    @override
     def settings(self, objective: ContrastiveConfig) -> Mapping[str, str]:
-        """See `Term.settings`."""
         return {
             "temperature": READ,
             "margin": READ,

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import dalr_kernels as kernels
 import numpy as np
 import torch
 from torch import Tensor
+from typing_extensions import override
 
-from dalr_scale.config.schema import ConsistencyConfig
 from dalr_scale.objective.term import READ, BatchTerm, Needs
-from dalr_scale.objective.views import LossBatch
+
+if TYPE_CHECKING:
+    from dalr_scale.config.schema import ConsistencyConfig
+    from dalr_scale.objective.views import LossBatch
 
 
 def unmatched_rows(objective: ConsistencyConfig, rows: int, seed: int, step: int) -> np.ndarray:
@@ -35,6 +39,7 @@ class Consistency(BatchTerm):
     batches = "paired"
     weight_keys = ("cross_weight", "consistency_weight")
 
+    @override
     def loss(self, objective: ConsistencyConfig, batch: LossBatch) -> Tensor:
         """The mean over the kept pairs of the global batch; a pair of one image is dropped."""
         rows, cols = batch.rows, batch.cols
@@ -52,10 +57,10 @@ class Consistency(BatchTerm):
         # a mean over this rank's rows like the other terms, whose rows count N / kept pairs each
         return total * (all_rows / own_rows) / (all_rows + keep.sum())
 
+    @override
     def needs(self, objective: ConsistencyConfig) -> Needs:
-        """See `Term.needs`."""
         return Needs(image=True, image_columns=True, consistency=True)
 
+    @override
     def settings(self, objective: ConsistencyConfig) -> Mapping[str, str]:
-        """See `Term.settings`."""
         return {"unmatched": READ}

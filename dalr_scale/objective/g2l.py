@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import dalr_kernels as kernels
 import torch
 from torch import Tensor
+from typing_extensions import override
 
-from dalr_scale.config.schema import GlobalToLocalConfig
 from dalr_scale.errors import UserError
 from dalr_scale.objective.term import READ, BatchTerm, Needs, mask_ids
 from dalr_scale.objective.text_teachers import widened
-from dalr_scale.objective.views import LossBatch
+
+if TYPE_CHECKING:
+    from dalr_scale.config.schema import GlobalToLocalConfig
+    from dalr_scale.objective.views import LossBatch
 
 
 class GlobalToLocal(BatchTerm):
@@ -28,6 +31,7 @@ class GlobalToLocal(BatchTerm):
     batches = "paired"
     weight_keys = ("intra_weight", "g2l_weight")
 
+    @override
     def loss(self, objective: GlobalToLocalConfig, batch: LossBatch) -> Tensor:
         """The mean over this rank's rows."""
         rows, cols = batch.rows, batch.cols
@@ -52,12 +56,12 @@ class GlobalToLocal(BatchTerm):
             losses.append(weight * loss)
         return torch.stack(losses).sum()
 
+    @override
     def needs(self, objective: GlobalToLocalConfig) -> Needs:
-        """See `Term.needs`."""
         return Needs(tokens=True)
 
+    @override
     def settings(self, objective: GlobalToLocalConfig) -> Mapping[str, str]:
-        """See `Term.settings`."""
         return dict.fromkeys(
             ("temperature", "same_image", "token_projection", "g2l_norm", "g2l_unit_rows",
              "g2l_mix", "teacher_tokenizer"),
@@ -66,7 +70,7 @@ class GlobalToLocal(BatchTerm):
 
 
 def mix_tokens(tokens: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """l = sum of alpha_k l_k, for teachers of one width that read the same tokens.
+    """The tokens l = sum of alpha_k l_k, for teachers of one width that read the same tokens.
 
     Raises:
         UserError: tokens of different shapes.

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import dalr_kernels as kernels
+from typing_extensions import override
 
-from dalr_scale.config.schema import IntraAlignmentConfig
-from dalr_scale.objective.term import READ, FusedTerm, Needs, divergence
-from dalr_scale.objective.text_teachers import text_similarity
-from dalr_scale.objective.views import LossBatch
+from dalr_scale.objective.term import READ, FusedTerm, Needs, divergence, divergence_settings
+from dalr_scale.objective.text_teachers import TEACHER_KEYS, text_similarity
+
+if TYPE_CHECKING:
+    from dalr_scale.config.schema import IntraAlignmentConfig
+    from dalr_scale.objective.views import LossBatch
 
 
 class IntraAlignment(FusedTerm):
@@ -20,6 +24,7 @@ class IntraAlignment(FusedTerm):
     batches = "distilled"
     weight_keys = ("intra_weight", "intra_kl_weight")
 
+    @override
     def kernel_term(self, objective: IntraAlignmentConfig, batch: LossBatch) -> kernels.AlignmentKL:
         """The divergence between z1 against z2, and S_TT."""
         return kernels.AlignmentKL(
@@ -27,14 +32,12 @@ class IntraAlignment(FusedTerm):
             **divergence(objective, objective.intra_kl_student),
         )
 
+    @override
     def needs(self, objective: IntraAlignmentConfig) -> Needs:
-        """See `Term.needs`."""
         return Needs(text=True)
 
+    @override
     def settings(self, objective: IntraAlignmentConfig) -> Mapping[str, str]:
-        """See `Term.settings`."""
-        return dict.fromkeys(
-            ("intra_kl_student", "kl_student_temperature", "kl_teacher_temperature", "teacher_mix",
-             "teacher_similarity_dtype", "teacher_tokenizer", "distil_text_batches"),
-            READ,
-        )  # fmt: skip
+        own = ("intra_kl_student", "distil_text_batches")
+        keys = dict.fromkeys((*own, *TEACHER_KEYS), READ)
+        return keys | divergence_settings(objective.intra_kl_student)

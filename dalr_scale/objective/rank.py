@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import dalr_kernels as kernels
+from typing_extensions import override
 
-from dalr_scale.config.schema import RankingConfig
 from dalr_scale.objective.term import READ, FusedTerm, Needs, read_if
-from dalr_scale.objective.text_teachers import rank_similarity
-from dalr_scale.objective.views import LossBatch
+from dalr_scale.objective.text_teachers import TEACHER_KEYS, rank_similarity
+
+if TYPE_CHECKING:
+    from dalr_scale.config.schema import RankingConfig
+    from dalr_scale.objective.views import LossBatch
 
 
 class Ranking(FusedTerm):
@@ -20,6 +24,7 @@ class Ranking(FusedTerm):
     batches = "distilled"
     weight_keys = ("intra_weight", "rank_weight")
 
+    @override
     def kernel_term(
         self, objective: RankingConfig, batch: LossBatch
     ) -> kernels.ListNet | kernels.ListMLE:
@@ -39,21 +44,22 @@ class Ranking(FusedTerm):
             teacher=teacher,
         )
 
+    @override
     def needs(self, objective: RankingConfig) -> Needs:
-        """See `Term.needs`."""
         return Needs(text=True)
 
+    @override
     def settings(self, objective: RankingConfig) -> Mapping[str, str]:
-        """See `Term.settings`; `teacher_mix` decides which teachers' features may be stored."""
         list_net = objective.rank_loss == "listnet"
+        with_margin = objective.rank_student == "margin"
         return {
+            "temperature": READ,
+            "margin": read_if(with_margin, "rank_student is cosine"),
             "rank_loss": READ,
             "rank_student": READ,
             "rank_teacher_temperature": read_if(list_net, "only ListNet reads it"),
             "listmle_reduction": read_if(not list_net, "only ListMLE reads it"),
             "listmle_eps": read_if(not list_net, "only ListMLE reads it"),
-            "teacher_mix": READ,
-            "teacher_similarity_dtype": READ,
-            "teacher_tokenizer": READ,
             "distil_text_batches": READ,
+            **dict.fromkeys(TEACHER_KEYS, READ),
         }

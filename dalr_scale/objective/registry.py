@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from dalr_scale.config import ObjectiveConfig
 from dalr_scale.config.limits import WEIGHT
 from dalr_scale.errors import UserError
 from dalr_scale.objective.cma import CrossAlignment
@@ -16,6 +16,9 @@ from dalr_scale.objective.ima import IntraAlignment
 from dalr_scale.objective.rank import Ranking
 from dalr_scale.objective.term import Needs, Term
 from dalr_scale.objective.xce import CaptionBranch, ImageBranch
+
+if TYPE_CHECKING:
+    from dalr_scale.config import ObjectiveConfig
 
 # The order in which the terms are added up and logged.
 TERMS: list[Term] = [

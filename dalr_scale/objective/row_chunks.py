@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 from dalr_kernels import unit
@@ -12,9 +13,10 @@ from dalr_kernels.eager.chunked import default_workspace, rows_per_chunk, spans
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint  # pyright: ignore[reportUnknownVariableType]
 
-from dalr_scale.config import ObjectiveConfig
-from dalr_scale.objective.term import RowTerm
-from dalr_scale.objective.views import LossBatch
+if TYPE_CHECKING:
+    from dalr_scale.config import ObjectiveConfig
+    from dalr_scale.objective.term import RowTerm
+    from dalr_scale.objective.views import LossBatch
 
 log = logging.getLogger(__name__)
 

@@ -15,14 +15,16 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import ClassVar, Literal, TypedDict
+from typing import TYPE_CHECKING, ClassVar, Literal, TypedDict
 
 import dalr_kernels as kernels
-from torch import Tensor
 
-from dalr_scale.config import ObjectiveConfig
-from dalr_scale.config.schema import DivergenceConfig, NegativesConfig
-from dalr_scale.objective.views import LossBatch, Views
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dalr_scale.config import ObjectiveConfig
+    from dalr_scale.config.schema import DivergenceConfig, NegativesConfig
+    from dalr_scale.objective.views import LossBatch, Views
 
 KernelTerm = kernels.InfoNCE | kernels.AlignmentKL | kernels.ListNet | kernels.ListMLE
 
@@ -182,4 +184,15 @@ def divergence(objective: DivergenceConfig, student: str) -> Divergence:
         "temperature": objective.temperature if with_margin else 1.0,
         "student_temperature": objective.kl_student_temperature,
         "teacher_temperature": objective.kl_teacher_temperature,
+    }
+
+
+def divergence_settings(student: str) -> dict[str, str]:
+    """The keys that `divergence` reads, as in `Term.settings`."""
+    matrix = read_if(student == "margin", "the student matrix is the cosine")
+    return {
+        "margin": matrix,
+        "temperature": matrix,
+        "kl_student_temperature": READ,
+        "kl_teacher_temperature": READ,
     }

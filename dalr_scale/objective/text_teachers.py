@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from dalr_kernels import Similarity
 from torch import Tensor
 
-from dalr_scale.config.schema import TextTeacherConfig
-from dalr_scale.objective.views import LossBatch
+if TYPE_CHECKING:
+    from dalr_scale.config.schema import TextTeacherConfig
+    from dalr_scale.objective.views import LossBatch
+
+# The keys that a term with a sentence teacher reads (`Term.settings`): here, or where features are
+# loaded.
+TEACHER_KEYS = ("teacher_mix", "teacher_similarity_dtype", "teacher_tokenizer")
 
 
 def text_similarity(objective: TextTeacherConfig, batch: LossBatch) -> Similarity:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import dalr_kernels as kernels
 import torch
 from torch import Tensor
 
-from dalr_scale.config import ObjectiveConfig
 from dalr_scale.objective.registry import active_terms
 from dalr_scale.objective.row_chunks import mean_over_row_chunks
 from dalr_scale.objective.term import BatchTerm, FusedTerm, KernelTerm, RowTerm, Term
-from dalr_scale.objective.views import LossBatch
+
+if TYPE_CHECKING:
+    from dalr_scale.config import ObjectiveConfig
+    from dalr_scale.objective.views import LossBatch
 
 # Where `dalr_kernels.row_losses` takes a term of a type, and returns its mean.
 ARGUMENTS: dict[type[KernelTerm], str] = {
@@ -48,10 +50,8 @@ def batch_loss(objective: ObjectiveConfig, batch: LossBatch) -> Loss:
     """
     terms = [t for t in active_terms(objective) if t.runs(objective, paired=batch.paired)]
     fused = _fused_losses(objective, batch, [t for t in terms if isinstance(t, FusedTerm)])
-    parts, values = (
-        [loss.total for loss in fused],
-        {k: v for x in fused for k, v in x.terms.items()},
-    )
+    parts = [loss.total for loss in fused]
+    values = {name: value for loss in fused for name, value in loss.terms.items()}
     for term in terms:
         if not isinstance(term, FusedTerm):
             value = _mean(term, objective, batch)

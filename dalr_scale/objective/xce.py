@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import dalr_kernels as kernels
 from dalr_kernels import Similarity
-from torch import Tensor
+from typing_extensions import override
 
-from dalr_scale.config.schema import BranchConfig
 from dalr_scale.objective.term import READ, BatchTerm, Needs, mask_ids, read_if
-from dalr_scale.objective.views import LossBatch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dalr_scale.config.schema import BranchConfig
+    from dalr_scale.objective.views import LossBatch
 
 
 class Branch(BatchTerm):
@@ -32,6 +37,7 @@ class Branch(BatchTerm):
         """What softens the margin of this branch."""
         return getattr(objective, self.labels_key)
 
+    @override
     def loss(self, objective: BranchConfig, batch: LossBatch) -> Tensor:
         """The mean over this rank's rows."""
         rows, columns = batch.rows, self.columns(batch)
@@ -72,8 +78,8 @@ class Branch(BatchTerm):
             consistency_labels=consistency,
         )
 
+    @override
     def settings(self, objective: BranchConfig) -> Mapping[str, str]:
-        """See `Term.settings`."""
         soft = read_if(objective.vl_margin > 0, "vl_margin is 0: nothing to soften")
         labelled = read_if(self.labels(objective) != "none", "no soft labels")
         return {
@@ -94,16 +100,16 @@ class ImageBranch(Branch):
     weight_keys = ("cross_weight", "image_weight")
     labels_key = "soft_labels"
 
+    @override
     def columns(self, batch: LossBatch) -> Tensor | None:
-        """See `Branch.columns`."""
         return batch.cols.u
 
     def threshold_pair(self, batch: LossBatch) -> tuple[Tensor | None, Tensor | None]:
         """Caption i against image j."""
         return batch.rows.caption, batch.cols.image
 
+    @override
     def needs(self, objective: BranchConfig) -> Needs:
-        """See `Term.needs`."""
         threshold = objective.false_negative_threshold > 0
         own = Needs(image=True, image_columns=threshold, caption=threshold)
         return super().needs(objective) | own
@@ -117,16 +123,16 @@ class CaptionBranch(Branch):
     weight_keys = ("cross_weight", "caption_weight")
     labels_key = "caption_soft_labels"
 
+    @override
     def columns(self, batch: LossBatch) -> Tensor | None:
-        """See `Branch.columns`."""
         return batch.cols.u_caption
 
     def threshold_pair(self, batch: LossBatch) -> tuple[Tensor | None, Tensor | None]:
         """Image i against caption j."""
         return batch.rows.image, batch.cols.caption
 
+    @override
     def needs(self, objective: BranchConfig) -> Needs:
-        """See `Term.needs`."""
         threshold = objective.false_negative_threshold > 0
         own = Needs(
             caption=True, caption_grounding=True, caption_columns=threshold, image=threshold

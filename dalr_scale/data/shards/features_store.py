@@ -22,8 +22,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dalr_scale.data.shards.arrays import FileArray, row_sums
-from dalr_scale.data.shards.indexing import ensure_index
+from dalr_scale.data.shards.files import FEATURE_SUFFIX, companion
 from dalr_scale.data.shards.index_file import IndexHeader
+from dalr_scale.data.shards.indexing import ensure_index
 from dalr_scale.data.shards.packed import (
     CRC,
     OFFSET,
@@ -32,7 +33,6 @@ from dalr_scale.data.shards.packed import (
     peek_manifest,
     write_packed,
 )
-from dalr_scale.data.shards.files import FEATURE_SUFFIX, companion
 from dalr_scale.errors import UserError
 
 LEVELS = ("sample", "item", "token")

@@ -113,8 +113,8 @@ def walk_tar(
 ) -> Iterator[Member]:
     """Yield the regular files of an uncompressed tar in archive order, checking every header.
 
-    Directories are passed over (``tar -cf x.tar directory`` writes them). A leading ``./`` is dropped
-    from names.
+    Directories are passed over (``tar -cf x.tar directory`` writes them). A leading ``./`` is
+    dropped from names.
 
     Args:
         path: the archive.

@@ -128,7 +128,7 @@ class IndexHeader:
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """The arrays of one index: ``items`` (dtype ITEM), ``samples`` (SAMPLE), ``quarantined`` (ASIDE)
+    """The arrays of an index: ``items`` (dtype ITEM), ``samples`` (SAMPLE), ``quarantined`` (ASIDE)
     and the keys."""
 
     shard: Path

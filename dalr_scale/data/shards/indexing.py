@@ -13,13 +13,21 @@ from pathlib import Path
 
 import numpy as np
 
+from dalr_scale.data.shards.files import (
+    IMAGE_EXTENSIONS,
+    Member,
+    open_regular,
+    read_exactly,
+    split_name,
+    walk_tar,
+)
 from dalr_scale.data.shards.images import check_image
 from dalr_scale.data.shards.index_file import (
-    QUARANTINE,
     CAPTION_LIMIT,
     ITEM,
     MEMBER_LIMIT,
     NO_CAPTION,
+    QUARANTINE,
     REASONS,
     SAMPLE,
     WHOLE,
@@ -30,14 +38,6 @@ from dalr_scale.data.shards.index_file import (
     index_path,
     read_header,
     shard_status,
-)
-from dalr_scale.data.shards.files import (
-    IMAGE_EXTENSIONS,
-    Member,
-    open_regular,
-    read_exactly,
-    split_name,
-    walk_tar,
 )
 from dalr_scale.errors import UserError
 from dalr_scale.run.files import process_name

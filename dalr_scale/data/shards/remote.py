@@ -23,8 +23,8 @@ from urllib.parse import urlsplit
 from tqdm import tqdm
 
 from dalr_scale.data.shards.features_store import features_path
-from dalr_scale.data.shards.index_file import read_header
 from dalr_scale.data.shards.files import expand_braces
+from dalr_scale.data.shards.index_file import read_header
 from dalr_scale.errors import UserError
 from dalr_scale.run.files import process_name, write_durably
 

@@ -21,8 +21,9 @@ from typing import TYPE_CHECKING, NamedTuple, TypeGuard, cast
 import numpy as np
 
 from dalr_scale.data.shards.arrays import FileArray, RaggedRows, gather_rows, places, row_sums
-from dalr_scale.data.shards.indexing import ensure_index
+from dalr_scale.data.shards.files import TOKENS_SUFFIX, companion
 from dalr_scale.data.shards.index_file import IndexHeader
+from dalr_scale.data.shards.indexing import ensure_index
 from dalr_scale.data.shards.packed import (
     CRC,
     OFFSET,
@@ -30,7 +31,6 @@ from dalr_scale.data.shards.packed import (
     digest,
     write_packed,
 )
-from dalr_scale.data.shards.files import TOKENS_SUFFIX, companion
 from dalr_scale.errors import UserError
 
 if TYPE_CHECKING:
@@ -271,9 +271,7 @@ def verify_token_ids(table: TokenIdTable) -> None:
             raise UserError(next(iter(faults.values())))
 
 
-def _special_tokens(
-    tokenizer: PreTrainedTokenizerBase, sentences: Sequence[str]
-) -> SpecialTokens:
+def _special_tokens(tokenizer: PreTrainedTokenizerBase, sentences: Sequence[str]) -> SpecialTokens:
     """Find the special tokens around a sentence, and check that they are always the same.
 
     Raises:

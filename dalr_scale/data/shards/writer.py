@@ -10,8 +10,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from dalr_scale.data.shards.index_file import index_path
 from dalr_scale.data.shards.files import COMPANION_SUFFIXES, SHARD_EXTENSIONS
+from dalr_scale.data.shards.index_file import index_path
 from dalr_scale.errors import UserError
 from dalr_scale.run.files import write_durably
 

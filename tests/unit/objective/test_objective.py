@@ -250,6 +250,17 @@ def test_each_key_changes_its_own_terms_and_no_other(
     assert changed == terms
 
 
+@pytest.mark.parametrize(("base", "change", "terms"), CHANGES, ids=[str(c[1]) for c in CHANGES])
+def test_each_term_declares_the_keys_that_change_it(
+    base: dict[str, Any], change: dict[str, Any], terms: set[str]
+) -> None:
+    spec = objective(**base)
+    for term in TERMS:
+        if term.name in terms:
+            declared = {k for k, reason in term.settings(spec).items() if not reason}
+            assert set(change) <= declared | set(term.weight_keys or ()), term.name
+
+
 def test_every_weight_scales_its_term_in_the_total() -> None:
     keys = {
         "cons": ("cross_weight", "consistency_weight"),

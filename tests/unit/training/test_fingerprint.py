@@ -12,7 +12,7 @@ import pytest
 from checkpoint_worlds import SoloWorld, run_ranks
 from common import tiny_config
 
-from dalr_scale.config import Config
+from dalr_scale.config import Config, build_config
 from dalr_scale.data.shards.files import shard_names
 from dalr_scale.data.shards.writer import write_text_shards
 from dalr_scale.errors import UserError
@@ -224,3 +224,13 @@ def test_what_an_empty_setting_stands_for_is_recorded(tiny_data: Path) -> None:
     before = {"config": settings | {"model": settings["model"] | {"pooler": ""}}}
     (line,) = changes(before, {"config": settings})
     assert line == 'config.model.pooler: checkpoint "", now "mean"'
+
+
+def test_a_run_from_before_there_were_added_terms_continues() -> None:
+    now = {"config": settings_of(Config())}
+    saved = json.loads(json.dumps(now))
+    assert saved["config"]["objective"].pop("terms") == {}
+    assert changes(saved, now) == []
+    added = build_config([{"objective": {"terms": {"uniformity": 0.1}}}])
+    (line,) = changes(saved, {"config": settings_of(added)})  # control
+    assert line == "config.objective.terms.uniformity: checkpoint absent, now 0.1"
