@@ -21,12 +21,12 @@ from dalr_scale.data.stream.batch import Batch
 from dalr_scale.data.stream.loader import make_loader
 from dalr_scale.data.stream.order import ORDER_VERSION
 from dalr_scale.distributed.world import World
-from dalr_scale.engines.engine import Engine, StepResult
+from dalr_scale.engines.protocol import Engine, StepResult
 from dalr_scale.engines.restore import OtherParameters
 from dalr_scale.errors import TrainingError, UserError
 from dalr_scale.eval.suite import EvaluationSuite
 from dalr_scale.eval.unit import in_percent
-from dalr_scale.global_batch.step import StepInputs, backward_global_batch
+from dalr_scale.global_batch import GlobalBatchStep
 from dalr_scale.models.encoder import SentenceEncoder
 from dalr_scale.run.checkpoint import (
     Checkpoint,
@@ -40,6 +40,7 @@ from dalr_scale.training.fingerprint import check_fingerprint
 from dalr_scale.training.metrics import RunLog
 from dalr_scale.training.optim import learning_rate
 from dalr_scale.training.stopping import StopFlag, StopReason, Watchdog
+from dalr_scale.training.task import DalrTask
 from dalr_scale.training.watch import SIGNS, Watch
 
 log = logging.getLogger(__name__)
@@ -62,6 +63,13 @@ class Trainer:
     ) -> None:
         self.config, self.world, self.fingerprint = config, world, fingerprint
         self.streams, self.parts, self.engine, self.suite = streams, parts, engine, suite
+        self.global_step = GlobalBatchStep(
+            engine,
+            DalrTask(parts.model.spec.needs, parts.model.encoder.row_keys),
+            chunk_rows=config.batch.micro_size,
+            seed=config.run.seed,
+            sort=config.batch.sort_by_length,
+        )
         self.run_dir = config.run_dir
         self.total_steps = streams.total_steps
         self.step = 0
@@ -102,37 +110,28 @@ class Trainer:
         """One optimizer step from one global batch; returns loss and terms over all ranks."""
         self._arm("training step")
         self.watch.require_training_mode(self.engine.module, self.step + 1)
-        batch = batch.to(self.world.device)
-        inputs = self._step_inputs(batch)
-        loss, terms = backward_global_batch(self.engine, inputs)
+        global_rows = self.streams.plan.batch_rows(batch.step)
+        loss, terms = self.global_step.backward(
+            self._completed(batch),
+            step=self.step,
+            global_rows=global_rows,
+            lengths=batch.attention_mask.sum(1),
+        )
         self.watch.check_gradients(self.engine, batch.kind, self.step + 1)
         values = self._means({"loss": loss, **terms})
         self._require_finite(values, batch)
         found = {name: values.pop(name) for name in SIGNS}
-        columns = self.streams.plan.batch_rows(batch.step)
-        self.watch.check_means(values, found, columns=columns, step=self.step + 1)
+        self.watch.check_means(values, found, columns=global_rows, step=self.step + 1)
         result = self.engine.step(learning_rate(self.config.optim, self.step, self.total_steps))
         self._require_sound(result)
         self.step += 1
         return values, result
 
-    def _step_inputs(self, batch: Batch) -> StepInputs:
-        objective = self.config.objective
-        distil = batch.kind == "pair" or objective.distil_text_batches
-        needs_text = self.parts.model.spec.needs.text
-        teachers = self.parts.teachers.batch(batch, with_text=distil and needs_text)
-        return StepInputs(
-            input_ids=batch.input_ids,
-            attention_mask=batch.attention_mask,
-            teachers=teachers,
-            step=self.step,
-            rank=self.world.rank,
-            seed=self.config.run.seed,
-            micro_rows=self.config.batch.micro_size,
-            row_keys=self.parts.model.encoder.row_keys,
-            sort=self.config.batch.sort_by_length,
-            global_rows=self.streams.plan.batch_rows(batch.step),
-        )
+    def _completed(self, batch: Batch) -> Batch:
+        """The batch on the device, with the features of the online teachers."""
+        distil = batch.paired or self.config.objective.distil_text_batches
+        with_text = distil and self.parts.model.spec.needs.text
+        return self.parts.teachers.batch(batch.to(self.world.device), with_text=with_text)
 
     def _batches(self, reason: StopReason | None, run_log: RunLog) -> Iterator[tuple[Batch, float]]:
         """The batches from the current step on, each with the seconds it kept the rank waiting.

@@ -1,13 +1,15 @@
-"""One rank's rows of a step, and the form in which a worker process sends them."""
+"""One rank's rows of a step, from the loader to the loss, and how a worker process sends them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
 from dalr_scale.data.stream.order import Kind
 
@@ -36,9 +38,11 @@ class Batch:
         input_ids: int64 [b, L].
         attention_mask: int64 [b, L].
         image_ids: int64 [b]; -1 where there is no image.
-        features: by role, float32 [b, dim].
-        tokens: float32 [b, T, dim] or None.
-        token_mask: bool [b, T] or None.
+        features: frozen features [b, dim] by role: ``image``, ``caption``, ``text0`` ... The loader
+            gives the stored ones in float32; online teachers fill in the others.
+        tokens: token features [b, T, dim] with
+        token_masks: [b, T]: of the loader the stored set, if the run has one; completed, one for
+            each token teacher.
         images: [b, 3, H, W] as the image transform gives them, or None.
         bad: rows that could not be used, each with its item number and what was wrong with it;
             another item stands in their place (``StreamPlan.substitute``).
@@ -52,18 +56,65 @@ class Batch:
     attention_mask: Tensor
     image_ids: Tensor
     features: dict[str, Tensor]
-    tokens: Tensor | None = None
-    token_mask: Tensor | None = None
+    tokens: Sequence[Tensor] = ()
+    token_masks: Sequence[Tensor] = ()
     images: Tensor | None = None
     bad: tuple[BadRow, ...] = ()
 
+    @property
+    def rows(self) -> int:
+        """Return the rows of this rank."""
+        return len(self.input_ids)
+
+    @property
+    def paired(self) -> bool:
+        """Return whether this is a batch of captions, whatever features the objective reads."""
+        return self.kind == "pair"
+
+    @property
+    def image(self) -> Tensor | None:
+        """Return the features of the images."""
+        return self.features.get("image")
+
+    @property
+    def caption(self) -> Tensor | None:
+        """Return the features of the captions in the space of the images."""
+        return self.features.get("caption")
+
+    @property
+    def text(self) -> list[Tensor]:
+        """Return the sentence teachers' features, in the teachers' order."""
+        roles = itertools.takewhile(
+            self.features.__contains__, map("text{}".format, itertools.count())
+        )
+        return [self.features[role] for role in roles]
+
+    def take(self, rows: Tensor, length: int | None = None) -> Batch:
+        """Return what encoder and heads read of some rows: not text and tokens of teachers.
+
+        Args:
+            rows: int64, numbers of rows of this batch, on its device.
+            length: positions kept of the token ids; None: all.
+        """
+        read = {role: self.features[role] for role in ("image", "caption") if role in self.features}
+        return replace(
+            self,
+            item_ids=self.item_ids[rows],
+            sentences=[],
+            input_ids=self.input_ids[rows, :length],
+            attention_mask=self.attention_mask[rows, :length],
+            image_ids=self.image_ids[rows],
+            features={role: values[rows] for role, values in read.items()},
+            tokens=(),
+            token_masks=(),
+            images=None,
+        )
+
     def map_tensors(self, change: Callable[[Tensor], Tensor]) -> Batch:
         """Return a copy with every tensor replaced by ``change(tensor)``."""
-        changed: dict[str, Any] = {
-            name: change(value) for name, value in vars(self).items() if isinstance(value, Tensor)
-        }
-        features = {role: change(value) for role, value in self.features.items()}
-        return replace(self, features=features, **changed)
+        return replace(
+            self, **{name: tree_map_only(Tensor, change, vars(self)[name]) for name in _TENSORS}
+        )
 
     def to(self, device: torch.device | str) -> Batch:
         """Return the batch on a device; the copy does not block when the batch is pinned."""
@@ -72,6 +123,12 @@ class Batch:
     def pin_memory(self) -> Batch:
         """Return the batch in page-locked memory (the name ``DataLoader`` looks for)."""
         return self.map_tensors(Tensor.pin_memory)
+
+
+_TENSORS = (
+    *("item_ids", "input_ids", "attention_mask", "image_ids", "features"),
+    *("tokens", "token_masks", "images"),
+)
 
 
 @dataclass
@@ -83,25 +140,23 @@ class PackedBatch:
 
     Attributes:
         buffer: uint8 [bytes].
-        slots: field, or (``features``, role) -> offset in bytes, dtype and shape.
-        rest: the fields that are no tensors.
+        slots: offset in bytes, dtype and shape of every tensor, in the order of
+        layout: the batch's fields with tensors, as ``torch.utils._pytree`` describes them.
+        rest: the fields that hold no tensors.
     """
 
     buffer: Tensor
-    slots: dict[tuple[str, str], tuple[int, torch.dtype, torch.Size]]
+    slots: list[tuple[int, torch.dtype, torch.Size]]
+    layout: TreeSpec
     rest: dict[str, Any]
 
     def unpack(self) -> Batch:
         """Return the batch; its tensors share the buffer's memory."""
-        fields: dict[str, Any] = {**self.rest, "features": {}}
-        for (name, role), (offset, dtype, shape) in self.slots.items():
+        tensors = []
+        for offset, dtype, shape in self.slots:
             size = shape.numel() * dtype.itemsize
-            tensor = self.buffer[offset : offset + size].view(dtype).view(shape)
-            if role:
-                fields["features"][role] = tensor
-            else:
-                fields[name] = tensor
-        return Batch(**fields)
+            tensors.append(self.buffer[offset : offset + size].view(dtype).view(shape))
+        return Batch(**tree_unflatten(tensors, self.layout), **self.rest)
 
     def pin_memory(self) -> PackedBatch:
         """Return the batch in page-locked memory (the name ``DataLoader`` looks for)."""
@@ -112,19 +167,17 @@ def pack(batch: Any) -> Any:
     """Return a ``Batch`` as a ``PackedBatch``, and anything else (an error) as it is."""
     if not isinstance(batch, Batch):
         return batch
-    fields = vars(batch)
-    tensors = {(name, ""): value for name, value in fields.items() if isinstance(value, Tensor)}
-    tensors |= {("features", role): value for role, value in batch.features.items()}
-    slots, end = {}, 0
-    for key, tensor in tensors.items():
-        slots[key] = end, tensor.dtype, tensor.shape
+    fields = dict(vars(batch))
+    held = {name: fields.pop(name) for name in _TENSORS if fields[name] is not None}
+    tensors, layout = tree_flatten(held)
+    slots, end = [], 0
+    for tensor in tensors:
+        slots.append((end, tensor.dtype, tensor.shape))
         end += -(-tensor.numel() * tensor.element_size() // _ALIGN) * _ALIGN
-    left = {name: v for name, v in fields.items() if (name, "") not in tensors}
-    left.pop("features")
-    packed = PackedBatch(_shared(end), slots, left)
-    places = packed.unpack()
-    for (name, role), tensor in tensors.items():
-        place = places.features[role] if role else getattr(places, name)
+    packed = PackedBatch(_shared(end), slots, layout, fields)
+    copies = packed.unpack()
+    places = tree_leaves({name: vars(copies)[name] for name in held})
+    for place, tensor in zip(places, tensors, strict=True):
         place.copy_(tensor)
     return packed
 

@@ -131,7 +131,7 @@ class StepDataset(Dataset):
             input_ids, mask = map(torch.from_numpy, records.encoded)
         else:
             input_ids, mask = tokenize(self.tokenizer, records.sentences, self.max_length)
-        tokens, token_mask = records.tokens or (None, None)
+        tokens = () if records.tokens is None else tuple(map(torch.from_numpy, records.tokens))
         return Batch(
             step=step,
             kind=self.plan.kind(step),
@@ -141,8 +141,8 @@ class StepDataset(Dataset):
             attention_mask=mask,
             image_ids=torch.from_numpy(records.image_ids),
             features={role: torch.from_numpy(rows) for role, rows in records.features.items()},
-            tokens=None if tokens is None else torch.from_numpy(tokens),
-            token_mask=None if token_mask is None else torch.from_numpy(token_mask),
+            tokens=tokens[:1],
+            token_masks=tokens[1:],
             images=images,
             bad=bad,
         )
