@@ -102,7 +102,7 @@ def random_rows(model: DalrModel, shape: Shape, size: int, world: World = ALONE)
     mask = (torch.arange(length) < lengths).long()
     widths = shape.tokens if model.spec.needs.tokens else ()
     batch = random_batch(model, rows, paired=True)
-    batch.tokens = [torch.randn(rows, length - 1, width) for width in widths]
+    batch.token_features = [torch.randn(rows, length - 1, width) for width in widths]
     batch.token_masks = [mask[:, 1:].bool() for _ in widths]
     batch.input_ids, batch.attention_mask = torch.randint(0, 1000, (rows, length)), mask
     return batch

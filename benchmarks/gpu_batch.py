@@ -157,7 +157,7 @@ def random_rows(spec: LossSpec, ids: torch.Tensor, mask: torch.Tensor, scale: Sc
         attention_mask=mask,
         image_ids=numbers,
         features={role: draw(rows, width) for role, width in widths.items()},
-        tokens=[draw(rows, length - 1, text[0])] if needs.tokens else [],
+        token_features=[draw(rows, length - 1, text[0])] if needs.tokens else [],
         token_masks=[mask[:, 1:]] if needs.tokens else [],
     )
 

@@ -66,9 +66,7 @@ def train(
 # The rest reads files and arguments.
 
 
-def read_batches(
-    path: Path, tokenizer: Any, rows: int, world: World
-) -> Iterator[dict[str, Any]]:
+def read_batches(path: Path, tokenizer: Any, rows: int, world: World) -> Iterator[dict[str, Any]]:
     """This rank's rows of every full global batch: token ids and masks of both sides."""
     pairs = [line.split("\t") for line in path.read_text(encoding="utf-8").splitlines()]
     own = rows // world.size

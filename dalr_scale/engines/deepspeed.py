@@ -178,7 +178,7 @@ class DeepSpeedEngine:
 
 
 @contextlib.contextmanager
-def whole_weights() -> Iterator[None]:
+def unsharded_loading() -> Iterator[None]:
     """Inside, ``from_pretrained`` gives whole models again.
 
     Accelerate leaves transformers a ZeRO-3 configuration under which every model that is loaded

@@ -318,7 +318,7 @@ def random_batch(model: DalrModel, rows: int, *, paired: bool) -> Batch:
         attention_mask=torch.ones_like(ids),
         image_ids=numbers if paired else torch.full((rows,), -1),
         features={role: values.half() for role, values in features.items()},
-        tokens=[torch.randn(rows, 2, width) for width in widths.tokens if paired],
+        token_features=[torch.randn(rows, 2, width) for width in widths.tokens if paired],
         token_masks=[torch.ones(rows, 2) for _ in widths.tokens if paired],
     )
 

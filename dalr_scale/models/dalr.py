@@ -225,7 +225,7 @@ class DalrModel(RunsFunctions):
             rows.image = teachers.image if needs.image else None
             rows.caption = teachers.caption if needs.caption else None
             if needs.tokens:
-                rows.tokens, rows.token_masks = teachers.tokens, teachers.token_masks
+                rows.tokens, rows.token_masks = teachers.token_features, teachers.token_masks
         return rows
 
 

@@ -91,13 +91,13 @@ class OnlineTeachers:
         roles = ["image", "caption"] if batch.paired else ["image"]
         roles += [f"text{k}" for k in range(self.num_text)] if with_text else []
         numbers = range(self.num_tokens if batch.paired else 0)
-        stored = next(zip(batch.tokens, batch.token_masks, strict=True), None)
+        stored = next(zip(batch.token_features, batch.token_masks, strict=True), None)
         pairs = [tokens.get(f"tokens{k}", stored) for k in numbers]
         assert None not in pairs
         return replace(
             batch,
             features={role: features[role] for role in roles if role in features},
-            tokens=[pair[0] for pair in pairs if pair],
+            token_features=[pair[0] for pair in pairs if pair],
             token_masks=[pair[1] for pair in pairs if pair],
             images=None,
         )
@@ -236,5 +236,7 @@ def check_stored_tokenizers(config: Config, source: Source, tokenizer: Any) -> N
 def _model_spec(config: Config, spec: str) -> str:
     prefix, colon, path = spec.partition(":")
     if not colon or prefix not in ("hf", "open_clip"):
-        raise UserError(f"teacher '{spec}' must be features:NAME, hf:FOLDER or open_clip:FOLDER")
+        raise UserError(
+            f"teacher '{spec}' must be features:NAME, hf:DIRECTORY or open_clip:DIRECTORY"
+        )
     return spec if path.startswith("package:") else f"{prefix}:{config.path(path)}"

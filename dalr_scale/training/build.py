@@ -18,7 +18,7 @@ import torch
 from dalr_scale.config import Config, new_encoder_pooler
 from dalr_scale.data.shards.files import expand_shards
 from dalr_scale.data.shards.remote import RemoteShards
-from dalr_scale.data.shards.token_store import Encoding
+from dalr_scale.data.shards.token_id_store import Encoding
 from dalr_scale.data.stream.bad_rows import BadRows
 from dalr_scale.data.stream.order import Part, StreamPlan, share_rows
 from dalr_scale.data.stream.source import Source
@@ -260,14 +260,14 @@ def _use_stored_ids(config: Config, streams: Streams, tokenizer: Any) -> None:
     )
     for source in (streams.text, streams.pairs):
         if source is not None:
-            source.use_ids(encoding)
+            source.use_token_ids(encoding)
 
 
 def build_encoder(config: Config) -> SentenceEncoder:
     """The student's encoder: pre-trained, or new from ``model.architecture``."""
     if config.model.encoder:
         path = config.path(config.model.encoder)
-        encoder = SentenceEncoder.from_folder(str(path), config.model.pooler or None)
+        encoder = SentenceEncoder.from_directory(str(path), config.model.pooler or None)
     else:
         tokenizer = load_tokenizer(config.path(config.data.tokenizer))
         encoder = _new_encoder(config, tokenizer)

@@ -52,7 +52,7 @@ def check_settings(config: Config, ranks: int) -> None:
     """
     if config.run_dir.exists() and not config.run_dir.is_dir():
         raise UserError(f"{config.run_dir} cannot be a run directory: it is a file; choose another")
-    rows = check_arithmetic(config, ranks)
+    rows = check_arithmetic(config.batch, ranks)
     check_contradictions(config)
     if config.optim.steps:
         check_warmup(config.optim, config.optim.steps)

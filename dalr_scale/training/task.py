@@ -74,7 +74,7 @@ class DalrTask(Task[Batch]):
         }
         shapes = {name: f"{tuple(v.shape)} {v.dtype}" for name, v in features.items()}
         kind = "paired" if batch.paired else "text"
-        return {"kind": kind, "token teachers": str(len(batch.tokens))} | shapes
+        return {"kind": kind, "token teachers": str(len(batch.token_features))} | shapes
 
 
 def _views(states: States) -> tuple[Tensor, Tensor]:

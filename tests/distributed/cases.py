@@ -229,7 +229,7 @@ def step_inputs(case: Case, world: World, step: int) -> Inputs:
         attention_mask=rows["attention_mask"],
         image_ids=rows["ids"],
         features={role: rows[role] for role in roles},
-        tokens=[rows["tokens"]] if paired else [],
+        token_features=[rows["tokens"]] if paired else [],
         token_masks=[rows["token_mask"]] if paired else [],
     )
     return Inputs(batch, case.micro_rows, total)

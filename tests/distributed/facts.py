@@ -84,7 +84,9 @@ def _stored(inputs: Inputs) -> Inputs:
 
 def another_kind(inputs: Inputs) -> Inputs:
     ids = torch.full_like(inputs.batch.image_ids, -1)
-    return changed(inputs, kind="text", image_ids=ids, features={}, tokens=(), token_masks=())
+    return changed(
+        inputs, kind="text", image_ids=ids, features={}, token_features=(), token_masks=()
+    )
 
 
 def fewer_rows(inputs: Inputs) -> Inputs:
@@ -257,7 +259,7 @@ def identical_rows(case: Case, world: World) -> dict[str, float]:
         attention_mask=torch.ones_like(ids),
         image_ids=torch.zeros(rows, dtype=torch.long),
         features={role: same(WIDTH) for role in ("image", "caption", "text0", "text1")},
-        tokens=[same(LENGTH - 1, WIDTH)],
+        token_features=[same(LENGTH - 1, WIDTH)],
         token_masks=[same(LENGTH - 1)],
     )
     loss, _ = inputs.backward(engine)

@@ -80,7 +80,9 @@ def one_process(library: str, folder: Path) -> dict[str, Tensor]:
     model.double()
     states = example.encode_with(embed)(model, whole_batch())
     example.info_nce(model, states, states, 0).backward()
-    return {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in model.named_parameters()}
+    return {
+        n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in model.named_parameters()
+    }
 
 
 def applied(kind: str, library: str, world: World, folder: Path) -> dict[str, Tensor]:

@@ -5,19 +5,20 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map_only, tree_unflatten
+from torch.utils._pytree import tree_map_only
 
 from dalr_scale.data.stream.order import Kind
+from dalr_scale.errors import UserError
 
 _ALIGN = 64  # bytes; any dtype may start there
 
 
 class BadRow(NamedTuple):
-    """An item that could not be used, and why, in words that name shard and sample."""
+    """An item that could not be used, and the reason, which names shard and sample."""
 
     kind: Kind
     item: int
@@ -34,18 +35,18 @@ class Batch:
         step: number of the step.
         kind: ``text`` or ``pair``.
         item_ids: int64 [b], item numbers within the stream.
-        sentences: b strings; empty where nothing reads them.
+        sentences: b strings; empty where neither a teacher nor a tokenizer reads them.
         input_ids: int64 [b, L].
         attention_mask: int64 [b, L].
         image_ids: int64 [b]; -1 where there is no image.
         features: frozen features [b, dim] by role: ``image``, ``caption``, ``text0`` ... The loader
-            gives the stored ones in float32; online teachers fill in the others.
-        tokens: token features [b, T, dim] with
-        token_masks: [b, T]: of the loader the stored set, if the run has one; completed, one for
+            gives the stored ones in float32; online teachers add the others.
+        token_features: features of the teachers' tokens, [b, T, dim], with
+        token_masks: [b, T]: from the loader the stored set, if the run has one; completed, one for
             each token teacher.
-        images: [b, 3, H, W] as the image transform gives them, or None.
+        images: [b, 3, H, W] as the image transform returns them, or None.
         bad: rows that could not be used, each with its item number and what was wrong with it;
-            another item stands in their place (``StreamPlan.substitute``).
+            another item takes their place (``StreamPlan.replacement``).
     """
 
     step: int
@@ -56,7 +57,7 @@ class Batch:
     attention_mask: Tensor
     image_ids: Tensor
     features: dict[str, Tensor]
-    tokens: Sequence[Tensor] = ()
+    token_features: Sequence[Tensor] = ()
     token_masks: Sequence[Tensor] = ()
     images: Tensor | None = None
     bad: tuple[BadRow, ...] = ()
@@ -84,13 +85,11 @@ class Batch:
     @property
     def text(self) -> list[Tensor]:
         """Return the sentence teachers' features, in the teachers' order."""
-        roles = itertools.takewhile(
-            self.features.__contains__, map("text{}".format, itertools.count())
-        )
-        return [self.features[role] for role in roles]
+        roles = map("text{}".format, itertools.count())
+        return [self.features[r] for r in itertools.takewhile(self.features.__contains__, roles)]
 
     def take(self, rows: Tensor, length: int | None = None) -> Batch:
-        """Return what encoder and heads read of some rows: not text and tokens of teachers.
+        """Return what encoder and heads read of some rows: no features that only the loss reads.
 
         Args:
             rows: int64, numbers of rows of this batch, on its device.
@@ -105,7 +104,7 @@ class Batch:
             attention_mask=self.attention_mask[rows, :length],
             image_ids=self.image_ids[rows],
             features={role: values[rows] for role, values in read.items()},
-            tokens=(),
+            token_features=(),
             token_masks=(),
             images=None,
         )
@@ -127,62 +126,60 @@ class Batch:
 
 _TENSORS = (
     *("item_ids", "input_ids", "attention_mask", "image_ids", "features"),
-    *("tokens", "token_masks", "images"),
+    *("token_features", "token_masks", "images"),
 )
 
 
 @dataclass
 class PackedBatch:
-    """A batch whose tensors lie in one block of shared memory.
+    """A batch whose tensors share one block of memory.
 
     Every tensor that a worker sends costs the receiver a connection to that worker, and so a wait
     until it is scheduled: with ten of them a training step on a busy host waited 2 % of its time.
 
     Attributes:
-        buffer: uint8 [bytes].
-        slots: offset in bytes, dtype and shape of every tensor, in the order of
-        layout: the batch's fields with tensors, as ``torch.utils._pytree`` describes them.
-        rest: the fields that hold no tensors.
+        buffer: uint8 [bytes], the tensors one after the other, each aligned to 64 bytes.
+        layout: the batch with meta tensors, which have dtype and shape and no memory.
     """
 
     buffer: Tensor
-    slots: list[tuple[int, torch.dtype, torch.Size]]
-    layout: TreeSpec
-    rest: dict[str, Any]
+    layout: Batch
 
     def unpack(self) -> Batch:
         """Return the batch; its tensors share the buffer's memory."""
-        tensors = []
-        for offset, dtype, shape in self.slots:
-            size = shape.numel() * dtype.itemsize
-            tensors.append(self.buffer[offset : offset + size].view(dtype).view(shape))
-        return Batch(**tree_unflatten(tensors, self.layout), **self.rest)
+        offset = 0
+
+        def view(meta: Tensor) -> Tensor:
+            nonlocal offset
+            start, size = offset, meta.numel() * meta.element_size()
+            offset += _aligned(meta)
+            return self.buffer[start : start + size].view(meta.dtype).view(meta.shape)
+
+        return self.layout.map_tensors(view)
 
     def pin_memory(self) -> PackedBatch:
         """Return the batch in page-locked memory (the name ``DataLoader`` looks for)."""
         return replace(self, buffer=self.buffer.pin_memory())
 
 
-def pack(batch: Any) -> Any:
-    """Return a ``Batch`` as a ``PackedBatch``, and anything else (an error) as it is."""
-    if not isinstance(batch, Batch):
+def pack(batch: Batch | UserError) -> PackedBatch | UserError:
+    """Return a ``Batch`` as a ``PackedBatch`` in shared memory, and an error unchanged."""
+    if isinstance(batch, UserError):
         return batch
-    fields = dict(vars(batch))
-    held = {name: fields.pop(name) for name in _TENSORS if fields[name] is not None}
-    tensors, layout = tree_flatten(held)
-    slots, end = [], 0
-    for tensor in tensors:
-        slots.append((end, tensor.dtype, tensor.shape))
-        end += -(-tensor.numel() * tensor.element_size() // _ALIGN) * _ALIGN
-    packed = PackedBatch(_shared(end), slots, layout, fields)
-    copies = packed.unpack()
-    places = tree_leaves({name: vars(copies)[name] for name in held})
-    for place, tensor in zip(places, tensors, strict=True):
-        place.copy_(tensor)
+    tensors: list[Tensor] = []
+    layout = batch.map_tensors(lambda tensor: tensors.append(tensor) or tensor.to("meta"))
+    packed = PackedBatch(_shared(sum(map(_aligned, tensors))), layout)
+    places = iter(tensors)
+    packed.unpack().map_tensors(lambda place: place.copy_(next(places)))
     return packed
 
 
+def _aligned(tensor: Tensor) -> int:
+    """Return the bytes of a tensor, rounded up to the alignment."""
+    return -(-tensor.numel() * tensor.element_size() // _ALIGN) * _ALIGN
+
+
 def _shared(size: int) -> Tensor:
-    """Return uint8 [size] in shared memory; ``share_memory_`` would copy what is not there yet."""
+    """Return uint8 [size] in shared memory; ``share_memory_`` would copy uninitialized bytes."""
     storage = torch.UntypedStorage._new_shared(size)  # as torch's own collate function does
     return torch.empty(0, dtype=torch.uint8).set_(storage)

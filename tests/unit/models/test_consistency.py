@@ -1,4 +1,4 @@
-"""The consistency task: unmatched pictures, kept pairs, and its normalisation."""
+"""The consistency task: unmatched images, kept pairs, and its normalisation."""
 
 from __future__ import annotations
 

@@ -178,7 +178,7 @@ def paired(rows: int = ROWS) -> Batch:
         attention_mask=ids,
         image_ids=numbers // 2,
         features=features,
-        tokens=[tokens],
+        token_features=[tokens],
         token_masks=[torch.ones(rows, 4)],
     )
 
@@ -188,7 +188,7 @@ def text_only(rows: int = ROWS) -> Batch:
     texts = {role: batch.features[role] for role in ("text0", "text1")}
     none = torch.full((rows,), -1)
     return dataclasses.replace(
-        batch, kind="text", image_ids=none, features=texts, tokens=(), token_masks=()
+        batch, kind="text", image_ids=none, features=texts, token_features=(), token_masks=()
     )
 
 
