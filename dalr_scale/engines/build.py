@@ -28,7 +28,8 @@ def build_engine(
     """Wraps a trainable module; returns the engine and the DeepSpeed dict it was built from.
 
     Args:
-        model: any module. Its parameters keep their names.
+        model: a module of functions (`RunsFunctions`), or any other, which DeepSpeed then gets
+            inside of one: its checkpoints name parameters ``module.NAME``.
         optimizer: over the module's parameters.
         settings: the section ``engine`` of a configuration.
         rows: rows of the global batch on each rank.

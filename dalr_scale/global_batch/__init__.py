@@ -7,5 +7,16 @@ A library that knows no model: what is encoded and which loss is taken come in a
 from dalr_scale.global_batch.chunks import Chunk, Place
 from dalr_scale.global_batch.step import GlobalBatchStep
 from dalr_scale.global_batch.task import Functions, States, Task, Terms
+from dalr_scale.global_batch.vote import Outcome, Vote
 
-__all__ = ["Chunk", "Functions", "GlobalBatchStep", "Place", "States", "Task", "Terms"]
+__all__ = [
+    "Chunk",
+    "Functions",
+    "GlobalBatchStep",
+    "Outcome",
+    "Place",
+    "States",
+    "Task",
+    "Terms",
+    "Vote",
+]

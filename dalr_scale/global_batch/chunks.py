@@ -89,11 +89,12 @@ def cut(
     order = torch.arange(place.rows)
     longest: list[int | None] = [None] * len(slots)
     if lengths is not None:
-        lengths = lengths.cpu()
+        lengths = lengths.cpu() if lengths.is_cuda else lengths
         if sort and len(slots) > 1:
             # longest first: a chunk that does not fit the memory shows at once
             order = torch.sort(lengths, descending=True, stable=True).indices
-        longest = [max(1, int(lengths[order[own]].max())) for own in slots]
+        ordered = lengths[order].numpy()
+        longest = [max(1, int(ordered[own].max())) for own in slots]
     order = order.to(device, non_blocking=True)
     pieces = zip(slots, longest, strict=True)
     return order, [Chunk(i, order[own], own, long, place) for i, (own, long) in enumerate(pieces)]

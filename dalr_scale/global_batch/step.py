@@ -10,6 +10,7 @@ Accumulating gradients over smaller batches would not be this: their losses see 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Generic
 
 import torch
@@ -54,6 +55,8 @@ class GlobalBatchStep(Generic[B]):
         step: int,
         global_rows: int | None = None,
         lengths: Tensor | None = None,
+        agreed: bool = False,
+        after_loss: Callable[[Tensor, Terms], None] | None = None,
     ) -> tuple[Tensor, Terms]:
         """Leaves the averaged gradient of the global loss on the engine.
 
@@ -63,6 +66,9 @@ class GlobalBatchStep(Generic[B]):
             global_rows: real rows of the global batch, the others being copies of its last row at
                 its end; None: all of them.
             lengths: [b] int64, tokens of each row, on the CPU.
+            agreed: whether the ranks have compared the `facts` of their batches already.
+            after_loss: called with what is returned as soon as the device has been told to compute
+                it, before the backward passes: ranks may talk about it meanwhile (`Vote`).
 
         Returns:
             This rank's part of the loss (the mean over its rows, weighted where some are padding)
@@ -72,13 +78,16 @@ class GlobalBatchStep(Generic[B]):
             UserError: the ranks hold different kinds or sizes of batches; raised on all of them.
         """
         engine, place = self.engine, self.place(batch, step, global_rows)
-        require_agreement(self.facts(batch, place), step, engine.device)
+        if not agreed:
+            require_agreement(self.facts(batch, place), step, engine.device)
         order, chunks = cut(place, self.chunk_rows, lengths, engine.device, sort=self.sort)
         gather = self.start_gather(batch, order)
         with engine.gradients(len(chunks)):
             states, last = self.encode_all(batch, place, chunks, gather)
             gathered = gather.wait() if gather else {}
             loss, terms = engine.apply(self.task.loss, states, gathered, batch, place)
+            if after_loss is not None:
+                after_loss(loss.detach(), terms)
             engine.backward(loss)
             for chunk in reversed(chunks):
                 piece, last = last or self.encode(self.task.take(batch, chunk), chunk), None

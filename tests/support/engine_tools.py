@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from dalr_scale.config import Config, build_config
 from dalr_scale.distributed.world import World, leave_world, start_world
 from dalr_scale.engines.build import build_engine
-from dalr_scale.engines.protocol import Engine
+from dalr_scale.engines.protocol import Engine, RunsFunctions
 from dalr_scale.training.optim import build_optimizer
 
 
-class Small(nn.Module):
+class Small(RunsFunctions):
     """An embedding table, a matrix and vectors; the loss is linear in them."""
 
     def __init__(self, width: int = 5) -> None:
@@ -31,7 +31,7 @@ class Small(nn.Module):
         for parameter in self.parameters():
             parameter.data = torch.randn(parameter.shape, generator=generator)
 
-    def forward(self, step: int) -> Tensor:
+    def loss(self, step: int) -> Tensor:
         like = self.norm.weight
         generator = torch.Generator().manual_seed(step)
         words, rows, states = self.words(torch.arange(7)), torch.eye(3).to(like), torch.eye(5)
@@ -64,7 +64,7 @@ def engine_of(model: nn.Module, config: Config, world: World) -> Engine:
 def steps(engine: Engine, numbers: range, lr: float) -> None:
     for step in numbers:
         with engine.gradients():
-            engine.backward(engine.apply(Small.__call__, step))
+            engine.backward(engine.apply(Small.loss, step))
         engine.step(lr)
 
 

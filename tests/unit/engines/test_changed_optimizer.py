@@ -36,7 +36,7 @@ def by_hand(settings: list[dict[str, Any]]) -> dict[str, Tensor]:
     for step, optim in enumerate(settings):
         beta1, beta2 = optim.get("betas", (0.9, 0.999))
         named = list(model.named_parameters())
-        grads = torch.autograd.grad(model(step), [p for _, p in named])
+        grads = torch.autograd.grad(model.loss(step), [p for _, p in named])
         norm = math.sqrt(sum(float(g.square().sum()) for g in grads))
         factor = min(1.0, optim["clip"] / (norm + 1e-6))
         for (name, p), g in zip(named, grads, strict=True):
