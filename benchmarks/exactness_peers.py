@@ -112,7 +112,7 @@ def work(arguments: argparse.Namespace) -> None:
     status = 0
     try:
         model = getattr(importlib.import_module(f"peers.{module}"), function)(job)
-        torch.save(case.whole_weights(model), directory / f"weights-{rank}.pt")
+        torch.save(case.unsharded_loading(model), directory / f"weights-{rank}.pt")
     except Exception as error:  # whatever a peer raises is the result
         status = 1
         text = f"{type(error).__name__}\n{first_line(error)}\n"

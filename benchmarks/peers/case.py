@@ -148,7 +148,7 @@ def start_weights(directory: Path) -> dict[str, Tensor]:
     return {n: t.double() for n, t in load_file(directory / "model.safetensors").items()}
 
 
-def whole_weights(model: nn.Module) -> dict[str, Tensor]:
+def unsharded_loading(model: nn.Module) -> dict[str, Tensor]:
     """All weights of a model, in full on every rank, gathered where ZeRO-3 cut them."""
     found: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():

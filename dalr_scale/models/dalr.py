@@ -20,21 +20,17 @@ from torch import Tensor, nn
 from dalr_scale.config import ModelConfig, ObjectiveConfig
 from dalr_scale.data.stream.batch import Batch
 from dalr_scale.distributed.collectives import Share, gather_rows, with_gradient
+from dalr_scale.distributed.merging import ShareMerges
 from dalr_scale.engines.protocol import RunsFunctions
 from dalr_scale.errors import UserError
 from dalr_scale.models.consistency import Aligner
 from dalr_scale.models.encoder import SentenceEncoder
 from dalr_scale.models.heads import GroundingHead, SentenceHead, projection
-from dalr_scale.objective.terms import (
-    Needs,
-    Views,
-    cross_terms,
-    needs_of,
-    text_terms,
-    token_terms,
-    total_loss,
-    unmatched_rows,
-)
+from dalr_scale.objective.cons import unmatched_rows
+from dalr_scale.objective.registry import needs_of
+from dalr_scale.objective.term import Needs
+from dalr_scale.objective.total import batch_loss
+from dalr_scale.objective.views import LossBatch, Views
 
 Pair: TypeAlias = Sequence[Tensor] | Tensor
 """Two tensors of the same shape, or one that stacks them."""
@@ -118,32 +114,32 @@ class DalrModel(RunsFunctions):
         states = states.to(self.text_grounding.linear.weight.dtype)  # bf16 in a bf16 engine
         return self.text_grounding(states), self.image_grounding(_like(image, states))
 
-    def columns(self, states: Pair, teachers: Batch) -> dict[str, Tensor]:
+    def columns(self, states: Pair, batch: Batch) -> dict[str, Tensor]:
         """What the rows of all ranks are compared with, for some rows of this rank.
 
         The aligned pictures are missing: their normalisation needs the whole global batch.
 
         Args:
             states: the sentence states of both views, [n, H] each.
-            teachers: picture and caption features of the same rows.
+            batch: the same rows.
 
         Returns:
             Columns by their name in `Views`, [n, ...] each.
         """
-        rows = self._rows(states[0], states[1], teachers)
+        rows = self._rows(states[0], states[1], batch)
         return {n: v for n in EARLY_COLUMNS if (v := getattr(rows, n)) is not None} | {
             f"z1_tokens{k}": z1 for k, z1 in enumerate(rows.z1_tokens)
         }
 
     def loss(
-        self, states: Pair, teachers: Batch, step: int, offset: int,
+        self, states: Pair, batch: Batch, step: int, offset: int,
         gathered: Mapping[str, Tensor] | None = None, global_rows: int | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
         """The total of this rank's rows against the gathered columns, and its terms.
 
         Args:
             states: the sentence states of both views, [b, H] each.
-            teachers: frozen features of the same b rows.
+            batch: the same b rows, with all frozen features.
             step: optimizer step; keys the unmatched pictures' shift.
             offset: first row of this rank in the global batch.
             gathered: columns that have been gathered already, by name.
@@ -156,45 +152,39 @@ class DalrModel(RunsFunctions):
         """
         spec = self.spec
         share = Share.of(len(states[0]), offset, global_rows)
-        rows = self._with_teachers(self._rows(states[0], states[1], teachers), teachers)
+        rows = self._with_teachers(self._rows(states[0], states[1], batch), batch)
         cols = gather_views(rows, gathered or {}, spec.needs)
-        objective, weights = spec.objective, spec.text_weights
-        unmatched = unmatched_rows(objective, share.global_rows, spec.seed, step)
-        if teachers.paired and spec.needs.consistency:
+        unmatched = unmatched_rows(spec.objective, share.global_rows, spec.seed, step)
+        if batch.paired and spec.needs.consistency:
             self._align(rows, cols, unmatched, share)
         if share.padded:
             rows, cols = rows.head(share.kept), cols.head(share.global_rows)
-        distil = teachers.paired or objective.distil_text_batches
-        text = text_terms(
-            rows, cols, objective, weights, share.offset, paired=teachers.paired, distil=distil
-        )
-        others: dict[str, Tensor] = {}
-        if teachers.paired and objective.cross_weight > 0:
-            others |= cross_terms(rows, cols, objective, weights, share.offset, unmatched, share)
-        if distil and objective.intra_weight > 0:
-            others |= token_terms(rows, cols, objective, spec.token_weights, share.offset, share)
-        total = total_loss(text, others, objective)
-        values = text.values | {name: value.detach() for name, value in others.items()}
+        compared = LossBatch(
+            rows, cols, share.offset, batch.paired, spec.text_weights, spec.token_weights,
+            unmatched, ShareMerges(share),
+        )  # fmt: skip
+        found = batch_loss(spec.objective, compared)
+        total, values = found.total, found.terms
         if share.padded:
             total = total * share.weight
             values = {name: value * share.weight for name, value in values.items()}
         return total, values
 
-    def _rows(self, h1: Tensor, h2: Tensor, teachers: Batch) -> Views:
+    def _rows(self, h1: Tensor, h2: Tensor, batch: Batch) -> Views:
         """Applies the heads that work row by row and that a batch of this kind needs."""
         z1, z2 = self.sentence_head(h1), self.sentence_head(h2)
         needs = self.spec.needs
-        rows = Views(z1, z2, teachers.image_ids)
-        if not teachers.paired:
+        rows = Views(z1, z2, batch.image_ids)
+        if not batch.paired:
             return rows
         if needs.tokens:
             rows.z1_tokens = [head(z1) for head in self.token_projections]
         if needs.grounding:
             rows.p1, rows.p2 = self.text_grounding(h1), self.text_grounding(h2)
             if hasattr(self, "image_grounding"):
-                rows.u = self.image_grounding(_like(teachers.image, h1))
+                rows.u = self.image_grounding(_like(batch.image, h1))
             if hasattr(self, "caption_grounding"):
-                rows.u_caption = self.caption_grounding(_like(teachers.caption, h1))
+                rows.u_caption = self.caption_grounding(_like(batch.caption, h1))
         if needs.image_rows:
             rows.z1_image = self.image_projection(z1) if hasattr(self, "image_projection") else z1
         return rows
@@ -217,15 +207,15 @@ class DalrModel(RunsFunctions):
         if self.spec.needs.consistency_labels:
             cols.aligned_image = gather_rows(aligned, grad=False)
 
-    def _with_teachers(self, rows: Views, teachers: Batch) -> Views:
+    def _with_teachers(self, rows: Views, batch: Batch) -> Views:
         """Adds the frozen features that the losses compare directly."""
         needs = self.spec.needs
-        rows.text = teachers.text if needs.text else ()
-        if teachers.paired:
-            rows.image = teachers.image if needs.image else None
-            rows.caption = teachers.caption if needs.caption else None
+        rows.text = batch.text if needs.text else ()
+        if batch.paired:
+            rows.image = batch.image if needs.image else None
+            rows.caption = batch.caption if needs.caption else None
             if needs.tokens:
-                rows.tokens, rows.token_masks = teachers.token_features, teachers.token_masks
+                rows.tokens, rows.token_masks = batch.token_features, batch.token_masks
         return rows
 
 
@@ -233,17 +223,17 @@ class DalrModel(RunsFunctions):
 EARLY_COLUMNS = ("z2", "u", "u_caption")
 
 
-def teacher_columns(teachers: Batch, needs: Needs) -> dict[str, Tensor]:
+def teacher_columns(batch: Batch, needs: Needs) -> dict[str, Tensor]:
     """The frozen columns of this rank's rows; they can be gathered before a sentence is encoded.
 
     Tokens are not among them: they stay where they are (``dalr_kernels.eager.stationary``).
     """
-    columns = {"ids": teachers.image_ids}
-    columns |= {f"text{k}": e for k, e in enumerate(teachers.text if needs.text else ())}
-    if teachers.paired and needs.image_columns and teachers.image is not None:
-        columns["image"] = teachers.image
-    if teachers.paired and needs.caption_columns and teachers.caption is not None:
-        columns["caption"] = teachers.caption
+    columns = {"ids": batch.image_ids}
+    columns |= {f"text{k}": e for k, e in enumerate(batch.text if needs.text else ())}
+    if batch.paired and needs.image_columns and batch.image is not None:
+        columns["image"] = batch.image
+    if batch.paired and needs.caption_columns and batch.caption is not None:
+        columns["caption"] = batch.caption
     return columns
 
 

@@ -15,7 +15,7 @@ from dalr_scale.data.stream.batch import Batch
 from dalr_scale.data.stream.source import Source
 from dalr_scale.distributed.collectives import pad_to_common_length
 from dalr_scale.errors import UserError
-from dalr_scale.objective.terms import Needs
+from dalr_scale.objective.term import Needs
 
 STORED = "features:"
 

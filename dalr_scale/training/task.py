@@ -10,7 +10,7 @@ from dalr_scale.data.stream.batch import Batch
 from dalr_scale.global_batch import Chunk, Place, States, Task, Terms
 from dalr_scale.models.dalr import DalrModel, teacher_columns
 from dalr_scale.models.row_dropout import RowKeys
-from dalr_scale.objective.terms import Needs
+from dalr_scale.objective.term import Needs
 from dalr_scale.training.watch import signs
 
 VIEWS = ("first", "second")
