@@ -9,13 +9,16 @@ import torch
 from transformers import BertConfig, BertModel
 
 from dalr_scale.config import Config, build_config
+from dalr_scale.data.stream.batch import Batch
 from dalr_scale.distributed.world import World
-from dalr_scale.engines.engine import Engine, build_engine
-from dalr_scale.estimate.predict import random_teachers
-from dalr_scale.global_batch.step import StepInputs
+from dalr_scale.engines.build import build_engine
+from dalr_scale.engines.protocol import Engine
+from dalr_scale.estimate.predict import random_batch
+from dalr_scale.global_batch import GlobalBatchStep
 from dalr_scale.models.dalr import DalrModel, FeatureWidths, LossSpec
 from dalr_scale.models.encoder import pool
 from dalr_scale.training.optim import build_optimizer
+from dalr_scale.training.task import DalrTask
 
 ALONE = World(0, 1, torch.device("cpu"))
 
@@ -59,7 +62,7 @@ class Encoder(torch.nn.Module):
 def build(
     objective: dict[str, Any], size: int, micro: int, shape: Shape, *, world: World = ALONE,
     engine: str = "ddp", precision: str = "fp32",
-) -> tuple[Engine, StepInputs, Config]:  # fmt: skip
+) -> tuple[Engine, Batch, Config]:  # fmt: skip
     """An engine with a fresh model, and this rank's share of a random batch of `size` rows."""
     features = {"image": "features:i", "text": [f"features:t{k}" for k in range(len(shape.text))]}
     config = build_config(
@@ -79,21 +82,35 @@ def build(
     widths = FeatureWidths(shape.image, shape.image, shape.text, shape.tokens)
     weights = (1 / len(shape.text),) * len(shape.text)
     model = DalrModel(encoder, config.model, LossSpec(config.objective, weights), widths)
-    own = build_engine(model, build_optimizer(model, config.optim), config, world)[0]
-    return own, random_inputs(model, shape, size, micro, world), config
+    optimizer = build_optimizer(model, config.optim)
+    own, _ = build_engine(
+        model,
+        optimizer,
+        config.engine,
+        rows=size // world.size,
+        clip=config.optim.clip,
+        world=world,
+    )
+    return own, random_rows(model, shape, size, world), config
 
 
-def random_inputs(
-    model: DalrModel, shape: Shape, size: int, micro: int, world: World = ALONE
-) -> StepInputs:
+def random_rows(model: DalrModel, shape: Shape, size: int, world: World = ALONE) -> Batch:
     """This rank's rows of a paired batch of `size` rows: token ids and features by chance."""
     torch.manual_seed(1 + world.rank)
     rows, length = size // world.size, shape.length
     lengths = torch.randint(length // 4, length + 1, (rows, 1))
     mask = (torch.arange(length) < lengths).long()
-    teachers = random_teachers(model, rows, paired=True)
     widths = shape.tokens if model.spec.needs.tokens else ()
-    teachers.tokens = [torch.randn(rows, length - 1, width) for width in widths]
-    teachers.token_masks = [mask[:, 1:].bool() for _ in widths]
-    ids = torch.randint(0, 1000, (rows, length))
-    return StepInputs(ids, mask, teachers, 0, world.rank, 1, micro)
+    batch = random_batch(model, rows, paired=True)
+    batch.token_features = [torch.randn(rows, length - 1, width) for width in widths]
+    batch.token_masks = [mask[:, 1:].bool() for _ in widths]
+    batch.input_ids, batch.attention_mask = torch.randint(0, 1000, (rows, length)), mask
+    return batch
+
+
+def backward(engine: Engine, batch: Batch, micro: int, *, sort: bool = True) -> None:
+    """Leaves the gradient of the whole batch on the engine."""
+    model: Any = engine.module
+    task = DalrTask(model.spec.needs, model.encoder.row_keys)
+    step = GlobalBatchStep(engine, task, chunk_rows=micro, sort=sort)
+    step.backward(batch, step=0, lengths=batch.attention_mask.sum(1))

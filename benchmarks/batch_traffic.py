@@ -14,12 +14,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from accelerate.state import AcceleratorState
-from batch_step import Shape, build
+from batch_step import Shape, backward, build
 
 from dalr_scale.distributed.traffic import TrafficCounter
 from dalr_scale.distributed.world import leave_world, start_world
 from dalr_scale.estimate.predict import column_traffic, parameter_traffic
-from dalr_scale.global_batch.step import backward_global_batch
 from dalr_scale.process import end_process
 
 RANKS = (2, 4)
@@ -41,11 +40,11 @@ FLOORS: Mapping[str, Mapping[str, int]] = {
 def count(preset: str, world: Any) -> dict[str, Any]:
     """One step's bytes of this rank: sent, predicted, and the floor of its columns."""
     AcceleratorState._reset_state(reset_partial_state=True)  # one engine after the other
-    engine, inputs, config = build(
+    engine, batch, config = build(
         {"preset": preset}, ROWS, MICRO, SHAPE, world=world, engine="zero2", precision="bf16"
     )
     with TrafficCounter() as counter:
-        backward_global_batch(engine, inputs)
+        backward(engine, batch, MICRO)
         engine.step(0.0)
     model: Any = engine.module
     floor = sum(FLOORS[preset].values()) * ROWS * (world.size - 1) / world.size

@@ -26,12 +26,11 @@ from typing import Any
 
 import batch_traffic
 import torch
-from batch_step import Shape, build, random_inputs
+from batch_step import Shape, backward, build, random_rows
 from dalr_kernels.eager import chunked
 
 from dalr_scale.config import BatchConfig
 from dalr_scale.estimate.predict import plan_memory
-from dalr_scale.global_batch.step import backward_global_batch
 from dalr_scale.training.fingerprint import package_versions
 
 RESULTS = Path(__file__).parent / "results"
@@ -57,16 +56,16 @@ MOST_MEMORY, MOST_TIME, MOST_BYTES = 1.10, 1.40, 1.05
 def peak_of_step(curve: str, size: int) -> dict[str, float]:
     """Peak of resident memory over one step and its batch, above the level before, in bytes."""
     engine, small, config = build(CURVES[curve][0], 2 * MICRO, MICRO, NARROW)
-    backward_global_batch(engine, small)  # libraries allocate at first use
+    backward(engine, small, MICRO)  # libraries allocate at first use
     model: Any = engine.module
     model.zero_grad(set_to_none=True)
     config = dataclasses.replace(config, batch=BatchConfig(size, MICRO))
     plan = plan_memory(config, model, 1)
     before = _resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
-    inputs = random_inputs(model, NARROW, size, MICRO)
+    batch = random_rows(model, NARROW, size)
     started = time.perf_counter()
-    backward_global_batch(engine, inputs)
+    backward(engine, batch, MICRO)
     seconds = time.perf_counter() - started
     # random features come as float16: there are no loaded ones beside them
     parts = {"cached": plan.cached_states + plan.loss_vectors, "tokens": plan.token_features}
@@ -99,13 +98,12 @@ def measure_cost(rounds: int) -> dict[str, dict[str, float]]:
     """CPU time of a batch of 256 in chunks of 32 over that of one chunk, steps interleaved."""
     steps = {}
     for name, micro in (("one chunk", 256), ("chunks", 32), ("chunks, not sorted", 32)):
-        engine, inputs = build({}, 256, micro, DEEPER)[:2]
-        steps[name] = engine, dataclasses.replace(inputs, sort=name == "chunks")
+        steps[name] = *build({}, 256, micro, DEEPER)[:2], micro
     times: dict[str, list[float]] = {name: [] for name in steps}
     for number in range(rounds + 1):
-        for name, (engine, inputs) in steps.items():
+        for name, (engine, batch, micro) in steps.items():
             started = time.process_time()
-            backward_global_batch(engine, inputs)
+            backward(engine, batch, micro, sort=name == "chunks")
             if number:  # the first round allocates
                 times[name].append(time.process_time() - started)
     whole = times.pop("one chunk")

@@ -32,12 +32,14 @@ from bench import host, results, table
 from transformers import BertConfig, BertModel
 
 from dalr_scale.config import build_config
+from dalr_scale.data.stream.batch import Batch
 from dalr_scale.distributed.world import World
-from dalr_scale.engines.engine import PlainEngine
-from dalr_scale.global_batch.step import StepInputs, backward_global_batch
-from dalr_scale.models.dalr import DalrModel, FeatureWidths, LossSpec, TeacherBatch
+from dalr_scale.engines.ddp import DDPEngine
+from dalr_scale.global_batch import GlobalBatchStep
+from dalr_scale.models.dalr import DalrModel, FeatureWidths, LossSpec
 from dalr_scale.models.encoder import pool
 from dalr_scale.training.optim import build_optimizer
+from dalr_scale.training.task import DalrTask
 
 K = 1024
 # A step at a larger batch may take this much longer than in proportion to its rows: the encoder
@@ -106,9 +108,7 @@ class Encoder(torch.nn.Module):
         return pool(hidden.last_hidden_state, attention_mask, "cls_before_pooler")
 
 
-def build(
-    objective: str, rows: int, scale: Scale, device: torch.device
-) -> tuple[PlainEngine, StepInputs]:
+def build(objective: str, rows: int, scale: Scale, device: torch.device) -> tuple[DDPEngine, Batch]:
     """An engine of one process, and a random paired batch that is on the device already."""
     config = build_config(
         [
@@ -126,44 +126,52 @@ def build(
     widths = FeatureWidths(image, image, tuple(text), tuple(text[:1]))
     spec = LossSpec(config.objective, (0.33, 0.67))
     model = DalrModel(encoder, config.model, spec, widths)
-    world = World(0, 1, device)
-    engine = PlainEngine(model, build_optimizer(model, config.optim), config, world)
+    optimizer = build_optimizer(model, config.optim)
+    clip = config.optim.clip
+    engine = DDPEngine(model, optimizer, World(0, 1, device), precision="bf16", clip=clip)
     lengths = torch.randint(scale.length // 4, scale.length + 1, (rows, 1), device=device)
     mask = (torch.arange(scale.length, device=device) < lengths).long()
     vocabulary = encoder.backbone.config.vocab_size
     ids = torch.randint(0, vocabulary, (rows, scale.length), device=device)
-    teachers = random_teachers(spec, rows, scale, mask, device)
-    return engine, StepInputs(ids, mask, teachers, 0, 0, 1, scale.micro)
+    return engine, random_rows(spec, ids, mask, scale)
 
 
-def random_teachers(
-    spec: LossSpec, rows: int, scale: Scale, mask: torch.Tensor, device: torch.device
-) -> TeacherBatch:
-    """Features that the objective reads, float16 as they are stored; tokens without CLS."""
+def random_rows(spec: LossSpec, ids: torch.Tensor, mask: torch.Tensor, scale: Scale) -> Batch:
+    """A paired batch with the features that the objective reads, float16 as they are stored."""
     needs, (image, *text) = spec.needs, scale.widths
+    rows, length = ids.shape
 
     def draw(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, device=device, dtype=torch.float16)
+        return torch.randn(shape, device=ids.device, dtype=torch.float16)
 
-    return TeacherBatch(
-        torch.arange(rows, device=device),
-        True,
-        draw(rows, image) if needs.image else None,
-        draw(rows, image) if needs.caption else None,
-        [draw(rows, width) for width in text] if needs.text else (),
-        [draw(rows, scale.length - 1, text[0])] if needs.tokens else (),
-        [mask[:, 1:]] if needs.tokens else (),
+    widths = {"image": image} if needs.image else {}
+    widths |= {"caption": image} if needs.caption else {}
+    widths |= {f"text{k}": width for k, width in enumerate(text if needs.text else ())}
+    numbers = torch.arange(rows, device=ids.device)
+    return Batch(
+        step=0,
+        kind="pair",
+        item_ids=numbers,
+        sentences=[],
+        input_ids=ids,
+        attention_mask=mask,
+        image_ids=numbers,
+        features={role: draw(rows, width) for role, width in widths.items()},
+        token_features=[draw(rows, length - 1, text[0])] if needs.tokens else [],
+        token_masks=[mask[:, 1:]] if needs.tokens else [],
     )
 
 
 def measure(objective: str, rows: int, scale: Scale, device: torch.device) -> dict[str, Any]:
     """One optimizer step; the kernels were compiled before."""
-    engine, inputs = build(objective, rows, scale, device)
+    engine, batch = build(objective, rows, scale, device)
+    model: Any = engine.module
+    step = GlobalBatchStep(engine, DalrTask(model.spec.needs, None), chunk_rows=scale.micro)
     if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
     start = time.perf_counter()
-    loss, _ = backward_global_batch(engine, inputs)
+    loss, _ = step.backward(batch, step=0, lengths=batch.attention_mask.sum(1))
     applied = engine.step(1e-5).applied
     if device.type == "cuda":
         torch.cuda.synchronize()

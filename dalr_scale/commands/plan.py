@@ -20,7 +20,7 @@ import torch
 from dalr_scale.config import Config, load_config
 from dalr_scale.config.text import settings_help
 from dalr_scale.distributed.world import World
-from dalr_scale.engines.engine import resolve_precision
+from dalr_scale.engines.precision import resolve_precision
 from dalr_scale.errors import UserError
 from dalr_scale.models.dalr import DalrModel
 from dalr_scale.training import report
@@ -85,7 +85,7 @@ def plan_device(config: Config, asked: str) -> tuple[Config, torch.device]:
     """
     here = "cuda" if torch.cuda.is_available() else "cpu"
     device = here if asked == "auto" else asked
-    precision = resolve_precision(config)
+    precision = resolve_precision(config.engine)
     if config.engine.precision == "auto" and device != here:
         precision = "bf16" if device == "cuda" else "fp32"
     engine = dataclasses.replace(config.engine, precision=precision)

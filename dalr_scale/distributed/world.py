@@ -43,9 +43,6 @@ class World:
     def all_mean(self, values: list[float]) -> list[float]:
         return [v / self.size for v in self._reduce(values, dist.ReduceOp.SUM)]
 
-    def all_sum(self, values: list[float]) -> list[float]:
-        return self._reduce(values, dist.ReduceOp.SUM)
-
     def _reduce(self, values: list[float], op: dist.ReduceOp.RedOpType) -> list[float]:
         if self.size == 1 or not values:
             return values

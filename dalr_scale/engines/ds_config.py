@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from dalr_scale.config import Config
+from dalr_scale.config import EngineConfig
 from dalr_scale.engines.ds_keys import Decided, check_keys, fixed
 from dalr_scale.errors import UserError
 
@@ -54,36 +54,42 @@ def stage_template(kind: str, *, offload_optimizer: bool = False) -> dict[str, A
     }
 
 
-def ds_config(config: Config, rows_per_rank: int, *, bf16: bool) -> dict[str, Any]:
+def ds_config(
+    engine: EngineConfig, *, rows: int, ranks: int, clip: float, bf16: bool
+) -> dict[str, Any]:
     """The dict that this run's engine is built from; also written to ``RUN/ds_config.json``.
+
+    Args:
+        rows: rows of the global batch on each of the `ranks`.
+        clip: global gradient norm; 0: off.
 
     Raises:
         UserError: the user's file has an unknown key, contradicts the run, or is refused by
             DeepSpeed.
     """
-    kind, offload = config.engine.kind, config.engine.offload_optimizer
-    filled = stage_template(kind, offload_optimizer=offload)
-    file = config.engine.ds_config
+    file, offload = engine.ds_config, engine.offload_optimizer
+    filled = stage_template(engine.kind, offload_optimizer=offload)
     if file:
         _choose_accelerator()
-        edited = _read(file, config.path(file))
-        check_keys(file, edited, _decided(config, rows_per_rank, bf16=bf16))
-        _check_secondary_groups(file, edited, config.batch.global_size // rows_per_rank)
+        edited = _read(file, Path(file).expanduser())
+        check_keys(file, edited, _decided(engine, rows, ranks, clip, bf16=bf16))
+        _check_secondary_groups(file, edited, ranks)
         # a copy holds the whole template; what it leaves out, DeepSpeed has its own default for
         filled = _fixed_part(filled) | edited
         _require_offload(filled, offload)
     filled.pop("train_batch_size", None)  # follows from the rows of a rank
-    filled["train_micro_batch_size_per_gpu"] = rows_per_rank
-    filled["gradient_clipping"] = config.optim.clip
+    filled["train_micro_batch_size_per_gpu"] = rows
+    filled["gradient_clipping"] = clip
     filled["bf16"] = {**(filled.get("bf16") or {}), "enabled": bf16}
     if file:
         _let_deepspeed_read(file, filled)
     return filled
 
 
-def _decided(config: Config, rows: int, *, bf16: bool) -> dict[str, Decided]:
+def _decided(
+    engine: EngineConfig, rows: int, ranks: int, clip: float, *, bf16: bool
+) -> dict[str, Decided]:
     """Dotted key -> what this run's settings say; a file may repeat it and say nothing else."""
-    engine = config.engine
     own = ("bf16", "bfloat16") if bf16 else ("fp32", "float32", "float")
     precision = "engine.precision decides it"
     whole = engine.kind == "zero3"
@@ -93,8 +99,8 @@ def _decided(config: Config, rows: int, *, bf16: bool) -> dict[str, Decided]:
         "train_micro_batch_size_per_gpu": Decided(
             (rows,), "batch.global_size divided by the ranks decides it"
         ),
-        "train_batch_size": Decided((config.batch.global_size,), "batch.global_size decides it"),
-        "gradient_clipping": Decided((config.optim.clip,), "optim.clip decides it"),
+        "train_batch_size": Decided((rows * ranks,), "batch.global_size decides it"),
+        "gradient_clipping": Decided((clip,), "optim.clip decides it"),
         "bf16.enabled": Decided((bf16,), precision),
         "data_types.param_dtype": Decided(own, precision),
         "data_types.grad_accum_dtype": Decided(own, "chunks add up in float32 already"),

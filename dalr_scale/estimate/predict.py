@@ -18,9 +18,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dalr_scale.config import Config
+from dalr_scale.data.stream.batch import Batch
 from dalr_scale.distributed.collectives import one_rank_alone
-from dalr_scale.engines.engine import resolve_precision
-from dalr_scale.models.dalr import DalrModel, TeacherBatch
+from dalr_scale.engines.precision import resolve_precision
+from dalr_scale.models.dalr import DalrModel
 from dalr_scale.teachers.online import STORED
 
 FLOAT = 4
@@ -47,7 +48,7 @@ def number_bytes(config: Config) -> int:
     Two only where an engine keeps the module itself in bf16, as DeepSpeed's do. DDP computes bf16
     under autocast: weights, gradients and the heads' outputs stay float32.
     """
-    precision = resolve_precision(config)
+    precision = resolve_precision(config.engine)
     if precision == "fp64":
         return 8
     return 2 if precision == "bf16" and config.engine.kind != "ddp" else FLOAT
@@ -218,7 +219,7 @@ def _optimizer_bytes(config: Config, parameters: int, ranks: int, device: torch.
 
 
 def batch_bytes_per_row(config: Config, model: DalrModel, *, paired: bool = True) -> int:
-    """What `StepInputs` hold for a row of full length, its token features (`MemoryPlan`) excepted.
+    """What a `Batch` holds for a row of full length, its token features (`MemoryPlan`) excepted.
 
     int64 token ids, mask and image number, a byte for each token of a teacher, and the features.
     """
@@ -281,10 +282,11 @@ def loss_bytes_per_row(model: DalrModel, *, paired: bool = True) -> int:
     peaks = []
     with one_rank_alone(), chunked.limited_workspace(TRIAL_WORKSPACE):
         for rows in TRIAL_ROWS:
-            states = torch.randn(2, rows, model.encoder.width, dtype=_dtype(model))
-            teachers = random_teachers(model, rows, paired=paired)
+            shape = rows, model.encoder.width
+            states = [torch.randn(shape, dtype=_dtype(model)).requires_grad_() for _ in range(2)]
+            batch = random_batch(model, rows, paired=paired)
             with LiveBytes() as live:
-                total, _ = model.loss(states.requires_grad_(), teachers, step=0, offset=0)
+                total, _ = model.loss(states, batch, step=0, offset=0)
                 total.backward()
             peaks.append(live.peak)
             model.zero_grad(set_to_none=True)
@@ -296,24 +298,29 @@ def _dtype(model: DalrModel) -> torch.dtype:
     return next(model.parameters()).dtype
 
 
-def random_teachers(model: DalrModel, rows: int, *, paired: bool) -> TeacherBatch:
-    """Features of the kinds and widths that a model reads, for trials."""
+def random_batch(model: DalrModel, rows: int, *, paired: bool) -> Batch:
+    """A batch for trials of the loss: features of the kinds and widths that a model reads."""
     needs, widths = model.spec.needs, model.widths
-    if not paired:
-        return TeacherBatch(torch.full((rows,), -1), text=_halves(rows, widths.text))
-    return TeacherBatch(
-        torch.arange(rows),
-        True,
-        torch.randn(rows, widths.image).half() if needs.image else None,
-        torch.randn(rows, widths.caption).half() if needs.caption else None,
-        _halves(rows, widths.text) if needs.text else [],
-        [torch.randn(rows, 2, width) for width in widths.tokens],
-        [torch.ones(rows, 2) for _ in widths.tokens],
+    texts = enumerate(widths.text if needs.text or not paired else ())
+    features = {f"text{k}": torch.randn(rows, width) for k, width in texts}
+    if paired and needs.image:
+        features["image"] = torch.randn(rows, widths.image)
+    if paired and needs.caption:
+        features["caption"] = torch.randn(rows, widths.caption)
+    ids = torch.zeros(rows, 1, dtype=torch.long)
+    numbers = torch.arange(rows)
+    return Batch(
+        step=0,
+        kind="pair" if paired else "text",
+        item_ids=numbers,
+        sentences=[],
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        image_ids=numbers if paired else torch.full((rows,), -1),
+        features={role: values.half() for role, values in features.items()},
+        token_features=[torch.randn(rows, 2, width) for width in widths.tokens if paired],
+        token_masks=[torch.ones(rows, 2) for _ in widths.tokens if paired],
     )
-
-
-def _halves(rows: int, widths: tuple[int, ...]) -> list[Tensor]:
-    return [torch.randn(rows, width).half() for width in widths]
 
 
 class LiveBytes(TorchDispatchMode):

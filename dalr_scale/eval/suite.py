@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Concatenate, Protocol
 
 import numpy as np
 import torch
@@ -16,11 +16,13 @@ from torch import Tensor, nn
 from dalr_scale.config import Config
 from dalr_scale.data.stream.source import Source
 from dalr_scale.distributed.world import World
-from dalr_scale.engines.engine import unsharded_loading
+from dalr_scale.engines.deepspeed import unsharded_loading
+from dalr_scale.engines.protocol import P, T
 from dalr_scale.errors import UserError
 from dalr_scale.eval.graded import load_graded, score_lexical
 from dalr_scale.eval.retrieval import recall_at_k
 from dalr_scale.eval.sts import STSTask, load_sts, score_sts
+from dalr_scale.models.dalr import DalrModel
 from dalr_scale.models.encoder import SentenceEncoder
 from dalr_scale.models.tokenizer import length_sorted_batches
 
@@ -34,7 +36,12 @@ class Forward(Protocol):
     @property
     def module(self) -> nn.Module: ...
 
-    def forward(self, task: str, **inputs: Any) -> Any: ...
+    def encode(
+        self, function: Callable[Concatenate[Any, P], T], *args: P.args, **kwargs: P.kwargs
+    ) -> T: ...
+    def apply(
+        self, function: Callable[Concatenate[Any, P], T], *args: P.args, **kwargs: P.kwargs
+    ) -> T: ...
 
 
 @dataclass(frozen=True)
@@ -100,11 +107,8 @@ class EvaluationSuite:
             for first in range(0, len(batches), self.world.size):
                 number = first + self.world.rank
                 chosen, ids, mask = batches[min(number, len(batches) - 1)]
-                states = engine.forward(
-                    "encode",
-                    input_ids=ids.to(self.world.device),
-                    attention_mask=mask.to(self.world.device),
-                )
+                device = self.world.device
+                states = engine.encode(encode_sentences, ids.to(device), mask.to(device))
                 parts.append((chosen if number < len(batches) else [], states.float()))
         out = parts[0][1].new_zeros(len(sentences), parts[0][1].shape[1])
         for chosen, states in parts:
@@ -118,7 +122,7 @@ class EvaluationSuite:
         states = self.encode(engine, self.held_out.sentences).to(self.world.device)
         with _evaluating(engine):
             image = self.held_out.image.to(self.world.device)
-            texts, images = engine.forward("ground", states=states, image=image)
+            texts, images = engine.apply(DalrModel.ground, states, image)
         owner = self.held_out.caption_to_image
         return recall_at_k(texts.float().cpu(), images.float().cpu(), owner, RECALLS)
 
@@ -130,9 +134,20 @@ class DirectoryEngine:
         with unsharded_loading():
             self.module = SentenceEncoder.from_directory(directory).to(device)
 
-    def forward(self, task: str, **inputs: Any) -> Tensor:
-        assert task == "encode"
-        return self.module(**inputs)
+    def apply(
+        self, function: Callable[Concatenate[Any, P], T], *args: P.args, **kwargs: P.kwargs
+    ) -> T:
+        return function(self.module, *args, **kwargs)
+
+    def encode(
+        self, function: Callable[Concatenate[Any, P], T], *args: P.args, **kwargs: P.kwargs
+    ) -> T:
+        return self.apply(function, *args, **kwargs)
+
+
+def encode_sentences(module: DalrModel | SentenceEncoder, ids: Tensor, mask: Tensor) -> Tensor:
+    """Sentence states h [B, H] of a model, or of its encoder alone."""
+    return module.encode(ids, mask) if isinstance(module, DalrModel) else module(ids, mask)
 
 
 @contextlib.contextmanager

@@ -1,24 +1,27 @@
-"""The one trainable module: encoder, heads and aligners, behind one ``forward``.
+"""The one trainable module: encoder, heads and aligners.
 
 Everything that has gradients lives here, so that a ZeRO-3 engine shards all of it, and every use
 goes through the engine's forward, so that parameters are gathered when they are needed. A step
-calls it in three ways: ``task="encode"`` turns tokens into sentence states chunk by chunk,
-``task="columns"`` turns a chunk's states into what other ranks compare their rows with, and
-``task="loss"`` turns the states of a whole batch into the loss. Evaluation uses ``"ground"``.
+uses it in three ways: ``encode`` turns tokens into sentence states chunk by chunk, ``columns``
+turns a chunk's states into what other ranks compare their rows with, and ``loss`` turns the states
+of a whole batch into the loss. Evaluation uses ``ground``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from dalr_scale.config import ModelConfig, ObjectiveConfig
+from dalr_scale.data.stream.batch import Batch
 from dalr_scale.distributed.collectives import Share, gather_rows, with_gradient
 from dalr_scale.distributed.merging import ShareMerges
+from dalr_scale.engines.protocol import RunsFunctions
 from dalr_scale.errors import UserError
 from dalr_scale.models.consistency import Aligner
 from dalr_scale.models.encoder import SentenceEncoder
@@ -29,6 +32,9 @@ from dalr_scale.objective.term import Needs
 from dalr_scale.objective.total import batch_loss
 from dalr_scale.objective.views import LossBatch, Views
 
+Pair: TypeAlias = Sequence[Tensor] | Tensor
+"""Two tensors of the same shape, or one that stacks them."""
+
 
 @dataclass(frozen=True)
 class FeatureWidths:
@@ -38,30 +44,6 @@ class FeatureWidths:
     caption: int = 0
     text: tuple[int, ...] = ()
     tokens: tuple[int, ...] = ()
-
-
-@dataclass
-class TeacherBatch:
-    """Frozen features of this rank's rows.
-
-    Shapes: ids [b]; image, caption [b,d_v] where the objective reads them; text: one [b,H_k] per
-    teacher; tokens: one [b,T,H_t] per token teacher with masks [b,T] of 0/1. `paired` tells a
-    batch of captions from one of plain sentences, whatever features the objective reads.
-    """
-
-    ids: Tensor
-    paired: bool = False
-    image: Tensor | None = None
-    caption: Tensor | None = None
-    text: Sequence[Tensor] = ()
-    tokens: Sequence[Tensor] = ()
-    token_masks: Sequence[Tensor] = ()
-
-    def take(self, rows: Tensor) -> TeacherBatch:
-        """The features that heads read (not text and tokens), for some rows of this rank."""
-        image = None if self.image is None else self.image[rows]
-        caption = None if self.caption is None else self.caption[rows]
-        return TeacherBatch(self.ids[rows], self.paired, image, caption)
 
 
 @dataclass(frozen=True)
@@ -78,7 +60,7 @@ class LossSpec:
         object.__setattr__(self, "needs", needs_of(self.objective))
 
 
-class DalrModel(nn.Module):
+class DalrModel(RunsFunctions):
     """Encoder and heads of a run. Heads that the objective does not use are not built."""
 
     def __init__(
@@ -123,16 +105,6 @@ class DalrModel(nn.Module):
             )
         return projection(width, target)
 
-    def forward(self, task: str, **inputs):
-        """``task`` names the method: ``encode``, ``columns``, ``loss`` or ``ground``."""
-        tasks = {
-            "encode": self.encode,
-            "columns": self.columns,
-            "loss": self.loss,
-            "ground": self.ground,
-        }
-        return tasks[task](**inputs)
-
     def encode(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """[B,L] token ids and mask to sentence states h [B,H]."""
         return self.encoder(input_ids, attention_mask)
@@ -142,32 +114,32 @@ class DalrModel(nn.Module):
         states = states.to(self.text_grounding.linear.weight.dtype)  # bf16 in a bf16 engine
         return self.text_grounding(states), self.image_grounding(_like(image, states))
 
-    def columns(self, states: Tensor, teachers: TeacherBatch) -> dict[str, Tensor]:
+    def columns(self, states: Pair, batch: Batch) -> dict[str, Tensor]:
         """What the rows of all ranks are compared with, for some rows of this rank.
 
         The aligned pictures are missing: their normalisation needs the whole global batch.
 
         Args:
-            states: [2, n, H], the sentence states of both views.
-            teachers: picture and caption features of the same rows.
+            states: the sentence states of both views, [n, H] each.
+            batch: the same rows.
 
         Returns:
             Columns by their name in `Views`, [n, ...] each.
         """
-        rows = self._rows(states[0], states[1], teachers)
+        rows = self._rows(states[0], states[1], batch)
         return {n: v for n in EARLY_COLUMNS if (v := getattr(rows, n)) is not None} | {
             f"z1_tokens{k}": z1 for k, z1 in enumerate(rows.z1_tokens)
         }
 
     def loss(
-        self, states: Tensor, teachers: TeacherBatch, step: int, offset: int,
+        self, states: Pair, batch: Batch, step: int, offset: int,
         gathered: Mapping[str, Tensor] | None = None, global_rows: int | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
         """The total of this rank's rows against the gathered columns, and its terms.
 
         Args:
-            states: [2, b, H], the sentence states of both views.
-            teachers: frozen features of the same b rows.
+            states: the sentence states of both views, [b, H] each.
+            batch: the same b rows, with all frozen features.
             step: optimizer step; keys the unmatched pictures' shift.
             offset: first row of this rank in the global batch.
             gathered: columns that have been gathered already, by name.
@@ -179,40 +151,40 @@ class DalrModel(nn.Module):
             weighted so that their means over ranks are those over the global batch.
         """
         spec = self.spec
-        share = Share.of(states.shape[1], offset, global_rows)
-        rows = self._with_teachers(self._rows(states[0], states[1], teachers), teachers)
+        share = Share.of(len(states[0]), offset, global_rows)
+        rows = self._with_teachers(self._rows(states[0], states[1], batch), batch)
         cols = gather_views(rows, gathered or {}, spec.needs)
         unmatched = unmatched_rows(spec.objective, share.global_rows, spec.seed, step)
-        if teachers.paired and spec.needs.consistency:
+        if batch.paired and spec.needs.consistency:
             self._align(rows, cols, unmatched, share)
         if share.padded:
             rows, cols = rows.head(share.kept), cols.head(share.global_rows)
-        batch = LossBatch(
-            rows, cols, share.offset, teachers.paired, spec.text_weights, spec.token_weights,
+        compared = LossBatch(
+            rows, cols, share.offset, batch.paired, spec.text_weights, spec.token_weights,
             unmatched, ShareMerges(share),
         )  # fmt: skip
-        found = batch_loss(spec.objective, batch)
+        found = batch_loss(spec.objective, compared)
         total, values = found.total, found.terms
         if share.padded:
             total = total * share.weight
             values = {name: value * share.weight for name, value in values.items()}
         return total, values
 
-    def _rows(self, h1: Tensor, h2: Tensor, teachers: TeacherBatch) -> Views:
+    def _rows(self, h1: Tensor, h2: Tensor, batch: Batch) -> Views:
         """Applies the heads that work row by row and that a batch of this kind needs."""
         z1, z2 = self.sentence_head(h1), self.sentence_head(h2)
         needs = self.spec.needs
-        rows = Views(z1, z2, teachers.ids)
-        if not teachers.paired:
+        rows = Views(z1, z2, batch.image_ids)
+        if not batch.paired:
             return rows
         if needs.tokens:
             rows.z1_tokens = [head(z1) for head in self.token_projections]
         if needs.grounding:
             rows.p1, rows.p2 = self.text_grounding(h1), self.text_grounding(h2)
             if hasattr(self, "image_grounding"):
-                rows.u = self.image_grounding(_like(teachers.image, h1))
+                rows.u = self.image_grounding(_like(batch.image, h1))
             if hasattr(self, "caption_grounding"):
-                rows.u_caption = self.caption_grounding(_like(teachers.caption, h1))
+                rows.u_caption = self.caption_grounding(_like(batch.caption, h1))
         if needs.image_rows:
             rows.z1_image = self.image_projection(z1) if hasattr(self, "image_projection") else z1
         return rows
@@ -235,15 +207,15 @@ class DalrModel(nn.Module):
         if self.spec.needs.consistency_labels:
             cols.aligned_image = gather_rows(aligned, grad=False)
 
-    def _with_teachers(self, rows: Views, teachers: TeacherBatch) -> Views:
+    def _with_teachers(self, rows: Views, batch: Batch) -> Views:
         """Adds the frozen features that the losses compare directly."""
         needs = self.spec.needs
-        rows.text = teachers.text if needs.text else ()
-        if teachers.paired:
-            rows.image = teachers.image if needs.image else None
-            rows.caption = teachers.caption if needs.caption else None
+        rows.text = batch.text if needs.text else ()
+        if batch.paired:
+            rows.image = batch.image if needs.image else None
+            rows.caption = batch.caption if needs.caption else None
             if needs.tokens:
-                rows.tokens, rows.token_masks = teachers.tokens, teachers.token_masks
+                rows.tokens, rows.token_masks = batch.token_features, batch.token_masks
         return rows
 
 
@@ -251,17 +223,17 @@ class DalrModel(nn.Module):
 EARLY_COLUMNS = ("z2", "u", "u_caption")
 
 
-def teacher_columns(teachers: TeacherBatch, needs: Needs) -> dict[str, Tensor]:
+def teacher_columns(batch: Batch, needs: Needs) -> dict[str, Tensor]:
     """The frozen columns of this rank's rows; they can be gathered before a sentence is encoded.
 
     Tokens are not among them: they stay where they are (``dalr_kernels.eager.stationary``).
     """
-    columns = {"ids": teachers.ids}
-    columns |= {f"text{k}": e for k, e in enumerate(teachers.text if needs.text else ())}
-    if teachers.paired and needs.image_columns and teachers.image is not None:
-        columns["image"] = teachers.image
-    if teachers.paired and needs.caption_columns and teachers.caption is not None:
-        columns["caption"] = teachers.caption
+    columns = {"ids": batch.image_ids}
+    columns |= {f"text{k}": e for k, e in enumerate(batch.text if needs.text else ())}
+    if batch.paired and needs.image_columns and batch.image is not None:
+        columns["image"] = batch.image
+    if batch.paired and needs.caption_columns and batch.caption is not None:
+        columns["caption"] = batch.caption
     return columns
 
 

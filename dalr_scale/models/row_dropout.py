@@ -12,13 +12,13 @@ OOPSLA 2014) down to the last axis, and one 32-bit step for each element (the mu
 
 from __future__ import annotations
 
-import hashlib
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dalr_scale.errors import UserError
+from dalr_scale.global_batch.keys import integer_key
 
 ATTENTION = "row_keyed"
 
@@ -134,12 +134,6 @@ def _drop(x: Tensor, p: float, place: int, keys: RowKeys) -> Tensor:
     if p == 0.0:
         return x
     return x * keys.keep(place, x.shape, p) / (1 - p)
-
-
-def integer_key(*parts: object) -> int:
-    """63 bits of a key, the same on every host."""
-    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
 
 
 def _mix64(x: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,7 +15,6 @@ from dalr_scale.data.stream.batch import Batch
 from dalr_scale.data.stream.source import Source
 from dalr_scale.distributed.collectives import pad_to_common_length
 from dalr_scale.errors import UserError
-from dalr_scale.models.dalr import TeacherBatch
 from dalr_scale.objective.term import Needs
 
 STORED = "features:"
@@ -55,41 +54,52 @@ class OnlineTeachers:
         """Whether a teacher reads sentences rather than the student's token ids."""
         return bool(self.texts) and not self.student_ids
 
-    def batch(self, batch: Batch, *, with_text: bool) -> TeacherBatch:
-        """The frozen features of a batch, stored ones as they are, the others computed here.
+    def batch(self, batch: Batch, *, with_text: bool) -> Batch:
+        """The batch with all frozen features: stored ones as they are, the others computed here.
 
         Args:
+            batch: as the loader gives it.
             with_text: whether this batch is distilled (paired, or by configuration).
         """
-        paired = batch.kind == "pair"
-        used = paired or with_text
+        used = batch.paired or with_text
         # in every step: ranks that hold different kinds must not part where they pad alike
         reads = self._read(batch) if used or self.pad_alike else []
         # stored as float16: travelling as such costs half the bytes and loses nothing
         features = {role: values.half() for role, values in batch.features.items()}
-        tokens = {}
-        if batch.token_features is not None and batch.token_feature_mask is not None:
-            tokens["stored"] = (batch.token_features, batch.token_feature_mask)
-        if paired and self.image is not None:
+        tokens: dict[str, tuple[Tensor, Tensor]] = {}
+        if batch.paired and self.image is not None:
             assert batch.images is not None
             (features["image"],) = self._in_chunks(self._encode_images, batch.images)
         for online, read in zip(self.texts, reads, strict=True) if used else ():
             pooled, *own = self._in_chunks(online.teacher.encode_ids, *read)
             for role in online.roles:
                 if role.startswith("tokens"):
-                    tokens[role] = tuple(own)
+                    tokens[role] = own[0], own[1]
                 else:
                     features[role] = pooled
-        count = self.num_tokens if paired else 0
-        pairs = [tokens.get(f"tokens{k}") or tokens["stored"] for k in range(count)]
-        return TeacherBatch(
-            ids=batch.image_ids,
-            paired=paired,
-            image=features.get("image"),
-            caption=features.get("caption") if paired else None,
-            text=[features[f"text{k}"] for k in range(self.num_text)] if with_text else [],
-            tokens=[values for values, _ in pairs],
-            token_masks=[own_mask for _, own_mask in pairs],
+        return self._with_features(batch, features, tokens, with_text=with_text)
+
+    def _with_features(
+        self,
+        batch: Batch,
+        features: dict[str, Tensor],
+        tokens: dict[str, tuple[Tensor, Tensor]],
+        *,
+        with_text: bool,
+    ) -> Batch:
+        """The batch with what its objective reads, and nothing else."""
+        roles = ["image", "caption"] if batch.paired else ["image"]
+        roles += [f"text{k}" for k in range(self.num_text)] if with_text else []
+        numbers = range(self.num_tokens if batch.paired else 0)
+        stored = next(zip(batch.token_features, batch.token_masks, strict=True), None)
+        pairs = [tokens.get(f"tokens{k}", stored) for k in numbers]
+        assert None not in pairs
+        return replace(
+            batch,
+            features={role: features[role] for role in roles if role in features},
+            token_features=[pair[0] for pair in pairs if pair],
+            token_masks=[pair[1] for pair in pairs if pair],
+            images=None,
         )
 
     def _read(self, batch: Batch) -> list[tuple[Tensor, Tensor]]:

@@ -6,15 +6,16 @@ opens the data and builds the model, every rank for itself.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from typing import NamedTuple
 
-from dalr_scale.config import Config
+from dalr_scale.config import Config, EngineConfig
 from dalr_scale.config.limits import check_arithmetic
 from dalr_scale.data.stream.source import Source
 from dalr_scale.distributed.world import World
 from dalr_scale.engines.ds_config import ds_config
-from dalr_scale.engines.engine import resolve_precision
+from dalr_scale.engines.precision import resolve_precision
 from dalr_scale.errors import UserError
 from dalr_scale.eval.suite import EvaluationSuite, build_suite
 from dalr_scale.objective.registry import needs_of
@@ -60,7 +61,15 @@ def check_settings(config: Config, ranks: int) -> None:
     if config.data.builder == "quickstart":
         quickstart_spec(config)
     if config.engine.kind != "ddp":
-        ds_config(config, rows, bf16=resolve_precision(config) == "bf16")
+        bf16 = resolve_precision(config.engine) == "bf16"
+        clip = config.optim.clip
+        ds_config(engine_settings(config), rows=rows, ranks=ranks, clip=clip, bf16=bf16)
+
+
+def engine_settings(config: Config) -> EngineConfig:
+    """The section ``engine`` with the path of its DeepSpeed file filled in."""
+    file = config.engine.ds_config
+    return dataclasses.replace(config.engine, ds_config=str(config.path(file)) if file else "")
 
 
 def warn_without_effect(config: Config) -> None:

@@ -8,13 +8,20 @@ from typing import Any
 from dalr_scale.config import Config
 from dalr_scale.data.stream.source import Source
 from dalr_scale.distributed.world import World
-from dalr_scale.engines.engine import Engine, build_engine, resolve_precision
+from dalr_scale.engines.build import build_engine
+from dalr_scale.engines.precision import resolve_precision
+from dalr_scale.engines.protocol import Engine
 from dalr_scale.eval.suite import EvaluationSuite
 from dalr_scale.training import report
 from dalr_scale.training.build import ModelParts, Streams, prepare_data
 from dalr_scale.training.fingerprint import run_fingerprint
 from dalr_scale.training.optim import build_optimizer
-from dalr_scale.training.preflight import assemble, warn_of_streams, warn_without_effect
+from dalr_scale.training.preflight import (
+    assemble,
+    engine_settings,
+    warn_of_streams,
+    warn_without_effect,
+)
 
 
 @dataclass(frozen=True)
@@ -40,7 +47,14 @@ def prepare(config: Config, world: World) -> Prepared:
         warn_without_effect(config)
         warn_of_streams(streams)
     optimizer = build_optimizer(parts.model, config.optim)
-    engine, ds_config = build_engine(parts.model, optimizer, config, world)
+    engine, ds_config = build_engine(
+        parts.model,
+        optimizer,
+        engine_settings(config),
+        rows=config.batch.global_size // world.size,
+        clip=config.optim.clip,
+        world=world,
+    )
     return Prepared(streams, parts, suite, engine, ds_config, fingerprint)
 
 
@@ -52,7 +66,7 @@ def fingerprint_of(
     return run_fingerprint(
         config,
         world,
-        precision=resolve_precision(config),
+        precision=resolve_precision(config.engine),
         total_steps=streams.total_steps,
         data=streams.fingerprint,
         shards=shards,

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from dalr_scale.config import Config
-from dalr_scale.engines.engine import resolve_precision
+from dalr_scale.engines.precision import resolve_precision
 from dalr_scale.estimate.predict import column_traffic, parameter_traffic, plan_memory
 from dalr_scale.eval.unit import UNIT, in_percent, read_scores
 from dalr_scale.models.dalr import DalrModel
@@ -43,7 +43,7 @@ def arithmetic(config: Config, streams: Streams, model: DalrModel, world_size: i
         {"what": "steps (text + paired)", "value": f"{streams.total_steps:,} ({text} + {pair})"},
         {
             "what": "engine, precision",
-            "value": f"{config.engine.kind}, {resolve_precision(config)}",
+            "value": f"{config.engine.kind}, {resolve_precision(config.engine)}",
         },
         {"what": "objective", "value": config.objective.preset},
         *_several_teachers(config, model),

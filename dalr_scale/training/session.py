@@ -14,7 +14,7 @@ from typing import Any
 
 from dalr_scale.config import Config
 from dalr_scale.distributed.world import World, leave_world, start_world
-from dalr_scale.engines.engine import Engine
+from dalr_scale.engines.protocol import Engine
 from dalr_scale.errors import UserError
 from dalr_scale.eval.suite import DirectoryEngine, EvaluationSuite
 from dalr_scale.eval.unit import UNIT, in_percent, read_scores

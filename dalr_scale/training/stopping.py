@@ -1,7 +1,7 @@
 """Ending a run on purpose: signals, the STOP file, a time limit, and a watchdog for hangs.
 
 Signal handlers only set a flag. The flag, the file and the clock are merged into one number that
-the ranks MAX-reduce at the border of a step, so that all of them save the same step and leave.
+the ranks compare in every step, so that all of them save the same step and leave.
 """
 
 from __future__ import annotations
@@ -139,13 +139,20 @@ class StopFlag:
         return StopReason(code) if code else None
 
     def agree(self, world: Ranks) -> StopReason | None:
-        """The common reason to stop, the same on all ranks; call it at every step border.
+        """The common reason to stop, the same on all ranks, by a collective of its own.
+
+        In training the vote of a step carries it (``training.agreement``).
 
         Only rank 0 looks at the file: the others would load the file system for nothing.
         """
         if self._agreed is None:
-            code = world.all_max(int(self.poll(read_file=world.rank == 0) or 0))
-            self._agreed = StopReason(code) if code else None
+            self.settle(world.all_max(int(self.poll(read_file=world.rank == 0) or 0)))
+        return self._agreed
+
+    def settle(self, code: int) -> StopReason | None:
+        """Takes the largest code of all ranks, 0 for none; an earlier reason stays."""
+        if self._agreed is None and code:
+            self._agreed = StopReason(code)
         return self._agreed
 
     def _file_code(self) -> int:

@@ -21,12 +21,13 @@ from dalr_scale.data.stream.batch import Batch
 from dalr_scale.data.stream.loader import LoaderOptions, Sources, make_loader
 from dalr_scale.data.stream.order import ORDER_VERSION
 from dalr_scale.distributed.world import World
-from dalr_scale.engines.engine import Engine, StepResult
+from dalr_scale.engines.protocol import Engine, StepResult
 from dalr_scale.engines.restore import OtherParameters
 from dalr_scale.errors import TrainingError, UserError
 from dalr_scale.eval.suite import EvaluationSuite
 from dalr_scale.eval.unit import in_percent
-from dalr_scale.global_batch.step import StepInputs, backward_global_batch
+from dalr_scale.global_batch import GlobalBatchStep
+from dalr_scale.global_batch.agreement import refuse
 from dalr_scale.models.encoder import SentenceEncoder
 from dalr_scale.run.checkpoint import (
     Checkpoint,
@@ -37,11 +38,14 @@ from dalr_scale.run.checkpoint import (
 from dalr_scale.run.files import write_durably
 from dalr_scale.run.state import RunState, StreamState
 from dalr_scale.run.status import write_status
+from dalr_scale.training.agreement import Agreement, StepVote
 from dalr_scale.training.build import ModelParts, Streams
 from dalr_scale.training.fingerprint import check_fingerprint
 from dalr_scale.training.metrics import RunLog
 from dalr_scale.training.optim import learning_rate
 from dalr_scale.training.stopping import StopFlag, StopReason, Watchdog
+from dalr_scale.training.task import DalrTask
+from dalr_scale.training.upcoming import Upcoming
 from dalr_scale.training.watch import SIGNS, Watch
 
 log = logging.getLogger(__name__)
@@ -64,6 +68,13 @@ class Trainer:
     ) -> None:
         self.config, self.world, self.fingerprint = config, world, fingerprint
         self.streams, self.parts, self.engine, self.suite = streams, parts, engine, suite
+        self.global_step = GlobalBatchStep(
+            engine,
+            DalrTask(parts.model.spec.needs, parts.model.encoder.row_keys),
+            chunk_rows=config.batch.micro_size,
+            seed=config.run.seed,
+            sort=config.batch.sort_by_length,
+        )
         self.run_dir = config.run_dir
         self.total_steps = streams.total_steps
         self.step = 0
@@ -75,6 +86,10 @@ class Trainer:
         self._last_save = time.monotonic()
         self._saved_step = -1
         self._skipped = 0
+        self._stop: StopFlag
+        self._upcoming: Upcoming
+        self._vote: StepVote
+        self._agreed: Agreement
 
     # -- the loop ---------------------------------------------------------------------------
 
@@ -84,32 +99,49 @@ class Trainer:
         On return the state of the last step is saved in a checkpoint.
         """
         reason = stop.agree(self.world)
-        for batch, waited in self._batches(reason, run_log):
-            self.streams.bad_rows.count(batch.bad, self.world)
-            values, result = self.train_step(batch)
-            self._report(run_log, batch, values, result, waited)
-            reason = stop.agree(self.world)
-            with run_log.paused():
-                self._evaluate_if_due(run_log)
-                self._save_if_due(reason, run_log)
-            if reason is not None:
-                break
+        if reason is None and self.step < self.total_steps:
+            reason = self._train(stop, run_log)
         self.watch.finish(self.step)
         run_log.flush()
         self.save()
         self.watchdog.disarm()
         return reason
 
+    def _train(self, stop: StopFlag, run_log: RunLog) -> StopReason | None:
+        """One step after the other, until the ranks agree to stop or the data end."""
+        self._stop, self._upcoming = stop, Upcoming(self._batches(), self._arm_for_data)
+        self._upcoming.start()
+        run_log.start_timing()
+        self._send_vote({})
+        self._agreed = self._vote.result()
+        while self._agreed.reason is None and (taken := self._upcoming.take()) is not None:
+            batch, waited = taken
+            self._admit(batch)
+            values, result = self.train_step(batch)
+            self._report(run_log, batch, values, result, waited)
+            with run_log.paused():
+                self._evaluate_if_due(run_log)
+                self._save_if_due(run_log)
+        return self._agreed.reason
+
+    def _admit(self, batch: Batch) -> None:
+        """Counts bad rows, and refuses a batch that does not fit those of the other ranks.
+
+        The vote of the step before has told all ranks whether there is anything to say.
+        """
+        if self._agreed.bad_rows:
+            self.streams.bad_rows.count(batch.bad, self.world)
+        if not self._agreed.alike:
+            refuse(self._facts(batch), self.step)
+
     def train_step(self, batch: Batch) -> tuple[dict[str, float], StepResult]:
         """One optimizer step from one global batch; returns loss and terms over all ranks."""
         self._arm("training step")
         self.watch.require_training_mode(self.engine.module, self.step + 1)
-        batch = batch.to(self.world.device)
-        inputs = self._step_inputs(batch)
-        loss, terms = backward_global_batch(self.engine, inputs)
+        self._backward(batch)
         self.watch.check_gradients(self.engine, batch.kind, self.step + 1)
-        values = self._means({"loss": loss, **terms})
-        self._require_finite(values, batch)
+        self._agreed = self._vote.result()
+        values = self._require_finite(self._agreed.means, batch)
         found = {name: values.pop(name) for name in SIGNS}
         columns = self.streams.plan.batch_rows(batch.step)
         self.watch.check_means(values, found, columns=columns, step=self.step + 1)
@@ -118,31 +150,43 @@ class Trainer:
         self.step += 1
         return values, result
 
-    def _step_inputs(self, batch: Batch) -> StepInputs:
-        objective = self.config.objective
-        distil = batch.kind == "pair" or objective.distil_text_batches
-        needs_text = self.parts.model.spec.needs.text
-        teachers = self.parts.teachers.batch(batch, with_text=distil and needs_text)
-        return StepInputs(
-            input_ids=batch.input_ids,
-            attention_mask=batch.attention_mask,
-            teachers=teachers,
+    def _backward(self, batch: Batch) -> None:
+        """Leaves the gradient on the engine, and sends the vote as soon as the loss is known."""
+        self.global_step.backward(
+            self._completed(batch),
             step=self.step,
-            rank=self.world.rank,
-            seed=self.config.run.seed,
-            micro_rows=self.config.batch.micro_size,
-            row_keys=self.parts.model.encoder.row_keys,
-            sort=self.config.batch.sort_by_length,
             global_rows=self.streams.plan.batch_rows(batch.step),
+            lengths=batch.attention_mask.sum(1),  # on the CPU, where no device is waited for
+            agreed=True,
+            after_loss=lambda loss, terms: self._send_vote({"loss": loss, **terms}),
         )
 
-    def _batches(self, reason: StopReason | None, run_log: RunLog) -> Iterator[tuple[Batch, float]]:
-        """The batches from the current step on, each with the seconds it kept the rank waiting.
+    def _send_vote(self, terms: dict[str, torch.Tensor]) -> None:
+        """Tells the other ranks what they need for this step and for the next one."""
+        upcoming = self._upcoming.peek()
+        self._vote = StepVote(
+            self.engine,
+            terms,
+            upcoming,
+            {} if upcoming is None else self._facts(upcoming),
+            self._stop,
+            rank=self.world.rank,
+            save=self._minutes_are_over(),
+        )
+        self._arm("training step")
 
-        Timing starts with the first one: the start of the workers is no wait for data.
-        """
-        if reason is not None or self.step >= self.total_steps:
-            return
+    def _facts(self, batch: Batch) -> dict[str, str]:
+        rows = self.streams.plan.batch_rows(batch.step)
+        return self.global_step.facts(batch, self.global_step.place(batch, batch.step, rows))
+
+    def _completed(self, batch: Batch) -> Batch:
+        """The batch on the device, with the features of the online teachers."""
+        distil = batch.paired or self.config.objective.distil_text_batches
+        with_text = distil and self.parts.model.spec.needs.text
+        return self.parts.teachers.batch(batch.to(self.world.device), with_text=with_text)
+
+    def _batches(self) -> Iterator[Batch]:
+        """The batches of this rank from the current step on."""
         options = LoaderOptions(
             total_steps=self.total_steps,
             max_length=self.config.data.max_length,
@@ -157,22 +201,9 @@ class Trainer:
         )
         sources = Sources(self.streams.text, self.streams.pairs)
         loader = make_loader(self.streams.plan, sources, self.parts.tokenizer, options)
-        self._arm("waiting for data")
-        iterator = iter(loader)
-        batch, waited = next(iterator, None), 0.0
-        run_log.start_timing()
-        while batch is not None:
-            yield batch, waited
-            started = time.monotonic()
-            self._arm("waiting for data")
-            batch = next(iterator, None)
-            waited = time.monotonic() - started
+        return iter(loader)
 
-    def _means(self, tensors: dict[str, torch.Tensor]) -> dict[str, float]:
-        stacked = torch.stack([t.double() for t in tensors.values()]).tolist()
-        return dict(zip(tensors, self.world.all_mean(stacked), strict=True))
-
-    def _require_finite(self, values: dict[str, float], batch: Batch) -> None:
+    def _require_finite(self, values: dict[str, float], batch: Batch) -> dict[str, float]:
         """Every rank sees the same means, hence all of them stop here or none does."""
         bad = [name for name, value in values.items() if not math.isfinite(value)]
         if bad:
@@ -180,6 +211,7 @@ class Trainer:
                 f"step {self.step + 1}: {', '.join(bad)} not finite ({batch.kind} batch, items "
                 f"{batch.item_ids[:8].tolist()} ...); lower optim.lr or check the features"
             )
+        return dict(values)
 
     def _require_sound(self, result: StepResult) -> None:
         """Skipped steps are counted; weights that took a gradient that is not finite are lost."""
@@ -246,15 +278,17 @@ class Trainer:
 
     # -- checkpoints ------------------------------------------------------------------------
 
-    def _save_if_due(self, reason: StopReason | None, run_log: RunLog) -> None:
-        save = self.config.save
-        by_steps = save.every_steps > 0 and self.step % save.every_steps == 0
-        minutes = (time.monotonic() - self._last_save) / 60
-        # ranks' clocks differ: they agree, or one of them would wait in the save for ever
-        by_time = bool(self.world.all_max(int(0 < save.every_minutes <= minutes)))
-        if reason is None and (by_steps or by_time):
+    def _save_if_due(self, run_log: RunLog) -> None:
+        every = self.config.save.every_steps
+        by_steps = every > 0 and self.step % every == 0
+        if self._agreed.reason is None and (by_steps or self._agreed.save):
             run_log.flush()
             self.save()
+
+    def _minutes_are_over(self) -> bool:
+        """Whether this rank would save by its clock; clocks differ, so one vote decides for all."""
+        minutes = (time.monotonic() - self._last_save) / 60
+        return 0 < self.config.save.every_minutes <= minutes
 
     def save(self) -> None:
         """Commits a checkpoint of the current step; collective."""
@@ -345,6 +379,9 @@ class Trainer:
             best_step=self.best_step,
             bad_items=self.streams.bad_rows.state(),
         )
+
+    def _arm_for_data(self) -> None:
+        self._arm("waiting for data")
 
     def _arm(self, phase: str) -> None:
         self.watchdog.arm(60 * self.config.run.watchdog_minutes, phase)

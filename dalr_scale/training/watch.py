@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -45,8 +45,8 @@ class _Engine(Protocol):
 
 
 @torch.no_grad()
-def signs(states: Tensor) -> dict[str, Tensor]:
-    """What the sentence states [2, b, H] of both views show, as scalars on their device.
+def signs(states: Tensor | Sequence[Tensor]) -> dict[str, Tensor]:
+    """What the sentence states [b, H] of two views show, as scalars on their device.
 
     ``view_gap`` is the largest absolute difference between the views, ``neighbor_cosine`` the mean
     cosine of each sentence with the next row's (0 for a single row, which has no neighbor).

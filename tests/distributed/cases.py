@@ -23,18 +23,21 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertModel
 
 from dalr_scale.config import BatchConfig, Config, EngineConfig, OptimConfig, build_config
+from dalr_scale.data.stream.batch import Batch
 from dalr_scale.data.stream.order import rank_rows
 from dalr_scale.distributed import collectives as gather
 from dalr_scale.distributed import merging
 from dalr_scale.distributed.world import World
-from dalr_scale.engines.engine import DeepSpeedEngine, Engine, build_engine
-from dalr_scale.global_batch import step as gradcache
-from dalr_scale.global_batch.step import StepInputs, backward_global_batch
+from dalr_scale.engines.build import build_engine
+from dalr_scale.engines.deepspeed import DeepSpeedEngine
+from dalr_scale.engines.protocol import Engine
+from dalr_scale.global_batch import GlobalBatchStep, Place
 from dalr_scale.models import consistency, dalr
-from dalr_scale.models.dalr import DalrModel, FeatureWidths, LossSpec, TeacherBatch
+from dalr_scale.models.dalr import DalrModel, FeatureWidths, LossSpec
 from dalr_scale.models.encoder import pool
 from dalr_scale.models.row_dropout import install_row_dropout
 from dalr_scale.training.optim import build_optimizer
+from dalr_scale.training.task import VIEWS, DalrTask
 
 ROWS, LENGTH, WIDTH, STEPS = 32, 7, 16, 5
 WORLDS = (1, 2, 4)
@@ -153,7 +156,12 @@ def build(case: Case, world: World) -> tuple[Engine, Config]:
     model = DalrModel(TwoViewEncoder(case), config.model, spec, widths)  # type: ignore[arg-type]
     for parameter in model.parameters():  # away from zero biases and unit norms
         parameter.data.add_(0.05 * torch.randn_like(parameter))
-    return build_engine(model, build_optimizer(model, config.optim), config, world)[0], config
+    optimizer = build_optimizer(model, config.optim)
+    rows = ROWS // world.size
+    engine, _ = build_engine(
+        model, optimizer, config.engine, rows=rows, clip=config.optim.clip, world=world
+    )
+    return engine, config
 
 
 def global_batch(case: Case, step: int) -> dict[str, Tensor]:
@@ -181,25 +189,50 @@ def global_batch(case: Case, step: int) -> dict[str, Tensor]:
     return {name: value[: case.rows or ROWS] for name, value in batch.items()}
 
 
-def step_inputs(case: Case, config: Config, world: World, step: int, module: Any) -> StepInputs:
+@dataclass(frozen=True)
+class Inputs:
+    """What a step is called with: this rank's rows, and how they are encoded."""
+
+    batch: Batch
+    micro_rows: int
+    global_rows: int
+    sort: bool = True
+
+    @property
+    def lengths(self) -> Tensor:
+        return self.batch.attention_mask.sum(1)
+
+    def on(self, engine: Engine) -> GlobalBatchStep[Batch]:
+        model: Any = engine.module
+        task = DalrTask(model.spec.needs, model.encoder.row_keys)
+        return GlobalBatchStep(engine, task, chunk_rows=self.micro_rows, sort=self.sort)
+
+    def backward(self, engine: Engine) -> tuple[Tensor, dict[str, Tensor]]:
+        own = self.batch
+        return self.on(engine).backward(
+            own, step=own.step, global_rows=self.global_rows, lengths=self.lengths
+        )
+
+
+def step_inputs(case: Case, world: World, step: int) -> Inputs:
     total = case.rows or ROWS
     own = torch.from_numpy(rank_rows(total, world.rank, world.size))
-    batch = {name: value[own] for name, value in global_batch(case, step).items()}
-    teachers = TeacherBatch(ids=batch["ids"])
-    if case.batch == "pair":
-        teachers = TeacherBatch(
-            batch["ids"],
-            True,
-            batch["image"],
-            batch["caption"],
-            [batch["text0"], batch["text1"]],
-            [batch["tokens"]],
-            [batch["token_mask"]],
-        )
-    return StepInputs(
-        batch["input_ids"], batch["attention_mask"], teachers, step, world.rank, 1,
-        case.micro_rows, module.encoder.row_keys, global_rows=total,
-    )  # fmt: skip
+    rows = {name: value[own] for name, value in global_batch(case, step).items()}
+    paired = case.batch == "pair"
+    roles = ("image", "caption", "text0", "text1") if paired else ()
+    batch = Batch(
+        step=step,
+        kind="pair" if paired else "text",
+        item_ids=own,
+        sentences=[],
+        input_ids=rows["input_ids"],
+        attention_mask=rows["attention_mask"],
+        image_ids=rows["ids"],
+        features={role: rows[role] for role in roles},
+        token_features=[rows["tokens"]] if paired else [],
+        token_masks=[rows["token_mask"]] if paired else [],
+    )
+    return Inputs(batch, case.micro_rows, total)
 
 
 def run(case: Case, world: World) -> dict[str, np.ndarray]:
@@ -210,7 +243,7 @@ def run(case: Case, world: World) -> dict[str, np.ndarray]:
         results: dict[str, np.ndarray] = {}
         losses = []
         for step in range(STEPS):
-            inputs = step_inputs(case, config, world, step, engine.module)
+            inputs = step_inputs(case, world, step)
             loss, states_grad = watched_backward(engine, inputs)
             losses.append(world.all_mean([float(loss)])[0])
             whole = whole_gradient(states_grad, world)
@@ -229,20 +262,20 @@ def weights(engine: Engine) -> dict[str, np.ndarray]:
     return {n: p.detach().double().numpy().copy() for n, p in engine.module.named_parameters()}
 
 
-def watched_backward(engine: Engine, inputs: StepInputs) -> tuple[Tensor, Tensor]:
+def watched_backward(engine: Engine, inputs: Inputs) -> tuple[Tensor, Tensor]:
     """The step's loss on this rank and the gradient in the cached states [2, b, H]."""
-    seen: list[Tensor] = []
-    plain = type(engine).forward
+    seen: list[dict[str, Tensor]] = []
+    plain = type(engine).apply
 
-    def forward(self: Any, task: str, **values: Any) -> Any:
-        if task == "loss":
-            seen.append(values["states"])
-        return plain(self, task, **values)
+    def apply(self: Any, function: Any, *values: Any) -> Any:
+        if function.__name__ == "loss":
+            seen.append(values[0])
+        return plain(self, function, *values)
 
-    with mock.patch.object(type(engine), "forward", forward):
-        loss, _ = backward_global_batch(engine, inputs)
-    assert seen[0].grad is not None
-    return loss, seen[0].grad
+    with mock.patch.object(type(engine), "apply", apply):
+        loss, _ = inputs.backward(engine)
+    gradients = [seen[0][view].grad for view in VIEWS]
+    return loss, torch.stack([grad for grad in gradients if grad is not None])
 
 
 def whole_gradient(states_grad: Tensor, world: World) -> np.ndarray:
@@ -300,7 +333,7 @@ def sabotage(fault: str) -> Iterator[None]:
             merging.ShareMerges, "log_sum_exp", merge_with_copies
         ),
         "keys by place in the rank": lambda: mock.patch.object(
-            gradcache.StepInputs, "offset", property(lambda self: 0)
+            Place, "first", property(lambda self: 0)
         ),
     }
     with patches[fault]():

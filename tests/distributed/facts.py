@@ -12,7 +12,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState
-from cases import KINDS, LENGTH, WIDTH, Case, build, learning_rate, sabotage, step_inputs
+from cases import KINDS, LENGTH, WIDTH, Case, Inputs, build, learning_rate, sabotage, step_inputs
 from torch import Tensor
 
 from dalr_scale.config import TeachersConfig
@@ -20,10 +20,9 @@ from dalr_scale.distributed.traffic import TrafficCounter
 from dalr_scale.distributed.world import World
 from dalr_scale.errors import UserError
 from dalr_scale.estimate.predict import column_traffic, parameter_traffic
-from dalr_scale.global_batch import step as gradcache
+from dalr_scale.global_batch import step as global_step
+from dalr_scale.global_batch import task as global_task
 from dalr_scale.global_batch.columns import ColumnGather
-from dalr_scale.global_batch.step import StepInputs, backward_global_batch
-from dalr_scale.models.dalr import TeacherBatch
 
 TRAFFIC = [
     Case(2, preset, kind, batch, chunks)
@@ -51,9 +50,9 @@ def traffic(case: Case, world: World) -> dict[str, Any]:
         image="features:i", caption="features:c", text=("features:a", "features:b")
     )
     config = dataclasses.replace(config, teachers=teachers)
-    inputs = _stored(step_inputs(case, config, world, 0, engine.module))
+    inputs = _stored(step_inputs(case, world, 0))
     with sabotage(case.fault), TrafficCounter() as counter:
-        backward_global_batch(engine, inputs)
+        inputs.backward(engine)
         engine.step(learning_rate("sgd"))
     paired = case.batch == "pair"
     model: Any = engine.module
@@ -72,69 +71,58 @@ def _engine(case: Case, world: World) -> Any:
     return build(case, world)
 
 
-def _stored(inputs: StepInputs) -> StepInputs:
+def changed(inputs: Inputs, **fields: Any) -> Inputs:
+    """The same step with other fields of its batch."""
+    return dataclasses.replace(inputs, batch=dataclasses.replace(inputs.batch, **fields))
+
+
+def _stored(inputs: Inputs) -> Inputs:
     """The same batch with features as shards store them."""
+    halves = {role: values.half() for role, values in inputs.batch.features.items()}
+    return changed(inputs, features=halves)
 
-    def half(features: Tensor | None) -> Tensor | None:
-        return None if features is None else features.half()
 
-    t = inputs.teachers
-    teachers = dataclasses.replace(
-        t, image=half(t.image), caption=half(t.caption), text=[e.half() for e in t.text]
+def another_kind(inputs: Inputs) -> Inputs:
+    ids = torch.full_like(inputs.batch.image_ids, -1)
+    return changed(
+        inputs, kind="text", image_ids=ids, features={}, token_features=(), token_masks=()
     )
-    return dataclasses.replace(inputs, teachers=teachers)
 
 
-def another_kind(inputs: StepInputs) -> StepInputs:
-    ids = torch.full_like(inputs.teachers.ids, -1)
-    return dataclasses.replace(inputs, teachers=TeacherBatch(ids))
-
-
-def fewer_rows(inputs: StepInputs) -> StepInputs:
+def fewer_rows(inputs: Inputs) -> Inputs:
     return _rows(inputs, 3)
 
 
-def no_rows(inputs: StepInputs) -> StepInputs:
+def no_rows(inputs: Inputs) -> Inputs:
     return _rows(inputs, 0)
 
 
-def another_width(inputs: StepInputs) -> StepInputs:
-    assert inputs.teachers.image is not None
-    image = inputs.teachers.image[:, 1:]
-    return dataclasses.replace(inputs, teachers=dataclasses.replace(inputs.teachers, image=image))
+def another_width(inputs: Inputs) -> Inputs:
+    features = inputs.batch.features
+    return changed(inputs, features=features | {"image": features["image"][:, 1:]})
 
 
-def another_step(inputs: StepInputs) -> StepInputs:
-    return dataclasses.replace(inputs, step=7)
+def another_step(inputs: Inputs) -> Inputs:
+    return changed(inputs, step=7)
 
 
-def _rows(inputs: StepInputs, rows: int) -> StepInputs:
-    own = slice(0, rows)
-    t = inputs.teachers
-    assert t.image is not None and t.caption is not None
-    teachers = TeacherBatch(
-        t.ids[own], True, t.image[own], t.caption[own], [e[own] for e in t.text],
-        [e[own] for e in t.tokens], [m[own] for m in t.token_masks],
-    )  # fmt: skip
-    return dataclasses.replace(
-        inputs, input_ids=inputs.input_ids[own], attention_mask=inputs.attention_mask[own],
-        teachers=teachers,
-    )  # fmt: skip
+def _rows(inputs: Inputs, rows: int) -> Inputs:
+    return dataclasses.replace(inputs, batch=inputs.batch.map_tensors(lambda x: x[:rows]))
 
 
-DISAGREEMENTS: dict[str, Callable[[StepInputs], StepInputs]] = {
+DISAGREEMENTS: dict[str, Callable[[Inputs], Inputs]] = {
     f.__name__: f for f in (another_kind, fewer_rows, no_rows, another_width, another_step)
 }
 
 
-def disagreement(change: Callable[[StepInputs], StepInputs], world: World) -> list[str] | None:
+def disagreement(change: Callable[[Inputs], Inputs], world: World) -> list[str] | None:
     """What every rank says when the last one holds another batch."""
-    engine, config = _engine(Case(2, "dalr", chunks="four"), world)
-    inputs = step_inputs(Case(2, "dalr", chunks="four"), config, world, 0, engine.module)
+    engine, _ = _engine(Case(2, "dalr", chunks="four"), world)
+    inputs = step_inputs(Case(2, "dalr", chunks="four"), world, 0)
     if world.rank == world.size - 1:
         inputs = change(inputs)
     try:
-        backward_global_batch(engine, inputs)
+        inputs.backward(engine)
         said = "no error"
     except UserError as error:
         said = str(error)
@@ -157,11 +145,9 @@ def replay(case: Case, world: World) -> dict[str, float]:
 
     All ranks encode the same rows, so that only the masks can differ.
     """
-    engine, config = _engine(case, world)
-    first_rows = World(0, world.size, world.device)
-    inputs = step_inputs(case, config, first_rows, 0, engine.module)
-    inputs = dataclasses.replace(inputs, rank=world.rank)
-    plain = gradcache.seed_dropout
+    engine, _ = _engine(case, world)
+    inputs = step_inputs(case, World(0, world.size, world.device), 0)
+    plain = global_task.seed_dropout
     calls = itertools.count()
 
     def moving(*key: int) -> None:
@@ -173,26 +159,26 @@ def replay(case: Case, world: World) -> dict[str, float]:
     passes = encoded(engine, inputs)
     found = {"second pass": _second_pass(passes), "ranks": _between_ranks(passes, world)}
     found["gradient norm"] = engine.step(0.0).grad_norm_preclip
-    with mock.patch.object(gradcache, "seed_dropout", moving):
+    with mock.patch.object(global_task, "seed_dropout", moving):
         found["second pass, moving key"] = _second_pass(encoded(engine, inputs))
-    with mock.patch.object(gradcache, "seed_dropout", without_rank):
+    with mock.patch.object(global_task, "seed_dropout", without_rank):
         found["ranks, key without rank"] = _between_ranks(encoded(engine, inputs), world)
     return found
 
 
-def encoded(engine: Any, inputs: StepInputs) -> list[Tensor]:
+def encoded(engine: Any, inputs: Inputs) -> list[Tensor]:
     """The states of every encoding of a step, in the order in which they are made."""
     seen: list[Tensor] = []
-    plain = type(engine).forward
+    plain = type(engine).apply
 
-    def forward(self: Any, task: str, **values: Any) -> Any:
-        result = plain(self, task, **values)
-        if task == "encode":
-            seen.append(result.detach().clone())
+    def apply(self: Any, function: Any, *values: Any) -> Any:
+        result = plain(self, function, *values)
+        if function.__name__ == "encode":
+            seen.append(torch.cat(list(result.values())).detach().clone())
         return result
 
-    with mock.patch.object(type(engine), "forward", forward):
-        backward_global_batch(engine, inputs)
+    with mock.patch.object(type(engine), "apply", apply):
+        inputs.backward(engine)
     return seen
 
 
@@ -232,14 +218,14 @@ class LateGather(ColumnGather):
 def order_of_events(world: World, gather: type[ColumnGather]) -> list[str]:
     """Tasks of the engine, and gathers that are left running, as a step starts them."""
     case = Case(2, "dalr", chunks="four")
-    engine, config = _engine(case, world)
-    inputs = step_inputs(case, config, world, 0, engine.module)
+    engine, _ = _engine(case, world)
+    inputs = step_inputs(case, world, 0)
     events: list[str] = []
-    forward, all_gather = type(engine).forward, dist.all_gather_into_tensor
+    apply, all_gather = type(engine).apply, dist.all_gather_into_tensor
 
-    def seen_forward(self: Any, task: str, **values: Any) -> Any:
-        events.append(task)
-        return forward(self, task, **values)
+    def seen_apply(self: Any, function: Any, *values: Any) -> Any:
+        events.append(function.__name__)
+        return apply(self, function, *values)
 
     def seen_gather(output: Tensor, local: Tensor, **options: Any) -> Any:
         if options.get("async_op"):
@@ -247,34 +233,36 @@ def order_of_events(world: World, gather: type[ColumnGather]) -> list[str]:
         return all_gather(output, local, **options)
 
     with (
-        mock.patch.object(type(engine), "forward", seen_forward),
+        mock.patch.object(type(engine), "apply", seen_apply),
         mock.patch.object(dist, "all_gather_into_tensor", seen_gather),
-        mock.patch.object(gradcache, "ColumnGather", gather),
+        mock.patch.object(global_step, "ColumnGather", gather),
     ):
-        backward_global_batch(engine, inputs)
+        inputs.backward(engine)
     return events
 
 
 def identical_rows(case: Case, world: World) -> dict[str, float]:
     """A batch in which all rows of all ranks are the same sentence and picture, views included."""
-    engine, config = _engine(case, world)
+    engine, _ = _engine(case, world)
     module: Any = engine.module
     module.encoder.perturbed = False  # cosines of exactly one
-    inputs = step_inputs(case, config, world, 0, engine.module)
-    rows = inputs.rows
+    inputs = step_inputs(case, world, 0)
+    rows = inputs.batch.rows
 
     def same(*shape: int) -> Tensor:
         return torch.ones(rows, *shape, dtype=case.dtype)
 
-    teachers = TeacherBatch(
-        torch.zeros(rows, dtype=torch.long), True, same(WIDTH), same(WIDTH),
-        [same(WIDTH), same(WIDTH)], [same(LENGTH - 1, WIDTH)], [same(LENGTH - 1)],
-    )  # fmt: skip
     ids = torch.full((rows, LENGTH), 3)
-    inputs = dataclasses.replace(
-        inputs, input_ids=ids, attention_mask=torch.ones_like(ids), teachers=teachers
+    inputs = changed(
+        inputs,
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        image_ids=torch.zeros(rows, dtype=torch.long),
+        features={role: same(WIDTH) for role in ("image", "caption", "text0", "text1")},
+        token_features=[same(LENGTH - 1, WIDTH)],
+        token_masks=[same(LENGTH - 1)],
     )
-    loss, _ = backward_global_batch(engine, inputs)
+    loss, _ = inputs.backward(engine)
     norm = engine.step(0.0).grad_norm_preclip
     with torch.no_grad():
         states = module.encoder(ids[:2], torch.ones_like(ids[:2]))

@@ -35,8 +35,9 @@ from cases import (
 from facts import ALIKE, REPEATED, REPLAYS, TRAFFIC
 
 from dalr_scale.distributed.world import World, leave_world, start_world
-from dalr_scale.global_batch import step as gradcache
-from dalr_scale.global_batch.step import ChunkPlan, backward_global_batch
+from dalr_scale.global_batch import task as global_task
+from dalr_scale.global_batch.chunks import cut
+from dalr_scale.training.task import VIEWS
 
 
 def tolerance(case: Case) -> float:
@@ -240,20 +241,19 @@ def test_identical_rows_give_a_finite_step(case: Case, facts: dict) -> None:
 
 def gradients(case: Case, world: World, *, one_graph: bool) -> dict[str, torch.Tensor]:
     """Parameter gradients of one step with dropout: in two passes, or with all chunks alive."""
-    engine, config = build(case, world)
-    inputs = step_inputs(case, config, world, 0, engine.module)
+    engine, _ = build(case, world)
+    inputs = step_inputs(case, world, 0)
     if not one_graph:
-        backward_global_batch(engine, inputs)
+        inputs.backward(engine)
     else:
-        plan = ChunkPlan.of(inputs)
-        pieces = [
-            gradcache._encode(engine, inputs, plan, i, grad=True) for i in range(len(plan.chunks))
-        ]
-        states = torch.cat(pieces, dim=1)[:, plan.order.argsort()]
+        step, batch = inputs.on(engine), inputs.batch
+        place = step.place(batch, 0)
+        order, chunks = cut(place, case.micro_rows, inputs.lengths, world.device, sort=True)
+        pieces = [step.encode(step.task.take(batch, chunk), chunk) for chunk in chunks]
+        back = order.argsort()
+        states = {view: torch.cat([piece[view] for piece in pieces])[back] for view in VIEWS}
         with engine.gradients():
-            loss, _ = engine.forward(
-                "loss", states=states, teachers=inputs.teachers, step=0, offset=0
-            )
+            loss, _ = engine.apply(step.task.loss, states, {}, batch, place)
             engine.backward(loss)
     return {name: p.grad.clone() for name, p in engine.module.named_parameters()}
 
@@ -272,21 +272,22 @@ def test_the_second_pass_draws_the_dropout_of_the_first(
     truth = gradients(case, world, one_graph=True)
     assert worst(gradients(case, world, one_graph=False), truth) < 1e-10
     calls = itertools.count()
-    plain = gradcache.seed_dropout
-    monkeypatch.setattr(gradcache, "seed_dropout", lambda *key: plain(*key, next(calls)))
+    plain = global_task.seed_dropout
+    monkeypatch.setattr(global_task, "seed_dropout", lambda *key: plain(*key, next(calls)))
     assert worst(gradients(case, world, one_graph=False), truth) > 1e-3  # control: other masks
 
 
 def test_sorting_cuts_padding(world: World) -> None:
     """The chunks of sorted rows hold fewer padded tokens; every row is in one of them."""
     case = Case(1, "simcse", chunks="four")
-    engine, config = build(case, world)
-    inputs = step_inputs(case, config, world, 0, engine.module)
+    inputs = step_inputs(case, world, 0)
+    step = inputs.on(build(case, world)[0])
     lengths = global_batch(case, 0)["attention_mask"].sum(1)
     tokens = {}
     for sort in (False, True):
-        plan = ChunkPlan.of(dataclasses.replace(inputs, sort=sort))
-        rows = [plan.rows_of(i) for i in range(len(plan.chunks))]
+        place = step.place(inputs.batch, 0)
+        _, chunks = cut(place, case.micro_rows, inputs.lengths, world.device, sort=sort)
+        rows = [chunk.rows for chunk in chunks]
         assert sorted(torch.cat(rows).tolist()) == list(range(len(lengths)))
         tokens[sort] = sum(len(r) * int(lengths[r].max()) for r in rows)
     assert tokens[True] < tokens[False]

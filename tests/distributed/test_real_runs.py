@@ -25,7 +25,7 @@ from reference.rows import try_row
 from reference.runs import Stop, run
 from reference.trainer import Result, train
 
-from dalr_scale.engines import engine as engine_module
+from dalr_scale.engines import deepspeed as engine_module
 from dalr_scale.models import row_dropout
 from dalr_scale.objective.g2l import GlobalToLocal
 from dalr_scale.training import watch

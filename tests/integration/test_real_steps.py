@@ -9,7 +9,7 @@ import pytest
 from common import history, tiny_config, weights_hash, write_config
 from launching import train
 
-from dalr_scale.engines import engine as engine_module
+from dalr_scale.engines import deepspeed as engine_module
 from dalr_scale.errors import UserError
 from dalr_scale.models.dalr import DalrModel
 from dalr_scale.training import trainer as trainer_module

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 from dalr_scale.config import Config, build_config
 from dalr_scale.distributed.world import World, leave_world, start_world
-from dalr_scale.engines.engine import Engine, build_engine
+from dalr_scale.engines.build import build_engine
+from dalr_scale.engines.protocol import Engine, RunsFunctions
 from dalr_scale.training.optim import build_optimizer
 
 
-class Small(nn.Module):
+class Small(RunsFunctions):
     """An embedding table, a matrix and vectors; the loss is linear in them."""
 
     def __init__(self, width: int = 5) -> None:
@@ -30,8 +31,7 @@ class Small(nn.Module):
         for parameter in self.parameters():
             parameter.data = torch.randn(parameter.shape, generator=generator)
 
-    def forward(self, task: str, step: int) -> Tensor:
-        del task
+    def loss(self, step: int) -> Tensor:
         like = self.norm.weight
         generator = torch.Generator().manual_seed(step)
         words, rows, states = self.words(torch.arange(7)), torch.eye(3).to(like), torch.eye(5)
@@ -49,13 +49,22 @@ def small_engine(world: World, changes: dict[str, dict[str, Any]], width: int = 
     layers = [{"batch": {"global_size": 2 * world.size}, "engine": {"precision": "fp32"}}, changes]
     config: Config = build_config(layers)
     model = Small(width)
-    return build_engine(model, build_optimizer(model, config.optim), config, world)[0]
+    return engine_of(model, config, world)
+
+
+def engine_of(model: nn.Module, config: Config, world: World) -> Engine:
+    """The engine that a configuration asks for."""
+    optimizer = build_optimizer(model, config.optim)
+    rows = config.batch.global_size // world.size
+    return build_engine(
+        model, optimizer, config.engine, rows=rows, clip=config.optim.clip, world=world
+    )[0]
 
 
 def steps(engine: Engine, numbers: range, lr: float) -> None:
     for step in numbers:
         with engine.gradients():
-            engine.backward(engine.forward("loss", step=step))
+            engine.backward(engine.apply(Small.loss, step))
         engine.step(lr)
 
 

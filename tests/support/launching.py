@@ -79,8 +79,8 @@ def train(
     Args:
         words: arguments of ``dalr_scale.train``.
         log: file for what the processes print.
-        end_at: after this many steps, ``"STOP"`` touches the file and ``"SIGTERM"`` sends the
-            signal to the last rank; ``"SIGKILL"`` ends every rank without a word.
+        end_at: in the step of this number, ``"STOP"`` touches the file and ``"SIGTERM"`` sends the
+            signal to the last rank; ``"SIGKILL"`` ends every rank after it without a word.
         environment: further variables.
         setup: called in each process before training, to switch a guarantee off; a module's own
             function.
@@ -130,9 +130,12 @@ def _one_rank(
     original = Trainer.train_step
 
     def train_step(self, batch):
+        last, how = end_at or (0, "")
+        if self.step + 1 == last and how != "SIGKILL":
+            _end(how, self)  # the vote of this step tells the others
         result = original(self, batch)
-        if end_at is not None and self.step == end_at[0]:
-            _end(end_at[1], self)
+        if self.step == last and how == "SIGKILL":
+            _end(how, self)
         return result
 
     with mock.patch.object(Trainer, "train_step", train_step):

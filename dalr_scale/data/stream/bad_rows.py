@@ -67,8 +67,8 @@ class BadRows:
         """
         if not world.all_max(len(bad)):
             return
-        gathered = world.gather_objects(list(bad))
-        rows = [BadRow(*row) for part in world.broadcast_object(gathered) for row in part]
+        everyone = world.broadcast_object(world.gather_objects(list(bad))) or []
+        rows = [BadRow(*row) for part in everyone for row in part]
         for row in rows:
             known = self.items.setdefault(row.kind, set())
             if row.item not in known:

@@ -1,13 +1,15 @@
-"""One rank's rows of a step, and the form in which a worker process sends them."""
+"""One rank's rows of a step, from the loader to the loss, and how a worker process sends them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from dalr_scale.data.stream.order import Kind
 from dalr_scale.errors import UserError
@@ -37,9 +39,11 @@ class Batch:
         input_ids: int64 [b, L].
         attention_mask: int64 [b, L].
         image_ids: int64 [b]; -1 where there is no image.
-        features: by role, float32 [b, dim].
-        token_features: features of the teacher's tokens, float32 [b, T, dim], or None.
-        token_feature_mask: bool [b, T], or None.
+        features: frozen features [b, dim] by role: ``image``, ``caption``, ``text0`` ... The loader
+            gives the stored ones in float32; online teachers add the others.
+        token_features: features of the teachers' tokens, [b, T, dim], with
+        token_masks: [b, T]: from the loader the stored set, if the run has one; completed, one for
+            each token teacher.
         images: [b, 3, H, W] as the image transform returns them, or None.
         bad: rows that could not be used, each with its item number and what was wrong with it;
             another item takes their place (``StreamPlan.replacement``).
@@ -53,18 +57,63 @@ class Batch:
     attention_mask: Tensor
     image_ids: Tensor
     features: dict[str, Tensor]
-    token_features: Tensor | None = None
-    token_feature_mask: Tensor | None = None
+    token_features: Sequence[Tensor] = ()
+    token_masks: Sequence[Tensor] = ()
     images: Tensor | None = None
     bad: tuple[BadRow, ...] = ()
 
+    @property
+    def rows(self) -> int:
+        """Return the rows of this rank."""
+        return len(self.input_ids)
+
+    @property
+    def paired(self) -> bool:
+        """Return whether this is a batch of captions, whatever features the objective reads."""
+        return self.kind == "pair"
+
+    @property
+    def image(self) -> Tensor | None:
+        """Return the features of the images."""
+        return self.features.get("image")
+
+    @property
+    def caption(self) -> Tensor | None:
+        """Return the features of the captions in the space of the images."""
+        return self.features.get("caption")
+
+    @property
+    def text(self) -> list[Tensor]:
+        """Return the sentence teachers' features, in the teachers' order."""
+        roles = map("text{}".format, itertools.count())
+        return [self.features[r] for r in itertools.takewhile(self.features.__contains__, roles)]
+
+    def take(self, rows: Tensor, length: int | None = None) -> Batch:
+        """Return what encoder and heads read of some rows: no features that only the loss reads.
+
+        Args:
+            rows: int64, numbers of rows of this batch, on its device.
+            length: positions kept of the token ids; None: all.
+        """
+        read = {role: self.features[role] for role in ("image", "caption") if role in self.features}
+        return replace(
+            self,
+            item_ids=self.item_ids[rows],
+            sentences=[],
+            input_ids=self.input_ids[rows, :length],
+            attention_mask=self.attention_mask[rows, :length],
+            image_ids=self.image_ids[rows],
+            features={role: values[rows] for role, values in read.items()},
+            token_features=(),
+            token_masks=(),
+            images=None,
+        )
+
     def map_tensors(self, change: Callable[[Tensor], Tensor]) -> Batch:
         """Return a copy with every tensor replaced by ``change(tensor)``."""
-        changed = {
-            name: change(value) for name, value in vars(self).items() if isinstance(value, Tensor)
-        }
-        features = {role: change(value) for role, value in self.features.items()}
-        return replace(self, features=features, **changed)
+        return replace(
+            self, **{name: tree_map_only(Tensor, change, vars(self)[name]) for name in _TENSORS}
+        )
 
     def to(self, device: torch.device | str) -> Batch:
         """Return the batch on a device; the copy does not block when the batch is pinned."""
@@ -73,6 +122,12 @@ class Batch:
     def pin_memory(self) -> Batch:
         """Return the batch in page-locked memory (the name ``DataLoader`` looks for)."""
         return self.map_tensors(Tensor.pin_memory)
+
+
+_TENSORS = (
+    *("item_ids", "input_ids", "attention_mask", "image_ids", "features"),
+    *("token_features", "token_masks", "images"),
+)
 
 
 @dataclass

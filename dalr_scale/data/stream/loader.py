@@ -161,7 +161,8 @@ class StepDataset(Dataset[Batch | UserError]):
             input_ids, mask = map(torch.from_numpy, records.token_ids)
         else:
             input_ids, mask = tokenize(self.tokenizer, records.sentences, self.options.max_length)
-        token_features, token_feature_mask = records.token_features or (None, None)
+        found = () if records.token_features is None else records.token_features
+        tokens = tuple(map(torch.from_numpy, found))
         return Batch(
             step=step,
             kind=self.plan.kind(step),
@@ -171,8 +172,8 @@ class StepDataset(Dataset[Batch | UserError]):
             attention_mask=mask,
             image_ids=torch.from_numpy(records.image_ids),
             features={role: torch.from_numpy(rows) for role, rows in records.features.items()},
-            token_features=_tensor(token_features),
-            token_feature_mask=_tensor(token_feature_mask),
+            token_features=tokens[:1],
+            token_masks=tokens[1:],
             images=images,
             bad=bad,
         )
@@ -201,10 +202,6 @@ class StepDataset(Dataset[Batch | UserError]):
             rng = sample_rng(self.plan.seed, kind, epoch, item)
             image = self.options.augment(image, rng)
         return transform(image)
-
-
-def _tensor(array: np.ndarray | None) -> Tensor | None:
-    return None if array is None else torch.from_numpy(array)
 
 
 class StepLoader(DataLoader[Batch | PackedBatch | UserError]):

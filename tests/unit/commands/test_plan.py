@@ -22,7 +22,7 @@ from dalr_scale.estimate.predict import (
     loss_bytes_per_row,
     parameter_traffic,
     plan_memory,
-    random_teachers,
+    random_batch,
 )
 from dalr_scale.models import dalr
 from dalr_scale.models.dalr import DalrModel, FeatureWidths, LossSpec
@@ -161,16 +161,16 @@ def test_the_batch_is_what_a_step_holds(preset: str, tiny_data: Path) -> None:
     config = tiny_config(tiny_data, changes)
     model = build_model(config, build_streams(config), World(0, 1, torch.device("cpu"))).model
     rows, length = config.batch.global_size, config.data.max_length
-    teachers = random_teachers(model, rows, paired=True)
+    batch = random_batch(model, rows, paired=True)
     tokens = model.widths.tokens if model.spec.needs.tokens else ()
-    teachers.tokens = [torch.zeros(rows, length - 1, width) for width in tokens]
-    teachers.token_masks = [torch.ones(rows, length - 1, dtype=torch.bool) for _ in tokens]
-    held: list = [torch.zeros(2, rows, length, dtype=torch.long), teachers.ids, *teachers.text]
-    held += [*teachers.token_masks, teachers.image, teachers.caption]
+    batch.token_features = [torch.zeros(rows, length - 1, width) for width in tokens]
+    batch.token_masks = [torch.ones(rows, length - 1, dtype=torch.bool) for _ in tokens]
+    held: list = [torch.zeros(2, rows, length, dtype=torch.long), batch.image_ids, *batch.text]
+    held += [*batch.token_masks, batch.image, batch.caption]
     plan = plan_memory(config, model, 1)
     assert plan.batch == sum(t.nbytes for t in held if t is not None)
-    assert plan.token_features == sum(t.nbytes for t in teachers.tokens)
-    stored = [t for t in (*teachers.text, teachers.image, teachers.caption) if t is not None]
+    assert plan.token_features == sum(t.nbytes for t in batch.token_features)
+    stored = [t for t in (*batch.text, batch.image, batch.caption) if t is not None]
     assert plan.loaded_features == sum(4 * t.numel() for t in stored)
 
 
@@ -289,10 +289,10 @@ def row_costs(model: DalrModel) -> tuple[float, float]:
     predicted, peaks = loss_bytes_per_row(model), []
     with chunked.limited_workspace(TRIAL_WORKSPACE):
         for rows in (96, 448):
-            states = torch.randn(2, rows, 16).requires_grad_()
-            teachers = random_teachers(model, rows, paired=True)
+            states = [torch.randn(rows, 16).requires_grad_() for _ in range(2)]
+            batch = random_batch(model, rows, paired=True)
             with LiveBytes() as live:
-                model.loss(states, teachers, step=0, offset=0)[0].backward()
+                model.loss(states, batch, step=0, offset=0)[0].backward()
             peaks.append(live.peak)
     return predicted, (peaks[1] - peaks[0]) / 352 + 2 * 16 * 4
 

@@ -13,7 +13,8 @@ from engine_tools import Small, in_world, small_engine, steps
 from torch import Tensor
 
 from dalr_scale.distributed.world import World
-from dalr_scale.engines.engine import Engine, PlainEngine
+from dalr_scale.engines.ddp import DDPEngine
+from dalr_scale.engines.protocol import Engine
 from dalr_scale.errors import UserError
 
 BEFORE: dict[str, Any] = {"lr": 1e-2, "clip": 1.0}
@@ -35,7 +36,7 @@ def by_hand(settings: list[dict[str, Any]]) -> dict[str, Tensor]:
     for step, optim in enumerate(settings):
         beta1, beta2 = optim.get("betas", (0.9, 0.999))
         named = list(model.named_parameters())
-        grads = torch.autograd.grad(model("loss", step), [p for _, p in named])
+        grads = torch.autograd.grad(model.loss(step), [p for _, p in named])
         norm = math.sqrt(sum(float(g.square().sum()) for g in grads))
         factor = min(1.0, optim["clip"] / (norm + 1e-6))
         for (name, p), g in zip(named, grads, strict=True):
@@ -154,9 +155,9 @@ def test_a_state_that_numbers_its_parameters_still_loads(tmp_path: Path) -> None
     """As plain data parallelism wrote it before; only while the groups are the same."""
     world = World(0, 1, torch.device("cpu"))
 
-    def plain(optim: dict[str, Any]) -> PlainEngine:
+    def plain(optim: dict[str, Any]) -> DDPEngine:
         engine = small_engine(world, {"engine": {"kind": "ddp"}, "optim": optim})
-        assert isinstance(engine, PlainEngine)
+        assert isinstance(engine, DDPEngine)
         return engine
 
     first = plain(AFTER)

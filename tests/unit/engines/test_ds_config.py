@@ -24,6 +24,12 @@ def config(kind: str = "zero2", **sections: dict[str, Any]) -> Config:
     return build_config([{"engine": {"kind": kind}}, sections])
 
 
+def made(config: Config, rows: int, *, bf16: bool) -> dict[str, Any]:
+    """The dict of a run with so many rows a rank."""
+    ranks = config.batch.global_size // rows
+    return ds_config(config.engine, rows=rows, ranks=ranks, clip=config.optim.clip, bf16=bf16)
+
+
 def test_committed_files_are_what_the_code_writes(tmp_path: Path) -> None:
     write_templates(tmp_path)
     written = {path.name: path.read_text() for path in tmp_path.glob("*.json")}
@@ -40,19 +46,19 @@ def test_a_copy_of_a_committed_file_is_what_runs_without_it(path: Path) -> None:
     for bf16 in (False, True):
         own = {"optim": {"clip": 0.25}, "batch": {"global_size": 96}}
         engine = {"kind": kind, "offload_optimizer": offload}
-        plain = ds_config(config(**own, engine=engine), 48, bf16=bf16)
+        plain = made(config(**own, engine=engine), 48, bf16=bf16)
         copied = config(**own, engine=engine | {"ds_config": str(path)})
-        assert ds_config(copied, 48, bf16=bf16) == plain
+        assert made(copied, 48, bf16=bf16) == plain
 
 
 def test_the_run_fills_in_batch_clipping_and_precision() -> None:
-    filled = ds_config(config(optim={"clip": 0.25}), 48, bf16=True)
+    filled = made(config(optim={"clip": 0.25}), 48, bf16=True)
     assert filled["train_micro_batch_size_per_gpu"] == 48
     assert filled["gradient_clipping"] == 0.25
     assert filled["bf16"] == {"enabled": True}
     assert "offload_optimizer" not in filled["zero_optimization"]
     offload = config(engine={"offload_optimizer": True})
-    assert "offload_optimizer" in ds_config(offload, 1, bf16=False)["zero_optimization"]
+    assert "offload_optimizer" in made(offload, 1, bf16=False)["zero_optimization"]
 
 
 def put(values: dict[str, Any], dotted: str, value: Any) -> dict[str, Any]:
@@ -72,7 +78,7 @@ def filled(tmp_path: Path, dotted: str, value: Any, kind: str = "zero2", **engin
     path = tmp_path / "own.json"
     path.write_text(json.dumps(put(template, dotted, value)))
     own = config(engine={"kind": kind, "ds_config": str(path), **engine})
-    return ds_config(own, 64, bf16=False)
+    return made(own, 64, bf16=False)
 
 
 ZERO = "zero_optimization"
@@ -256,7 +262,7 @@ def test_offload_in_the_file_agrees_with_the_run(tmp_path: Path) -> None:
     path = tmp_path / "silent.json"
     path.write_text(json.dumps(stage_template("zero2")))
     own = config(engine={"ds_config": str(path), "offload_optimizer": True})
-    assert ds_config(own, 1, bf16=False)[ZERO]["offload_optimizer"]["device"] == "cpu"
+    assert made(own, 1, bf16=False)[ZERO]["offload_optimizer"]["device"] == "cpu"
 
 
 def leaves(table: dict[str, Any], prefix: str = "") -> Iterator[str]:
@@ -312,4 +318,4 @@ def test_a_file_that_is_no_configuration_is_refused(
     if text is not None:
         path.write_bytes(os.fsencode(text))
     with pytest.raises(UserError, match=problem):
-        ds_config(config(engine={"ds_config": str(path)}), 1, bf16=False)
+        made(config(engine={"ds_config": str(path)}), 1, bf16=False)

@@ -4,36 +4,40 @@ from __future__ import annotations
 
 import contextlib
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
 from dalr_kernels.precision import multiplies_in_half
 from torch import nn
 
-from dalr_scale.config import build_config
 from dalr_scale.distributed.world import World
-from dalr_scale.engines.engine import DeepSpeedEngine, Engine, PlainEngine, WideSums
+from dalr_scale.engines.ddp import DDPEngine
+from dalr_scale.engines.deepspeed import DeepSpeedEngine
+from dalr_scale.engines.gradients import FP32GradAccumulator
+from dalr_scale.engines.protocol import Engine, RunsFunctions
 from dalr_scale.errors import UserError
 
 
-class Recorder(nn.Module):
+class Recorder(RunsFunctions):
     """A model that says whether products in 16 bits are wanted while it runs."""
 
     def __init__(self) -> None:
         super().__init__()
         self.linear = nn.Linear(2, 2)
 
-    def forward(self, task: str, states: torch.Tensor) -> Any:
-        return (states, multiplies_in_half()) if task == "loss" else self.linear(states)
+    def loss(self, states: torch.Tensor) -> tuple[torch.Tensor, bool]:
+        return states, multiplies_in_half()
+
+    def encode(self, states: torch.Tensor) -> torch.Tensor:
+        return self.linear(states)
 
 
 def engine(kind: str, precision: str) -> Engine:
     model = Recorder()
     if kind == "ddp":
-        config = build_config([{"engine": {"kind": "ddp", "precision": precision}}])
         optimizer = torch.optim.SGD(model.parameters())
-        return PlainEngine(model, optimizer, config, World(0, 1, torch.device("cpu")))
+        world = World(0, 1, torch.device("cpu"))
+        return DDPEngine(model, optimizer, world, precision=precision)  # type: ignore[arg-type]
     # DeepSpeed itself is left out: what matters is what happens around its call
     found = DeepSpeedEngine.__new__(DeepSpeedEngine)
     vars(found).update(vars(SimpleNamespace(engine=model, bf16=precision == "bf16")))
@@ -44,14 +48,14 @@ def engine(kind: str, precision: str) -> Engine:
 @pytest.mark.parametrize(("precision", "wanted"), [("bf16", True), ("fp32", False)])
 def test_a_bf16_run_multiplies_in_half_precision(kind: str, precision: str, wanted: bool) -> None:
     ran = engine(kind, precision)
-    assert ran.forward("loss", states=torch.ones(1, 2))[1] == wanted
+    assert ran.apply(Recorder.loss, torch.ones(1, 2))[1] == wanted
     assert not multiplies_in_half(), "only inside the call"
 
 
 def test_the_plain_engine_encodes_in_bf16_and_hands_on_float32() -> None:
     # The loss therefore sees float32, which says nothing about how it came about.
-    states = engine("ddp", "bf16").forward("encode", states=torch.full((1, 2), 0.1))
-    exact = engine("ddp", "fp32").forward("encode", states=torch.full((1, 2), 0.1))
+    states = engine("ddp", "bf16").encode(Recorder.encode, torch.full((1, 2), 0.1))
+    exact = engine("ddp", "fp32").encode(Recorder.encode, torch.full((1, 2), 0.1))
     assert states.dtype == exact.dtype == torch.float32
     assert torch.equal(states, states.bfloat16().float())
     assert not torch.equal(exact, exact.bfloat16().float())
@@ -60,7 +64,7 @@ def test_the_plain_engine_encodes_in_bf16_and_hands_on_float32() -> None:
 def summed_in_chunks(count: int, *, wide: bool) -> float:
     """Gradient of a bf16 weight after `count` chunks that each say 1."""
     layer = nn.Linear(1, 1, bias=False).bfloat16()
-    sums = WideSums(layer) if wide else None
+    sums = FP32GradAccumulator(layer) if wide else None
     for _ in range(count):
         layer(torch.ones(1, 1, dtype=torch.bfloat16)).sum().backward()
         if sums is not None:
@@ -78,7 +82,7 @@ def test_many_chunks_add_up_in_float32() -> None:
 
 def test_a_parameter_without_gradient_is_left_alone() -> None:
     layers = nn.ModuleList([nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False)]).bfloat16()
-    sums = WideSums(layers)
+    sums = FP32GradAccumulator(layers)
     layers[0](torch.ones(1, 1, dtype=torch.bfloat16)).sum().backward()
     sums.add()
     sums.write_back()

@@ -20,8 +20,9 @@ from objective_tools import (
 from torch import Tensor, nn
 
 from dalr_scale.config import ModelConfig, ObjectiveConfig
+from dalr_scale.data.stream.batch import Batch
 from dalr_scale.errors import UserError
-from dalr_scale.models.dalr import DalrModel, FeatureWidths, LossSpec, TeacherBatch
+from dalr_scale.models.dalr import DalrModel, FeatureWidths, LossSpec
 from dalr_scale.objective.registry import TERMS, needs_of
 from dalr_scale.objective.text_teachers import rank_similarity, text_similarity
 from dalr_scale.objective.total import batch_loss
@@ -155,25 +156,37 @@ def states(rows: int = ROWS) -> Tensor:
     return torch.randn(2, rows, WIDTH, generator=generator, requires_grad=True)
 
 
-def paired(rows: int = ROWS) -> TeacherBatch:
+def paired(rows: int = ROWS) -> Batch:
     generator = torch.Generator().manual_seed(2)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator)
 
-    return TeacherBatch(
-        ids=torch.arange(rows) // 2,
-        paired=True,
-        image=normal(rows, WIDTH),
-        caption=normal(rows, WIDTH),
-        text=[normal(rows, 6), normal(rows, 6)],
-        tokens=[normal(rows, 4, WIDTH)],
+    features = {"image": normal(rows, WIDTH), "caption": normal(rows, WIDTH)}
+    features |= {"text0": normal(rows, 6), "text1": normal(rows, 6)}
+    tokens, numbers = normal(rows, 4, WIDTH), torch.arange(rows)
+    ids = torch.ones(rows, 1, dtype=torch.long)
+    return Batch(
+        step=0,
+        kind="pair",
+        item_ids=numbers,
+        sentences=[],
+        input_ids=ids,
+        attention_mask=ids,
+        image_ids=numbers // 2,
+        features=features,
+        token_features=[tokens],
         token_masks=[torch.ones(rows, 4)],
     )
 
 
-def text_only(rows: int = ROWS) -> TeacherBatch:
-    return TeacherBatch(ids=torch.full((rows,), -1), text=paired(rows).text)
+def text_only(rows: int = ROWS) -> Batch:
+    batch = paired(rows)
+    texts = {role: batch.features[role] for role in ("text0", "text1")}
+    none = torch.full((rows,), -1)
+    return dataclasses.replace(
+        batch, kind="text", image_ids=none, features=texts, token_features=(), token_masks=()
+    )
 
 
 def test_text_batches_are_distilled_only_when_asked() -> None:
@@ -187,7 +200,7 @@ def test_text_batches_are_distilled_only_when_asked() -> None:
 
 
 def test_the_margin_of_text_batches_is_a_key_of_its_own() -> None:
-    def contrast(batch: TeacherBatch, **changes: Any) -> float:
+    def contrast(batch: Batch, **changes: Any) -> float:
         spec = objective(**changes)
         return float(build(spec).loss(states(), batch, step=0, offset=0)[1]["con"])
 

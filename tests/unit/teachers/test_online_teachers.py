@@ -65,7 +65,9 @@ def test_some_rows_at_a_time_give_what_all_rows_give(student_ids: bool) -> None:
     online, teacher = teachers(2, student_ids=student_ids)
     parts = online.batch(batch(), with_text=True)
     assert max(shape[0] for shape in teacher.seen) == 2 and len(teacher.seen) == 2 * 4
-    for one, other in zip(whole.text + whole.tokens, parts.text + parts.tokens, strict=True):
+    for one, other in zip(
+        whole.text + whole.token_features, parts.text + parts.token_features, strict=True
+    ):
         assert torch.equal(one, other)
     assert torch.equal(whole.token_masks[0], parts.token_masks[0])
     assert whole.image is not None and parts.image is not None

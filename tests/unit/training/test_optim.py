@@ -11,7 +11,7 @@ from torch import nn
 
 from dalr_scale.config import OptimConfig
 from dalr_scale.data.stream.order import StreamPlan
-from dalr_scale.engines.engine import set_learning_rate
+from dalr_scale.engines.protocol import set_learning_rate
 from dalr_scale.errors import UserError
 from dalr_scale.training.optim import (
     build_optimizer,
