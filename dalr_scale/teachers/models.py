@@ -6,7 +6,6 @@ sentences with its own tokenizer, so its features are right whatever vocabulary 
 """
 
 import hashlib
-import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -355,48 +354,6 @@ def _require_first_cls(tokenizer: Any, directory: Path) -> None:
             f"the tokenizer of {directory} does not start sentences with a CLS token; "
             "its token features cannot be used"
         )
-
-
-def same_tokenizer(first: Any, second: Any) -> bool:
-    """Whether two tokenizers give every text the same ids: same vocabulary and same settings."""
-    return tokenizer_hash(first) == tokenizer_hash(second)
-
-
-def compare_tokenizers(student: Any, teacher: Any) -> None:
-    """Require that student and teacher share their tokenizer.
-
-    Raises:
-        UserError: they differ; the message says where.
-    """
-    if same_tokenizer(student, teacher):
-        return
-    ours, theirs = _vocabulary(student), _vocabulary(teacher)
-    differing = sum(theirs.get(word) != number for word, number in ours.items())
-    what = (
-        f"{len(ours)} and {len(theirs)} entries, {differing} of the student's at another place"
-        if ours != theirs
-        else "the same vocabulary, but other settings (casing, special tokens)"
-    )
-    raise UserError(
-        f"the tokenizers of student and teacher differ: {what}; "
-        "set --objective.teacher_tokenizer=retokenise"
-    )
-
-
-def _vocabulary(tokenizer: Any) -> dict[str, int]:
-    return dict(tokenizer.get_vocab() if hasattr(tokenizer, "get_vocab") else tokenizer.encoder)
-
-
-def tokenizer_hash(tokenizer: Any) -> str:
-    """SHA-256 over what decides a tokenizer's ids; truncation and padding do not count."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        state: Any = {"kind": type(tokenizer).__name__, "vocab": _vocabulary(tokenizer)}
-    else:
-        state = json.loads(backend.to_str())
-        for key in ("truncation", "padding"):
-            state.pop(key, None)
-    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
 def weights_hash(directory: Path) -> str:

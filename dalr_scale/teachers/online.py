@@ -189,7 +189,8 @@ def _text_roles(config: Config, needs: Needs) -> dict[tuple[str, str], list[str]
 def _text_teacher(
     config: Config, spec: str, pooler: str, roles: Sequence[str], tokenizer: Any
 ) -> Any:
-    from dalr_scale.teachers.models import compare_tokenizers, load_text_teacher
+    from dalr_scale.models.tokenizer import compare_tokenizers
+    from dalr_scale.teachers.models import load_text_teacher
 
     tokens = any(role.startswith("tokens") for role in roles)
     if spec.startswith("hf:") and not pooler:
@@ -209,7 +210,7 @@ def _text_teacher(
 
 def check_stored_tokenizers(config: Config, source: Source, tokenizer: Any) -> None:
     """``teacher_tokenizer = must_match`` for teachers whose features are stored in shards."""
-    from dalr_scale.teachers.models import tokenizer_hash
+    from dalr_scale.models.tokenizer import tokenizer_hash
 
     if config.objective.teacher_tokenizer != "must_match":
         return

@@ -26,7 +26,7 @@ from dalr_scale.data.stream.batch import Batch
 from dalr_scale.data.stream.loader import LoaderOptions, Sources, make_loader, tokenize
 from dalr_scale.data.stream.source import Source
 from dalr_scale.errors import UserError
-from dalr_scale.teachers.models import tokenizer_hash
+from dalr_scale.models.tokenizer import tokenizer_hash
 
 TOKENIZER = small_tokenizer()
 SHA256 = tokenizer_hash(TOKENIZER)
