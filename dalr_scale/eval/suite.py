@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from dalr_scale.config import Config
 from dalr_scale.data.stream.source import Source
 from dalr_scale.distributed.world import World
-from dalr_scale.engines.engine import whole_weights
+from dalr_scale.engines.engine import unsharded_loading
 from dalr_scale.errors import UserError
 from dalr_scale.eval.graded import load_graded, score_lexical
 from dalr_scale.eval.retrieval import recall_at_k
@@ -127,7 +127,7 @@ class DirectoryEngine:
     """An exported encoder in the place of an engine, to score it with the same suite."""
 
     def __init__(self, directory: Path, device: torch.device) -> None:
-        with whole_weights():
+        with unsharded_loading():
             self.module = SentenceEncoder.from_directory(directory).to(device)
 
     def forward(self, task: str, **inputs: Any) -> Tensor:

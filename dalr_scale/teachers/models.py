@@ -18,7 +18,12 @@ from torch import Tensor, nn
 from dalr_scale.errors import UserError
 from dalr_scale.models import directories
 from dalr_scale.models.encoder import POOLERS, load_backbone, max_length_of, pool
-from dalr_scale.models.tokenizer import first_line, length_sorted_batches, load_tokenizer
+from dalr_scale.models.tokenizer import (
+    first_line,
+    length_sorted_batches,
+    load_tokenizer,
+    tokenizer_hash,
+)
 
 HF_PREFIX, OPEN_CLIP_PREFIX = "hf:", "open_clip:"
 TokenBatch = tuple[list[int], Tensor, Tensor]
