@@ -16,7 +16,7 @@ from dalr_scale.data.stream.source import Source
 from dalr_scale.distributed.collectives import pad_to_common_length
 from dalr_scale.errors import UserError
 from dalr_scale.models.dalr import TeacherBatch
-from dalr_scale.objective.terms import Needs
+from dalr_scale.objective.term import Needs
 
 STORED = "features:"
 

@@ -28,7 +28,8 @@ from dalr_scale.models.dalr import DalrModel, FeatureWidths, LossSpec
 from dalr_scale.models.encoder import SentenceEncoder
 from dalr_scale.models.row_dropout import install_row_dropout
 from dalr_scale.models.tokenizer import first_line, load_tokenizer, tokenizer_hash
-from dalr_scale.objective.terms import Needs, needs_of
+from dalr_scale.objective.registry import needs_of
+from dalr_scale.objective.term import Needs
 from dalr_scale.teachers.mixing import resolve_token_mix, text_weights, token_weights
 from dalr_scale.teachers.online import (
     STORED,
