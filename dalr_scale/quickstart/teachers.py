@@ -16,6 +16,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional
+from transformers import PreTrainedTokenizerBase
+
+from dalr_scale.models.tokenizer import token_id
 
 CONTEXT_LENGTH = 22
 _MEAN, _STD = 0.5, 0.25
@@ -53,7 +56,7 @@ def teacher_config(vocab_size: int, end_id: int, image_size: int, width: int) ->
 def train_teacher(
     images: np.ndarray,
     captions: Sequence[Sequence[str]],
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     *,
     steps: int,
     batch_size: int,
@@ -80,7 +83,8 @@ def train_teacher(
     """
     from open_clip.loss import ClipLoss
 
-    config = teacher_config(len(tokenizer), tokenizer.sep_token_id, images.shape[1], width)
+    end_id = token_id(tokenizer, "sep") or 0
+    config = teacher_config(len(tokenizer), end_id, images.shape[1], width)
     model = _new_model(config, seed)
     pixels = _pixels(images)
     ids = _token_ids(captions, tokenizer)
@@ -108,7 +112,10 @@ def train_teacher(
 
 
 def save_teacher(
-    model: torch.nn.Module, config: dict[str, Any], tokenizer: Any, directory: Path
+    model: torch.nn.Module,
+    config: dict[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    directory: Path,
 ) -> None:
     """Write an open_clip directory: configuration, safetensors weights, tokenizer."""
     directory.mkdir(parents=True, exist_ok=True)
@@ -140,7 +147,7 @@ def _pixels(images: np.ndarray) -> Tensor:
     return ((pixels - _MEAN) / _STD).contiguous(memory_format=torch.channels_last)
 
 
-def _token_ids(captions: Sequence[Sequence[str]], tokenizer: Any) -> Tensor:
+def _token_ids(captions: Sequence[Sequence[str]], tokenizer: PreTrainedTokenizerBase) -> Tensor:
     """Captions to int64 [n, captions each, CONTEXT_LENGTH]."""
     flat = [caption for own in captions for caption in own]
     ids = tokenizer(

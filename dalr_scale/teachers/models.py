@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from dalr_scale.errors import UserError
 from dalr_scale.models import directories
@@ -22,6 +23,7 @@ from dalr_scale.models.tokenizer import (
     first_line,
     length_sorted_batches,
     load_tokenizer,
+    token_id,
     tokenizer_hash,
 )
 
@@ -63,7 +65,7 @@ class TextTeacher(_Frozen):
 
     width: int
     token_width: int
-    tokenizer: Any
+    tokenizer: PreTrainedTokenizerBase
     facts: dict[str, Any]
     tokens: bool
 
@@ -189,7 +191,7 @@ class OpenClipTextTeacher(TextTeacher):
         tokenizer it is also the id of a word piece."""
         end = getattr(self.tokenizer, "eot_token_id", None)
         if end is None:
-            return ids != self.tokenizer.pad_token_id
+            return ids != (token_id(self.tokenizer, "pad") or 0)
         last = (ids == end).int().argmax(1, keepdim=True)
         return torch.arange(ids.shape[1])[None] <= last
 
@@ -352,7 +354,7 @@ def _without_warnings() -> Iterator[None]:
         logging.disable(before)
 
 
-def _require_first_cls(tokenizer: Any, directory: Path) -> None:
+def _require_first_cls(tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
     ids = tokenizer("a")["input_ids"]
     if tokenizer.cls_token_id is None or ids[0] != tokenizer.cls_token_id:
         raise UserError(
