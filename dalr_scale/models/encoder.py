@@ -1,7 +1,7 @@
 """The sentence encoder: a Hugging Face transformer with an explicit pooler.
 
-Nothing is guessed from names: the pooler is read from the directory's own metadata or stated by the
-caller. (Code that guesses it from the path silently scores another model.)
+The pooler is read from the directory's metadata or given by the caller, and never guessed from a
+name, because a wrong guess silently scores another model.
 """
 
 import difflib
@@ -87,7 +87,7 @@ class SentenceEncoder(nn.Module):
 
     `forward(input_ids, attention_mask)` maps [B, L] token ids to [B, H]. Token type ids are never
     passed, so they are zero, as in the published training code. The MLP pooler of BERT-like models
-    is only built when it is used: parameters without a gradient trouble sharded optimizers.
+    is only built when it is used: sharded optimizers do not handle parameters without a gradient.
 
     Attributes:
         row_keys: keys of row-keyed dropout, where it is installed.
@@ -186,7 +186,7 @@ class SentenceEncoder(nn.Module):
         renamed = hasattr(self.backbone, "activation_checkpointing_enable")
         name = "activation_checkpointing" if renamed else "gradient_checkpointing"
         if use_reentrant:
-            # true of the pass without a graph, and of no interest there
+            # true of the forward pass without a graph, where it is harmless
             warnings.filterwarnings("ignore", message="None of the inputs have requires_grad")
         if enabled:
             options = {f"{name}_kwargs": {"use_reentrant": use_reentrant}}
@@ -205,7 +205,7 @@ class SentenceEncoder(nn.Module):
         """Write a directory that `AutoModel`, `SentenceTransformer` and `from_directory` load.
 
         Args:
-            directory: destination; written beside it first, then renamed into place.
+            directory: destination; written next to it first, then renamed into place.
             overwrite: replace an existing directory.
             state_dict: complete weights under this module's names (`backbone. ...`), for a module
                 whose own parameters are sharded; by default the module's own.
@@ -380,7 +380,7 @@ def _model_config(
 
 
 def _pooling_switch(config: PretrainedConfig, with_pooler: bool) -> dict[str, bool]:
-    """The argument that leaves the MLP pooler out, for the model classes that have one."""
+    """Return the argument that omits the MLP pooler, for model classes that have one."""
     model = MODEL_MAPPING[type(config)]
     model = model[0] if isinstance(model, tuple) else model
     has_switch = "add_pooling_layer" in inspect.signature(model.__init__).parameters
@@ -408,13 +408,13 @@ def _check_padding(backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 
 
 def _position_padding(backbone: PreTrainedModel) -> int | None:
-    """RoBERTa-like models reserve the positions up to their padding id; others return None."""
+    """Return the padding id up to which RoBERTa-like models reserve positions, else None."""
     positions = getattr(getattr(backbone, "embeddings", None), "position_embeddings", None)
     return getattr(positions, "padding_idx", None)
 
 
 def max_length_of(backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
-    """Longest input in tokens: positions of the model, or less if the tokenizer states less."""
+    """Return the longest input in tokens: the model's positions or the tokenizer's limit."""
     positions = getattr(backbone.config, "max_position_embeddings", None) or _DEFAULT_MAX_LENGTH
     padding = _position_padding(backbone)
     limit = positions - (padding + 1 if padding is not None else 0)
@@ -468,5 +468,5 @@ def encode_sentences(
 
 
 def make_encode_fn(encoder: nn.Module, **options: Any) -> Callable[[Sequence[str]], Tensor]:
-    """Bind an encoder to the form evaluations call: sentences in, float32 [n, H] out."""
+    """Return a function from sentences to float32 [n, H], as evaluations call it."""
     return lambda sentences: encode_sentences(encoder, sentences, **options)

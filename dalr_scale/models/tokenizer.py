@@ -114,7 +114,7 @@ def length_sorted_batches(
     max_length: int,
     batch_size: int,
 ) -> Iterator[tuple[list[int], Tensor, Tensor]]:
-    """Tokenise everything once and yield batches of similar length, longest first.
+    """Tokenize all sentences once and yield batches of similar length, longest first.
 
     Yields:
         (row numbers into `sentences`, input ids int64 [b, L], attention mask int64 [b, L]).
@@ -144,7 +144,7 @@ def compare_tokenizers(student: PreTrainedTokenizerBase, teacher: PreTrainedToke
     """Require that student and teacher share their tokenizer.
 
     Raises:
-        UserError: they differ; the message says where.
+        UserError: they differ; the message names the difference.
     """
     if same_tokenizer(student, teacher):
         return
@@ -168,7 +168,8 @@ def _vocabulary(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    """SHA-256 over what decides a tokenizer's ids; truncation and padding do not count."""
+    """Return a SHA-256 of everything that determines a tokenizer's ids, without truncation and
+    padding."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         state: dict[str, object] = {
@@ -184,7 +185,7 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence transformers' own bars and warnings; what matters is checked and raised here."""
+    """Silence transformers' progress bars and warnings; real problems raise errors here."""
     level, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
@@ -197,5 +198,5 @@ def quiet() -> Iterator[None]:
 
 
 def first_line(error: BaseException) -> str:
-    """First line of an exception's text: libraries append pages of advice."""
+    """Return the first line of an exception's text: libraries append pages of advice."""
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,16 +1,16 @@
 """Frozen teachers: Hugging Face text encoders and the two towers of open_clip models.
 
-Teachers stay in evaluation mode whatever is asked of them, compute without gradient, return
-float32, and never enter the engine, the optimizer or a checkpoint. Each text teacher reads raw
-sentences with its own tokenizer, so its features are right whatever vocabulary the student has.
+Teachers always stay in evaluation mode, compute without gradient, return float32, and are never
+part of the engine, the optimizer or a checkpoint. Each text teacher reads raw sentences with its
+own tokenizer, so its features are correct for any vocabulary of the student.
 """
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,9 @@ from dalr_scale.models.tokenizer import (
     token_id,
     tokenizer_hash,
 )
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 HF_PREFIX, OPEN_CLIP_PREFIX = "hf:", "open_clip:"
 TokenBatch = tuple[list[int], Tensor, Tensor]
@@ -54,23 +57,23 @@ class _Frozen(nn.Module):
 
 
 class TextTeacher(_Frozen):
-    """What the two kinds of text teachers share.
+    """Base of both kinds of text teachers.
 
     Attributes:
         width: width H_k of the sentence feature.
         token_width: width H_t of the token features.
         tokenizer: the teacher's own tokenizer.
-        facts: what identifies the features: model, revision, pooling, tokenizer_sha256 ...
+        facts: identity of the features: model, revision, pooling, tokenizer_sha256 ...
     """
 
     width: int
     token_width: int
     tokenizer: PreTrainedTokenizerBase
-    facts: dict[str, Any]
+    facts: Mapping[str, object]
     tokens: bool
 
     def batches(self, sentences: Sequence[str], batch_size: int) -> Iterator[TokenBatch]:
-        """Tokenise everything and yield batches of similar length."""
+        """Tokenize all sentences and yield batches of similar length."""
         raise NotImplementedError
 
     def encode_ids(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -124,7 +127,7 @@ class HFTextTeacher(TextTeacher):
         self.freeze()
 
     def batches(self, sentences: Sequence[str], batch_size: int) -> Iterator[TokenBatch]:
-        """Tokenise everything and yield batches of similar length, longest first."""
+        """Tokenize all sentences and yield batches of similar length, longest first."""
         return length_sorted_batches(
             self.tokenizer, sentences, max_length=self.max_length, batch_size=batch_size
         )
@@ -148,7 +151,8 @@ class OpenClipTextTeacher(TextTeacher):
         model.visual = nn.Identity()  # only the text tower is needed
         self.model, self.tokens = model, tokens
         self.tokenizer = getattr(self.tokenizer_fn, "tokenizer", self.tokenizer_fn)
-        self.facts = self.facts | {
+        self.facts = {
+            **self.facts,
             "pooling": "open_clip text",
             "tokenizer_sha256": tokenizer_hash(self.tokenizer),
             "max_length": int(self.tokenizer_fn.context_length),
@@ -162,7 +166,7 @@ class OpenClipTextTeacher(TextTeacher):
         self.token_width = own.shape[2] if own is not None else self.width
 
     def batches(self, sentences: Sequence[str], batch_size: int) -> Iterator[TokenBatch]:
-        """Tokenise batch by batch, in order: every sentence has the same padded length."""
+        """Tokenize batch by batch, in order: every sentence has the same padded length."""
         for start in range(0, len(sentences), batch_size):
             part = list(sentences[start : start + batch_size])
             ids = self.tokenizer_fn(part)
@@ -187,8 +191,8 @@ class OpenClipTextTeacher(TextTeacher):
         return out["text_features"].float(), out["text_intermediates"][-1].float()
 
     def _mask(self, ids: Tensor) -> Tensor:
-        """Real tokens, the end token included. The padding id alone does not tell: in CLIP's own
-        tokenizer it is also the id of a word piece."""
+        """Return the mask of real tokens, including the end token. The padding id does not decide:
+        in CLIP's own tokenizer it is also the id of a word piece."""
         end = getattr(self.tokenizer, "eot_token_id", None)
         if end is None:
             return ids != (token_id(self.tokenizer, "pad") or 0)
@@ -202,7 +206,7 @@ class ImageTeacher(_Frozen):
     Attributes:
         width: width d_v of the feature.
         transform: image (PIL) to float tensor [3, S, S], as the model was evaluated.
-        facts: what identifies the features.
+        facts: identity of the features.
     """
 
     def __init__(self, spec: str):
@@ -212,7 +216,9 @@ class ImageTeacher(_Frozen):
         model, _, facts = _open_clip(spec)
         self.visual = model.visual
         settings = PreprocessCfg(**model.visual.preprocess_cfg)
-        self.transform = cast(Callable[[Any], Tensor], image_transform_v2(settings, is_train=False))
+        self.transform = cast(
+            "Callable[[Image], Tensor]", image_transform_v2(settings, is_train=False)
+        )
         self.facts = facts | {"pooling": "open_clip image"}
         self.freeze()
         size = settings.size if isinstance(settings.size, int) else settings.size[0]
