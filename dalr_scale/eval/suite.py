@@ -52,7 +52,7 @@ class HeldOut:
 
 @dataclass(frozen=True)
 class EvaluationSuite:
-    """Tasks loaded before training, so that a missing file is found at once.
+    """Tasks loaded before training, so that a missing file is reported early.
 
     Attributes:
         tasks: scored during training; `select` names the one that chooses the best encoder.
