@@ -41,7 +41,7 @@ def export(
     facts = directories.own_facts(config)
     encoder.base = str(facts.get("base") or encoder.base)
     known = facts.get("scores")
-    scores = dict(known) if isinstance(known, dict) else {}
+    scores: dict[str, float] = dict(known) if isinstance(known, dict) else {}
     if source.name == "best":
         scores |= _final_scores(source.parent)
     return encoder.save(output, overwrite=overwrite, scores=scores)

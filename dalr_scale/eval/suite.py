@@ -131,7 +131,7 @@ class DirectoryEngine:
         with unsharded_loading():
             self.module = SentenceEncoder.from_directory(directory).to(device)
 
-    def forward(self, task: str, **inputs: Any) -> Tensor:
+    def forward(self, task: str, **inputs: Tensor) -> Tensor:
         assert task == "encode"
         return self.module(**inputs)
 

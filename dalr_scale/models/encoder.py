@@ -442,7 +442,7 @@ def encode_sentences(
     Returns:
         float32 [n, H] on the CPU.
     """
-    module = cast(Any, encoder)
+    module = cast("SentenceEncoder", encoder)
     unique = list(dict.fromkeys(sentences))
     number = {sentence: row for row, sentence in enumerate(unique)}
     device = next(encoder.parameters()).device
@@ -467,6 +467,14 @@ def encode_sentences(
     return out[[number[sentence] for sentence in sentences]]
 
 
-def make_encode_fn(encoder: nn.Module, **options: Any) -> Callable[[Sequence[str]], Tensor]:
+def make_encode_fn(
+    encoder: nn.Module,
+    *,
+    batch_size: int = 128,
+    max_length: int | None = None,
+    progress: bool = False,
+) -> Callable[[Sequence[str]], Tensor]:
     """Return a function from sentences to float32 [n, H], as evaluations call it."""
-    return lambda sentences: encode_sentences(encoder, sentences, **options)
+    return lambda sentences: encode_sentences(
+        encoder, sentences, batch_size=batch_size, max_length=max_length, progress=progress
+    )

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, TYPE_CHECKING, cast
 
 import zstandard
 from tqdm import tqdm
@@ -21,6 +21,9 @@ from dalr_scale.data.prepare.report import Report
 from dalr_scale.data.shards.indexing import ensure_index
 from dalr_scale.data.shards.writer import write_text_shards
 from dalr_scale.errors import UserError
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
 
 TEXT_SUFFIXES = (".txt", ".jsonl")
 PACKED_SUFFIXES = (".gz", ".xz", ".zst")
@@ -183,7 +186,7 @@ class _ZstdFile(io.RawIOBase):
     def readable(self) -> bool:
         return True
 
-    def readinto(self, buffer: Any) -> int:
+    def readinto(self, buffer: Buffer) -> int:
         while not self._ready:
             data = self._file.read(_ZSTD_INPUT)
             if not data:
@@ -191,8 +194,9 @@ class _ZstdFile(io.RawIOBase):
                     raise EOFError("the last Zstandard frame is cut off")
                 return 0
             self._ready = self._decompress(data)
-        size = min(len(buffer), len(self._ready))
-        buffer[:size], self._ready = self._ready[:size], self._ready[size:]
+        view = memoryview(buffer)
+        size = min(len(view), len(self._ready))
+        view[:size], self._ready = self._ready[:size], self._ready[size:]
         return size
 
     def _decompress(self, data: bytes) -> bytes:
@@ -207,7 +211,7 @@ class _ZstdFile(io.RawIOBase):
                 data, self._frame = self._frame.unused_data, self._new_frame()
         return b"".join(parts)
 
-    def _new_frame(self) -> Any:
+    def _new_frame(self) -> zstandard.ZstdDecompressionObj:
         return zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW).decompressobj()
 
     def close(self) -> None:
