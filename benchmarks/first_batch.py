@@ -18,11 +18,10 @@ from dalr_scale.data.shards.files import expand_shards
 from dalr_scale.data.shards.indexing import ensure_index
 from dalr_scale.data.shards.token_id_store import Encoding, write_token_ids
 from dalr_scale.data.shards.writer import write_text_shards
-from dalr_scale.data.stream.loader import LoaderOptions, Sources, make_loader
+from dalr_scale.data.stream.loader import LoaderOptions, make_loader
 from dalr_scale.data.stream.order import StreamPlan
-from dalr_scale.data.stream.source import Source
-from dalr_scale.models.tokenizer import load_tokenizer
-from dalr_scale.teachers.models import tokenizer_hash
+from dalr_scale.data.stream.source import Source, Sources
+from dalr_scale.models.tokenizer import load_tokenizer, tokenizer_hash
 
 ROWS, WIDTH, BATCH = 100, 16, 256
 

@@ -39,8 +39,7 @@ from loader_cases import (
     write_shards,
 )
 
-from dalr_scale.models.tokenizer import load_tokenizer
-from dalr_scale.teachers.models import tokenizer_hash
+from dalr_scale.models.tokenizer import load_tokenizer, tokenizer_hash
 from dalr_scale.versions import version_line
 
 RESULTS = Path(__file__).parent / "results"

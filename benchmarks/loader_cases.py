@@ -19,9 +19,9 @@ from dalr_scale.data.shards.indexing import ensure_index
 from dalr_scale.data.shards.token_id_store import Encoding, write_token_ids
 from dalr_scale.data.shards.writer import ShardSetWriter, write_text_shards
 from dalr_scale.data.stream.batch import Batch
-from dalr_scale.data.stream.loader import LoaderOptions, Sources, make_loader
+from dalr_scale.data.stream.loader import LoaderOptions, make_loader
 from dalr_scale.data.stream.order import StreamPlan
-from dalr_scale.data.stream.source import Source
+from dalr_scale.data.stream.source import Source, Sources
 
 MAX_LENGTH = 32
 WIDTH = 1024

@@ -1,5 +1,7 @@
 """`dalr-scale evaluate`: score a sentence encoder on semantic textual similarity."""
 
+from __future__ import annotations
+
 import argparse
 import json
 import os
@@ -8,44 +10,33 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from dalr_scale.errors import UserError
-from dalr_scale.eval.graded import load_graded, score_graded, score_lexical
-from dalr_scale.eval.sts import MAIN_TASKS, TASKS, percent, score_tasks
-from dalr_scale.models import directories
-from dalr_scale.models.encoder import POOLERS, SentenceEncoder, make_encode_fn
+from dalr_scale.eval.score import DATA_VARIABLE, Score, ScoreRequest, data_root, score_encoder
+from dalr_scale.eval.sts import MAIN_TASKS, TASKS
+from dalr_scale.models.directories import run_encoder
+from dalr_scale.models.encoder import POOLERS, SentenceEncoder
 from dalr_scale.teachers.extract import default_device
-
-DATA_VARIABLE = "DALR_DATA"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns 0."""
     args = _parser().parse_args(argv)
-    if args.batch_size < 1:
-        raise UserError(f"--batch-size {args.batch_size}: use at least 1")
-    tasks = args.tasks or ([] if args.graded else list(MAIN_TASKS))
-    unknown = [task for task in tasks if task not in TASKS]
-    if unknown:
-        raise UserError(f"unknown task {unknown[0]!r}; choose from {', '.join(TASKS)}")
-    if args.json and args.json.exists() and args.json.stat().st_size and not args.overwrite:
-        raise UserError(f"{args.json} exists; name another file or pass --overwrite")
-    root = data_root(args.data) if tasks else Path()
-    graded = [load_graded(path) for path in args.graded or ()]
-    encoder = SentenceEncoder.from_directory(directories.run_encoder(args.model), args.pooler)
-    encoder.to(args.device or default_device()).eval()
-    encode = make_encode_fn(
-        encoder,
+    request = ScoreRequest(
+        tasks=args.tasks or ([] if args.graded else list(MAIN_TASKS)),
+        graded=args.graded or (),
+        data=args.data,
         batch_size=args.batch_size,
         max_length=args.max_length,
         progress=not args.quiet,
     )
-    table = score_tasks(encode, root, tasks) if tasks else {}
-    notes: dict[str, str] = {}
-    for task in graded:
-        table[task.name] = percent(score_graded(encode, task))
-        notes[task.name] = f"word overlap alone {100 * score_lexical(task):.2f}"
-    print(format_scores(table, notes))
+    if args.json and args.json.exists() and args.json.stat().st_size and not args.overwrite:
+        raise UserError(f"{args.json} exists; name another file or pass --overwrite")
+    if request.tasks:
+        data_root(request.data)  # before a model is loaded
+    encoder = SentenceEncoder.from_directory(run_encoder(args.model), args.pooler)
+    scores = score_encoder(encoder.to(args.device or default_device()).eval(), request)
+    print(format_scores(scores))
     if args.json:
-        _write(args.json, table)
+        _write(args.json, {name: score.value for name, score in scores.items()})
     return 0
 
 
@@ -69,31 +60,18 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def data_root(given: Path | None) -> Path:
-    """The directory given, else $DALR_DATA; see `load_sts` for what it holds.
-
-    Raises:
-        UserError: neither is set, or the directory does not exist.
-    """
-    root = given or (Path(os.environ[DATA_VARIABLE]) if os.environ.get(DATA_VARIABLE) else None)
-    if root is None:
-        raise UserError(f"name the directory with STS/ and SICK/ by --data or ${DATA_VARIABLE}")
-    if not root.is_dir():
-        raise UserError(f"{root} is not a directory; --data names the one with STS/ and SICK/")
-    return root
-
-
-def format_scores(table: Mapping[str, float], notes: Mapping[str, str]) -> str:
-    """A two-column table, one line per task."""
-    width = max(len(name) for name in table)
-    rows = [
-        f"{name:<{width}}  {value:6.2f}  {notes.get(name, '')}" for name, value in table.items()
-    ]
-    return "\n".join(row.rstrip() for row in rows)
+def format_scores(scores: Mapping[str, Score]) -> str:
+    """Return a table of two columns, one line per task."""
+    width = max(len(name) for name in scores)
+    return "\n".join(
+        f"{name:<{width}}  {score.value:6.2f}"
+        + ("" if score.lexical is None else f"  word overlap alone {score.lexical:.2f}")
+        for name, score in scores.items()
+    )
 
 
 def _write(path: Path, table: Mapping[str, float]) -> None:
-    """Write the scores through a temporary file, so that an interruption leaves no half file."""
+    """Write the scores through a temporary file, so that an interruption leaves no partial file."""
     fresh = path.with_name(f".{path.name}.new-{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

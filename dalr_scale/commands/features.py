@@ -1,4 +1,4 @@
-"""``dalr-scale features``: teacher features into feature shards beside the originals."""
+"""``dalr-scale features``: teacher features into feature shards next to the shards."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ def _request(args: argparse.Namespace) -> FeatureRequest:
         "text": args.text_teacher,
         "npz": args.from_npz,
     }
-    source, teacher = next((kind, place) for kind, place in sources.items() if place)
+    source: TeacherSource = next(kind for kind, place in sources.items() if place)
     return FeatureRequest(
         name=args.name,
         source=source,
-        teacher=str(teacher),
+        teacher=str(sources[source]),
         tokens=args.tokens,
         pooler=args.pooler,
         max_length=args.max_length,
@@ -51,7 +51,7 @@ def _request(args: argparse.Namespace) -> FeatureRequest:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="dalr-scale features",
-        description="Compute teacher features and store them beside the shards.",
+        description="Compute teacher features and store them next to the shards.",
         epilog="Several processes: accelerate launch --use_deepspeed --num_processes N -m "
         "dalr_scale features ...",
     )

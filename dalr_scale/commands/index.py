@@ -1,30 +1,33 @@
-"""``dalr-scale index``: build, refresh or check the indexes beside shards."""
+"""``dalr-scale index``: build, refresh or check the index of each shard."""
 
 from __future__ import annotations
 
 import argparse
-import glob
 from collections.abc import Sequence
 from pathlib import Path
 
 from tqdm import tqdm
 
-from dalr_scale.data.shards.features_store import feature_names, open_features
-from dalr_scale.data.shards.files import TOKENS_SUFFIX, expand_shards
-from dalr_scale.data.shards.index_file import IndexHeader, current_index, index_path, read_header
-from dalr_scale.data.shards.indexing import check_shard, ensure_index
-from dalr_scale.data.shards.packed import PackedTar
-from dalr_scale.data.shards.token_id_store import TOKEN_ID_ARRAYS, open_token_ids, verify_token_ids
-from dalr_scale.errors import UserError
+from dalr_scale.data.shards.check import check_shard
+from dalr_scale.data.shards.features_store import feature_names
+from dalr_scale.data.shards.files import expand_shards
+from dalr_scale.data.shards.index_file import IndexHeader, current_index, index_path
+from dalr_scale.data.shards.indexing import ensure_index
 
 _SHOWN = 20
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return 0, or 1 when the check found faults."""
+    args = _parser().parse_args(argv)
+    shards = expand_shards(args.shards)
+    return _check(shards) if args.check else _build(shards, args.deep)
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="dalr-scale index",
-        description="Build the index beside each shard where it is missing or out of date.",
+        description="Build the index of each shard where it is missing or out of date.",
     )
     parser.add_argument("shards", nargs="+", help="shard files, directories, globs or brace ranges")
     parser.add_argument(
@@ -37,9 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         action="store_true",
         help="decode every image; quarantine those that cannot be decoded",
     )
-    args = parser.parse_args(argv)
-    shards = expand_shards(args.shards)
-    return _check(shards) if args.check else _build(shards, args.deep)
+    return parser
 
 
 def _build(shards: list[Path], deep: bool) -> int:
@@ -82,32 +83,9 @@ def _print_table(rows: list[tuple[Path, str, IndexHeader]]) -> None:
 
 
 def _check(shards: list[Path]) -> int:
-    faults: list[str] = []
-    for shard in tqdm(shards, desc="shards", unit="", disable=None):
-        found = check_shard(shard)
-        faults += found
-        # Features are compared with the indexed shard; without a sound index there is no telling.
-        for name in [] if found else feature_names(shard):
-            try:
-                open_features(shard, name, read_header(index_path(shard))).verify()
-            except UserError as error:
-                faults.append(str(error))
-        faults += [] if found else _token_faults(shard)
+    progress = tqdm(shards, desc="shards", unit="", disable=None)
+    faults = [fault for shard in progress for fault in check_shard(shard)]
     for fault in faults:
         print(fault)
     print(f"{len(shards)} shards checked, {len(faults)} faults")
     return 1 if faults else 0
-
-
-def _token_faults(shard: Path) -> list[str]:
-    """Compare every set of stored token ids with its checksums."""
-    faults = []
-    for path in sorted(shard.parent.glob(f"{glob.escape(shard.stem)}.ids-*{TOKENS_SUFFIX}")):
-        try:
-            sha256 = PackedTar(path, TOKEN_ID_ARRAYS, "remove it").manifest.get("tokenizer_sha256")
-            table = open_token_ids(shard, str(sha256), read_header(index_path(shard)))
-            if table is not None:
-                verify_token_ids(table)
-        except UserError as error:
-            faults.append(str(error))
-    return faults

@@ -1,7 +1,7 @@
 """Graded similarity: pairs of sentences with a known degree of similarity.
 
-One JSON object a line, `{"a": "...", "b": "...", "score": 0.7}`. Beside the encoder's score stands
-a baseline that only compares words: an encoder that does not beat it has learnt no meaning.
+One JSON object a line, `{"a": "...", "b": "...", "score": 0.7}`. The encoder's score is reported
+with a baseline that only compares words: an encoder below it has not learned meaning.
 """
 
 import json

@@ -182,14 +182,14 @@ def score_sts(encode_fn: EncodeFn, task: STSTask) -> float:
 
 
 def percent(score: float) -> float:
-    """A score as tables print it: times 100, two decimals."""
+    """Return a score as printed in tables: times 100, two decimals."""
     return round(100 * score, 2)
 
 
 def score_tasks(encode_fn: EncodeFn, root: Path, tasks: Sequence[str]) -> dict[str, float]:
     """Score several tasks x 100, rounded; with all of `MAIN_TASKS`, "Avg" is the mean of these.
 
-    All files are read before the first sentence is encoded, so a missing one is found at once.
+    All files are read before the first sentence is encoded, so a missing file is reported early.
     """
     loaded = [load_sts(root, task) for task in dict.fromkeys(tasks)]
     table = {task.name: percent(score_sts(encode_fn, task)) for task in loaded}

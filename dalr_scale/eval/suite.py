@@ -1,4 +1,4 @@
-"""The evaluations of a run: which tasks, when, and spread over all ranks."""
+"""The evaluations of a run: tasks, and their computation by all ranks."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from typing import Any, Concatenate, Protocol
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
-from dalr_scale.config import Config
+from dalr_scale.config import EvalConfig
 from dalr_scale.data.stream.source import Source
 from dalr_scale.distributed.world import World
 from dalr_scale.engines.deepspeed import unsharded_loading
@@ -31,7 +32,7 @@ RECALLS = (1, 5, 10)
 
 
 class Forward(Protocol):
-    """What evaluation needs of an engine."""
+    """The part of an engine that evaluation uses."""
 
     @property
     def module(self) -> nn.Module: ...
@@ -58,7 +59,7 @@ class HeldOut:
 
 @dataclass(frozen=True)
 class EvaluationSuite:
-    """Tasks loaded before training, so that a missing file is found at once.
+    """Tasks loaded before training, so that a missing file is reported early.
 
     Attributes:
         tasks: scored during training; `select` names the one that chooses the best encoder.
@@ -70,7 +71,7 @@ class EvaluationSuite:
     final_tasks: tuple[STSTask, ...]
     held_out: HeldOut | None
     select: str
-    tokenizer: Any
+    tokenizer: PreTrainedTokenizerBase
     batch_size: int
     max_length: int
     world: World
@@ -88,7 +89,7 @@ class EvaluationSuite:
         return scores | self._recall(engine)
 
     def lexical_baselines(self) -> dict[str, float]:
-        """What word overlap alone would score on each task."""
+        """Return the score of word overlap alone on each task."""
         tasks = {task.name: task for task in (*self.tasks, *self.final_tasks)}
         return {name: score_lexical(task) for name, task in tasks.items()}
 
@@ -128,7 +129,7 @@ class EvaluationSuite:
 
 
 class DirectoryEngine:
-    """An exported encoder in the place of an engine, to score it with the same suite."""
+    """An exported encoder with the interface of an engine, to score it with the same suite."""
 
     def __init__(self, directory: Path, device: torch.device) -> None:
         with unsharded_loading():
@@ -152,7 +153,7 @@ def encode_sentences(module: DalrModel | SentenceEncoder, ids: Tensor, mask: Ten
 
 @contextlib.contextmanager
 def _evaluating(engine: Forward) -> Iterator[None]:
-    """No dropout and no gradient inside; the mode that it was in again after."""
+    """Disable dropout and gradients inside; restore the module's mode afterwards."""
     before = engine.module.training
     engine.module.eval()
     try:
@@ -162,17 +163,44 @@ def _evaluating(engine: Forward) -> Iterator[None]:
         engine.module.train(before)
 
 
+@dataclass(frozen=True)
+class EvaluationPaths:
+    """Places of evaluation data.
+
+    Attributes:
+        data_root: directory with senteval/STS and senteval/SICK, where one is configured.
+        path_of: fills in the placeholders of a configured path.
+    """
+
+    data_root: Path | None
+    path_of: Callable[[str], Path]
+
+
 def build_suite(
-    config: Config, encoder: SentenceEncoder, held_out: Source | None, world: World
+    options: EvalConfig,
+    paths: EvaluationPaths,
+    encoder: SentenceEncoder,
+    held_out: Source | None,
+    world: World,
 ) -> EvaluationSuite:
-    """Loads every task that the configuration names; sentences are cut at the encoder's limit."""
-    options = config.eval
-    tasks = [_sts_task(config, name) for name in options.tasks]
+    """Load every task that the configuration names; sentences are cut at the encoder's limit.
+
+    Args:
+        options: the section of the configuration.
+        paths: where the data is.
+        encoder: its tokenizer and its longest input are used.
+        held_out: pairs for caption-image recall.
+        world: the ranks that share the work.
+
+    Raises:
+        UserError: a file is missing or malformed.
+    """
+    tasks = [_sts_task(paths.data_root, name) for name in options.tasks]
     if options.graded_dev:
-        tasks.append(_graded(config, options.graded_dev, DEV_GRADED))
-    final = [_sts_task(config, name) for name in options.final_tasks]
+        tasks.append(_graded(paths.path_of(options.graded_dev), DEV_GRADED))
+    final = [_sts_task(paths.data_root, name) for name in options.final_tasks]
     if options.graded_test:
-        final.append(_graded(config, options.graded_test, TEST_GRADED))
+        final.append(_graded(paths.path_of(options.graded_test), TEST_GRADED))
     names = [task.name for task in tasks]
     select = options.select or (names[0] if names else "")
     return EvaluationSuite(
@@ -198,8 +226,7 @@ def read_held_out(source: Source) -> HeldOut:
     )
 
 
-def _sts_task(config: Config, name: str) -> STSTask:
-    root = config.data_root
+def _sts_task(root: Path | None, name: str) -> STSTask:
     if root is None:
         raise UserError(
             f"task {name} needs the data directory: set --data.root or the environment variable "
@@ -208,6 +235,6 @@ def _sts_task(config: Config, name: str) -> STSTask:
     return load_sts(root, name)
 
 
-def _graded(config: Config, path: str, name: str) -> STSTask:
-    task = load_graded(config.path(path))
+def _graded(path: Path, name: str) -> STSTask:
+    task = load_graded(path)
     return STSTask(name, task.pairs, task.scores)

@@ -1,9 +1,8 @@
-"""The auxiliary consistency task: do this sentence and this image belong together?
+"""The auxiliary consistency task: whether a sentence and an image belong together.
 
-Its aligners map both sides into a space whose cosines are the soft labels of the image branch.
-Batch normalisation uses the statistics of the *global* batch, padding left out:
-``torch.nn.SyncBatchNorm`` refuses CPU tensors in a world of several ranks, and at one rank it would
-pass silently.
+Its aligners map both into a space whose cosines are the soft labels of the image branch. Batch
+normalization uses the statistics of the *global* batch without padding. ``torch.nn.SyncBatchNorm``
+is not used, because it refuses CPU tensors with several ranks.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from dalr_scale.errors import UserError
 
@@ -117,12 +117,12 @@ def transformer_directory(directory: Path) -> Path:
     raise UserError(f"{directory} has no config.json; it is not a Hugging Face model directory")
 
 
-def _modules(directory: Path) -> list[dict[str, Any]]:
+def _modules(directory: Path) -> list[dict[str, object]]:
     path = directory / "modules.json"
     return read_json(path) if path.is_file() else []
 
 
-def _module_class(module: Mapping[str, Any]) -> str:
+def _module_class(module: Mapping[str, object]) -> str:
     return str(module.get("type", "")).rsplit(".", 1)[-1]
 
 
@@ -150,10 +150,10 @@ def stored_pooler(directory: Path) -> str | None:
     )
 
 
-def own_facts(config: Mapping[str, Any]) -> dict[str, Any]:
+def own_facts(config: Mapping[str, object]) -> dict[str, object]:
     """Return what an export of this project records in its config.json: pooler, base, scores."""
     facts = config.get(META_KEY)
-    return facts if isinstance(facts, dict) else {}
+    return cast("dict[str, object]", facts) if isinstance(facts, dict) else {}
 
 
 def _pooler_of(path: Path) -> str:
@@ -270,7 +270,7 @@ def write_sentence_transformers_files(
     weights are written by the caller.
     """
     mode = "mean" if pooler == "mean" else "cls"
-    pooling: dict[str, Any] = {"word_embedding_dimension": width}
+    pooling: dict[str, object] = {"word_embedding_dimension": width}
     pooling |= {key: name == mode for key, name in _LEGACY_MODES.items()}
     pooling["include_prompt"] = True
     modules = [("", "Transformer"), ("1_Pooling", "Pooling")]
@@ -291,7 +291,7 @@ def write_sentence_transformers_files(
     write_json(directory / "config_sentence_transformers.json", similarity)
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: object) -> None:
     """Write readable JSON with a final newline, creating the directory."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,7 +1,7 @@
 """The sentence encoder: a Hugging Face transformer with an explicit pooler.
 
-Nothing is guessed from names: the pooler is read from the directory's own metadata or stated by the
-caller. (Code that guesses it from the path silently scores another model.)
+The pooler is read from the directory's metadata or given by the caller, and never guessed from a
+name, because a wrong guess silently scores another model.
 """
 
 import difflib
@@ -15,7 +15,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
 from dalr_scale.errors import UserError
@@ -46,7 +52,9 @@ POOLERS: tuple[Pooler, ...] = ("cls_before_pooler", "cls", "mean")
 _DEFAULT_MAX_LENGTH = 512
 
 
-def pool(hidden: Tensor, mask: Tensor, pooler: str, backbone: Any = None) -> Tensor:
+def pool(
+    hidden: Tensor, mask: Tensor, pooler: str, backbone: PreTrainedModel | None = None
+) -> Tensor:
     """Reduce token states to one vector per sentence.
 
     Args:
@@ -63,9 +71,10 @@ def pool(hidden: Tensor, mask: Tensor, pooler: str, backbone: Any = None) -> Ten
     if pooler == "cls_before_pooler":
         return hidden[:, 0]
     if pooler == "cls":
-        if getattr(backbone, "pooler", None) is None:
+        mlp = getattr(backbone, "pooler", None)
+        if mlp is None:
             raise UserError("pooler 'cls' needs a checkpoint with an MLP pooler; this one has none")
-        return backbone.pooler(hidden)
+        return mlp(hidden)
     if pooler != "mean":
         raise UserError(f"unknown pooler {pooler!r}; choose one of {', '.join(POOLERS)}")
     wide = hidden.float() if hidden.dtype in (torch.float16, torch.bfloat16) else hidden
@@ -78,13 +87,20 @@ class SentenceEncoder(nn.Module):
 
     `forward(input_ids, attention_mask)` maps [B, L] token ids to [B, H]. Token type ids are never
     passed, so they are zero, as in the published training code. The MLP pooler of BERT-like models
-    is only built when it is used: parameters without a gradient trouble sharded optimizers.
+    is only built when it is used: sharded optimizers do not handle parameters without a gradient.
 
     Attributes:
         row_keys: keys of row-keyed dropout, where it is installed.
     """
 
-    def __init__(self, backbone: Any, tokenizer: Any, pooler: str, *, base: str = "scratch"):
+    def __init__(
+        self,
+        backbone: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        pooler: str,
+        *,
+        base: str = "scratch",
+    ):
         super().__init__()
         _check_pooler(pooler)
         self.backbone = backbone
@@ -128,7 +144,7 @@ class SentenceEncoder(nn.Module):
 
     @classmethod
     def from_config(
-        cls, config: Mapping[str, Any], tokenizer: Any, pooler: str
+        cls, config: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, pooler: str
     ) -> "SentenceEncoder":
         """Build an untrained encoder, e.g. `{"model_type": "bert", "hidden_size": 128, ...}`.
 
@@ -170,7 +186,7 @@ class SentenceEncoder(nn.Module):
         renamed = hasattr(self.backbone, "activation_checkpointing_enable")
         name = "activation_checkpointing" if renamed else "gradient_checkpointing"
         if use_reentrant:
-            # true of the pass without a graph, and of no interest there
+            # true of the forward pass without a graph, where it is harmless
             warnings.filterwarnings("ignore", message="None of the inputs have requires_grad")
         if enabled:
             options = {f"{name}_kwargs": {"use_reentrant": use_reentrant}}
@@ -189,7 +205,7 @@ class SentenceEncoder(nn.Module):
         """Write a directory that `AutoModel`, `SentenceTransformer` and `from_directory` load.
 
         Args:
-            directory: destination; written beside it first, then renamed into place.
+            directory: destination; written next to it first, then renamed into place.
             overwrite: replace an existing directory.
             state_dict: complete weights under this module's names (`backbone. ...`), for a module
                 whose own parameters are sharded; by default the module's own.
@@ -257,7 +273,7 @@ class SentenceEncoder(nn.Module):
         }
 
 
-def _save_tokenizer(tokenizer: Any, directory: Path, max_length: int) -> None:
+def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: Path, max_length: int) -> None:
     """Save with the model's limit, so that others truncate before the positions run out."""
     stated, tokenizer.model_max_length = tokenizer.model_max_length, max_length
     try:
@@ -283,7 +299,7 @@ def check_weights(weights: Mapping[str, Tensor], expected: Mapping[str, Sequence
             raise UserError(f"weight {name} holds values that are not finite")
 
 
-def load_backbone(directory: Path, *, with_pooler: bool) -> Any:
+def load_backbone(directory: Path, *, with_pooler: bool) -> PreTrainedModel:
     """Load a transformer in float32 from a local directory, refusing incomplete checkpoints.
 
     Raises:
@@ -307,7 +323,7 @@ def load_backbone(directory: Path, *, with_pooler: bool) -> Any:
             raise UserError(
                 f"the model in {directory} does not load: {first_line(error)}"
             ) from error
-    backbone, info = cast("tuple[Any, dict[str, Any]]", loaded)
+    backbone, info = cast("tuple[PreTrainedModel, dict[str, list[str]]]", loaded)
     if info["missing_keys"]:
         first = sorted(info["missing_keys"])[0]
         raise UserError(
@@ -317,7 +333,7 @@ def load_backbone(directory: Path, *, with_pooler: bool) -> Any:
     return backbone
 
 
-def _load_config(directory: Path) -> Any:
+def _load_config(directory: Path) -> PretrainedConfig:
     try:
         config = AutoConfig.from_pretrained(str(directory), trust_remote_code=False)
     except (ValueError, OSError, KeyError) as error:
@@ -332,7 +348,9 @@ def _load_config(directory: Path) -> Any:
     return config
 
 
-def _model_config(config: Mapping[str, Any], tokenizer: Any) -> Any:
+def _model_config(
+    config: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase
+) -> PretrainedConfig:
     settings = dict(config)
     kind = settings.pop("model_type", None)
     if kind is None:
@@ -361,8 +379,8 @@ def _model_config(config: Mapping[str, Any], tokenizer: Any) -> Any:
     return AutoConfig.for_model(kind, **settings)
 
 
-def _pooling_switch(config: Any, with_pooler: bool) -> dict[str, bool]:
-    """The argument that leaves the MLP pooler out, for the model classes that have one."""
+def _pooling_switch(config: PretrainedConfig, with_pooler: bool) -> dict[str, bool]:
+    """Return the argument that omits the MLP pooler, for model classes that have one."""
     model = MODEL_MAPPING[type(config)]
     model = model[0] if isinstance(model, tuple) else model
     has_switch = "add_pooling_layer" in inspect.signature(model.__init__).parameters
@@ -374,10 +392,10 @@ def _check_pooler(pooler: str) -> None:
         raise UserError(f"unknown pooler {pooler!r}; choose one of {', '.join(POOLERS)}")
 
 
-def _check_padding(backbone: Any, tokenizer: Any) -> None:
+def _check_padding(backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     if tokenizer.pad_token_id is None:
         raise UserError("the tokenizer has no padding token; sentences cannot be batched")
-    rows = backbone.get_input_embeddings().num_embeddings
+    rows = cast("nn.Embedding", backbone.get_input_embeddings()).num_embeddings
     if len(tokenizer) > rows:
         raise UserError(f"the tokenizer has {len(tokenizer)} tokens, the model only {rows}")
     padding = _position_padding(backbone)
@@ -389,14 +407,14 @@ def _check_padding(backbone: Any, tokenizer: Any) -> None:
         )
 
 
-def _position_padding(backbone: Any) -> int | None:
-    """RoBERTa-like models reserve the positions up to their padding id; others return None."""
+def _position_padding(backbone: PreTrainedModel) -> int | None:
+    """Return the padding id up to which RoBERTa-like models reserve positions, else None."""
     positions = getattr(getattr(backbone, "embeddings", None), "position_embeddings", None)
     return getattr(positions, "padding_idx", None)
 
 
-def max_length_of(backbone: Any, tokenizer: Any) -> int:
-    """Longest input in tokens: positions of the model, or less if the tokenizer states less."""
+def max_length_of(backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the longest input in tokens: the model's positions or the tokenizer's limit."""
     positions = getattr(backbone.config, "max_position_embeddings", None) or _DEFAULT_MAX_LENGTH
     padding = _position_padding(backbone)
     limit = positions - (padding + 1 if padding is not None else 0)
@@ -424,7 +442,7 @@ def encode_sentences(
     Returns:
         float32 [n, H] on the CPU.
     """
-    module = cast(Any, encoder)
+    module = cast("SentenceEncoder", encoder)
     unique = list(dict.fromkeys(sentences))
     number = {sentence: row for row, sentence in enumerate(unique)}
     device = next(encoder.parameters()).device
@@ -449,6 +467,14 @@ def encode_sentences(
     return out[[number[sentence] for sentence in sentences]]
 
 
-def make_encode_fn(encoder: nn.Module, **options: Any) -> Callable[[Sequence[str]], Tensor]:
-    """Bind an encoder to the form evaluations call: sentences in, float32 [n, H] out."""
-    return lambda sentences: encode_sentences(encoder, sentences, **options)
+def make_encode_fn(
+    encoder: nn.Module,
+    *,
+    batch_size: int = 128,
+    max_length: int | None = None,
+    progress: bool = False,
+) -> Callable[[Sequence[str]], Tensor]:
+    """Return a function from sentences to float32 [n, H], as evaluations call it."""
+    return lambda sentences: encode_sentences(
+        encoder, sentences, batch_size=batch_size, max_length=max_length, progress=progress
+    )

@@ -22,8 +22,8 @@ class SentenceHead(nn.Module):
 class GroundingHead(nn.Module):
     """p = unit(tanh(W h + b)), the shared image-text space; of h itself, not of z (MCSE).
 
-    Returned in the precision of the input, in which it also travels: unit length is then kept to
-    its rounding only, and losses normalise what they get.
+    Returned in the precision of the input, in which it is also gathered: unit length then holds up
+    to rounding only, and losses normalize their inputs.
     """
 
     def __init__(self, width: int, grounding_width: int) -> None:
@@ -37,7 +37,7 @@ class GroundingHead(nn.Module):
 
 
 def projection(width: int, target: int, init_std: float = 0.02) -> nn.Linear:
-    """A bias-free map that lets z be compared with features of another width."""
+    """Return a bias-free map from z to the width of the features that it is compared with."""
     linear = nn.Linear(width, target, bias=False)
     nn.init.normal_(linear.weight, std=init_std)
     return linear

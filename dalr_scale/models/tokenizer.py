@@ -1,13 +1,15 @@
 """Tokenizers: loading with a check that the vocabulary arrived, and batches of similar length."""
 
+import hashlib
+import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, BertTokenizer
+from transformers import AutoTokenizer, BertTokenizer, PreTrainedTokenizerBase
 from transformers import logging as hf_logging
 
 from dalr_scale.errors import UserError
@@ -17,7 +19,7 @@ _PROBE_WORDS = 200
 _MAX_PROBE_UNKNOWN = 0.5
 
 
-def load_tokenizer(path: str | Path) -> Any:
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     """Load a fast tokenizer from a directory, a Hub name or a WordPiece `vocab.txt`.
 
     A vocabulary file without settings is read as lower-casing when no entry has an upper-case
@@ -45,6 +47,13 @@ def load_tokenizer(path: str | Path) -> Any:
     return tokenizer
 
 
+def token_id(
+    tokenizer: PreTrainedTokenizerBase, name: Literal["pad", "cls", "sep", "unk"]
+) -> int | None:
+    """Return the id of a special token; None where the tokenizer lacks it."""
+    return cast("int | None", getattr(tokenizer, f"{name}_token_id"))
+
+
 def has_tokenizer(directory: Path) -> bool:
     """Whether a directory itself holds tokenizer files."""
     return any(
@@ -56,7 +65,7 @@ def _has_settings(directory: Path) -> bool:
     return (directory / "tokenizer_config.json").is_file() or (directory / "config.json").is_file()
 
 
-def _wordpiece(file: Path) -> Any:
+def _wordpiece(file: Path) -> PreTrainedTokenizerBase:
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -66,14 +75,14 @@ def _wordpiece(file: Path) -> Any:
     return BertTokenizer(vocab=str(file), do_lower_case=lower)
 
 
-def _auto_tokenizer(directory: Path) -> Any:
+def _auto_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False)
     except Exception as error:  # missing files surface as several unrelated types
         raise UserError(f"no tokenizer loads from {directory}: {first_line(error)}") from error
 
 
-def _probe(tokenizer: Any, source: Path) -> None:
+def _probe(tokenizer: PreTrainedTokenizerBase, source: Path) -> None:
     special = set(tokenizer.all_special_tokens)
     marks = "\u0120\u2581"  # word starts in byte-level BPE and in SentencePiece vocabularies
     entries = (word.lstrip(marks) for word in tokenizer.get_vocab() if word not in special)
@@ -88,9 +97,9 @@ def _probe(tokenizer: Any, source: Path) -> None:
         )
 
 
-def unknown_share(tokenizer: Any, sentences: Iterable[str]) -> float:
+def unknown_share(tokenizer: PreTrainedTokenizerBase, sentences: Iterable[str]) -> float:
     """Share of tokens, special ones left out, that are the unknown token (0 without one)."""
-    unknown = tokenizer.unk_token_id
+    unknown = token_id(tokenizer, "unk")
     ids = tokenizer(list(sentences), add_special_tokens=False, truncation=False)["input_ids"]
     total = sum(len(row) for row in ids)
     if unknown is None or total == 0:
@@ -99,9 +108,13 @@ def unknown_share(tokenizer: Any, sentences: Iterable[str]) -> float:
 
 
 def length_sorted_batches(
-    tokenizer: Any, sentences: Sequence[str], *, max_length: int, batch_size: int
+    tokenizer: PreTrainedTokenizerBase,
+    sentences: Sequence[str],
+    *,
+    max_length: int,
+    batch_size: int,
 ) -> Iterator[tuple[list[int], Tensor, Tensor]]:
-    """Tokenise everything once and yield batches of similar length, longest first.
+    """Tokenize all sentences once and yield batches of similar length, longest first.
 
     Yields:
         (row numbers into `sentences`, input ids int64 [b, L], attention mask int64 [b, L]).
@@ -114,7 +127,7 @@ def length_sorted_batches(
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
         longest = len(rows[chosen[0]])
-        ids = torch.full((len(chosen), longest), tokenizer.pad_token_id, dtype=torch.long)
+        ids = torch.full((len(chosen), longest), token_id(tokenizer, "pad") or 0, dtype=torch.long)
         mask = torch.zeros_like(ids)
         for i, row in enumerate(chosen):
             ids[i, : len(rows[row])] = torch.tensor(rows[row])
@@ -122,9 +135,57 @@ def length_sorted_batches(
         yield chosen, ids, mask
 
 
+def same_tokenizer(first: PreTrainedTokenizerBase, second: PreTrainedTokenizerBase) -> bool:
+    """Whether two tokenizers give every text the same ids: same vocabulary and same settings."""
+    return tokenizer_hash(first) == tokenizer_hash(second)
+
+
+def compare_tokenizers(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
+    """Require that student and teacher share their tokenizer.
+
+    Raises:
+        UserError: they differ; the message names the difference.
+    """
+    if same_tokenizer(student, teacher):
+        return
+    ours, theirs = _vocabulary(student), _vocabulary(teacher)
+    differing = sum(theirs.get(word) != number for word, number in ours.items())
+    what = (
+        f"{len(ours)} and {len(theirs)} entries, {differing} of the student's at another place"
+        if ours != theirs
+        else "the same vocabulary, but other settings (casing, special tokens)"
+    )
+    raise UserError(
+        f"the tokenizers of student and teacher differ: {what}; "
+        "set --objective.teacher_tokenizer=retokenise"
+    )
+
+
+def _vocabulary(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    # open_clip's own tokenizer has a dictionary `encoder` instead
+    known = tokenizer.get_vocab() if hasattr(tokenizer, "get_vocab") else tokenizer.encoder
+    return dict(cast("dict[str, int]", known))
+
+
+def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return a SHA-256 of everything that determines a tokenizer's ids, without truncation and
+    padding."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        state: dict[str, object] = {
+            "kind": type(tokenizer).__name__,
+            "vocab": _vocabulary(tokenizer),
+        }
+    else:
+        state = json.loads(backend.to_str())
+        for key in ("truncation", "padding"):
+            state.pop(key, None)
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
+
+
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence transformers' own bars and warnings; what matters is checked and raised here."""
+    """Silence transformers' progress bars and warnings; real problems raise errors here."""
     level, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
@@ -137,5 +198,5 @@ def quiet() -> Iterator[None]:
 
 
 def first_line(error: BaseException) -> str:
-    """First line of an exception's text: libraries append pages of advice."""
+    """Return the first line of an exception's text: libraries append pages of advice."""
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,7 +1,7 @@
-"""Builds everything the quickstart trains on: shards, graded pairs, tokenizer, teacher, features.
+"""Builds the data of the quickstart: shards, graded pairs, tokenizer, teacher, features.
 
-Nothing is downloaded. The stages run one after the other and are entered in `quickstart.json` when
-they are complete: a second call does nothing, an interrupted one takes up the stage that it was in.
+Nothing is downloaded. The stages run one after the other and are recorded in `quickstart.json` when
+they are complete: a second call does nothing, and after an interruption the open stage is repeated.
 """
 
 import contextlib
@@ -39,7 +39,7 @@ _STREAMS = {name: i for i, name in enumerate(("train", "heldout", "text", "dev",
 
 @dataclass(frozen=True)
 class QuickstartSpec:
-    """What to draw and how long to train the teacher; the defaults are the recipe's.
+    """Size of the data and of the teacher's training; the defaults are those of the recipe.
 
     Attributes:
         seed: of every draw and of the teacher's weights.
@@ -48,7 +48,7 @@ class QuickstartSpec:
             facts occur in no other stream but the test pairs.
         captions_per_scene: captions of an image, told with words of their own each.
         text_only_captions: sentences without images, about training scenes.
-        told_share: chance that a caption tells a fact it may leave out.
+        told_share: probability that a caption mentions a fact that it may leave out.
         image_size: pixels of the square images.
         graded_pairs: pairs in each of the dev and the test file.
         teacher_steps: optimizer steps of the teacher.
@@ -71,7 +71,7 @@ class QuickstartSpec:
     teacher_width: int = 128
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be built.
+        """Refuse values out of range.
 
         Raises:
             UserError: naming the field and its limits.
@@ -103,7 +103,7 @@ class QuickstartSpec:
 
 @dataclass(frozen=True)
 class QuickstartData:
-    """Where everything lies, and the seconds each stage took (none for stages found complete)."""
+    """Paths of the data, and the seconds of each stage (none for stages found complete)."""
 
     train: list[Path]
     text: list[Path]
@@ -122,7 +122,7 @@ def build_quickstart(
 
     Written into `output`: `train-*.tar`, `heldout-*.tar` (jpg, captions, json), `text-*.tar`,
     `scenes.png` to look at, `graded-dev.jsonl`, `graded-test.jsonl`, `tokenizer/`, `teacher/`
-    (open_clip), and beside the paired shards the feature sets `clip` (images), `clip-text`
+    (open_clip), and next to the paired shards the feature sets `clip` (images), `clip-text`
     (captions) and, for training, `clip-tokens`. Data depend on `spec` alone; the teacher also on
     the machine's rounding.
 
@@ -140,7 +140,7 @@ def build_quickstart(
 
 @contextlib.contextmanager
 def _only_builder(output: Path) -> Iterator[None]:
-    """One process builds, the others wait for it: the tasks of a job array start together."""
+    """Lock the directory: one process builds, other processes wait (tasks of a job array)."""
     output.mkdir(parents=True, exist_ok=True)
     with (output / ".lock").open("w") as file:
         with contextlib.suppress(OSError):  # a file system without locks
@@ -169,7 +169,7 @@ def _build(output: Path, spec: QuickstartSpec, progress: bool) -> QuickstartData
         if name in record["finished"]:
             if not _missing(data, name):
                 continue
-            record["finished"] = list(stages)[:number]  # what follows was made from it
+            record["finished"] = list(stages)[:number]  # later stages depend on it
             _write_record(output, record)
         start = time.perf_counter()
         run(data, spec, progress)
@@ -187,12 +187,12 @@ def _names(output: Path, prefix: str, samples: int) -> list[Path]:
 
 
 def _open_record(output: Path, spec: QuickstartSpec) -> dict[str, Any]:
-    """Read which stages are complete, or begin a new record."""
+    """Read the record of complete stages, or create one."""
     path, wanted = output / _RECORD, dataclasses.asdict(spec)
     if not path.exists():
         if foreign := sorted(output.glob("*.tar")):
             raise UserError(
-                f"{foreign[0]} is not of this program's making; choose another directory for the "
+                f"{foreign[0]} was not written by the quickstart; choose another directory for the "
                 "quickstart's shards (data.shards)"
             )
         _write_record(output, {"schema": _SCHEMA, "spec": wanted, "finished": []})
@@ -244,7 +244,7 @@ def _draw_data(data: QuickstartData, spec: QuickstartSpec, progress: bool) -> No
     rng = _rng(spec, "text")
     mentioned = rng.choice(train, spec.text_only_captions)
     sentences = (_caption(Scene.from_number(int(number)), spec, rng) for number in mentioned)
-    per_member = max(1024, -(-spec.text_only_captions // 64))  # one shard, whatever the number
+    per_member = max(1024, -(-spec.text_only_captions // 64))  # one shard for any number
     write_text_shards(sentences, data.text[0].parent, "text", per_member=per_member, overwrite=True)
     for path, name, scenes in ((data.graded_dev, "dev", dev), (data.graded_test, "test", test)):
         pairs = graded_pairs(scenes, spec.graded_pairs, spec.told_share, _rng(spec, name))
@@ -291,7 +291,7 @@ def _write_tokenizer(data: QuickstartData, spec: QuickstartSpec, progress: bool)
 
 def _teach(data: QuickstartData, spec: QuickstartSpec, progress: bool) -> None:
     from dalr_scale.models.tokenizer import load_tokenizer
-    from dalr_scale.quickstart.teachers import save_teacher, train_teacher
+    from dalr_scale.quickstart.teachers import TeacherTraining, save_teacher, train_teacher
 
     tokenizer = load_tokenizer(data.tokenizer)
     images, captions = _read_pairs(data.train)
@@ -304,17 +304,14 @@ def _teach(data: QuickstartData, spec: QuickstartSpec, progress: bool) -> None:
             bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
             bar.update()
 
-        model, config = train_teacher(
-            images,
-            captions,
-            tokenizer,
+        settings = TeacherTraining(
             steps=spec.teacher_steps,
             batch_size=spec.teacher_batch,
             lr=spec.teacher_lr,
             width=spec.teacher_width,
             seed=spec.seed,
-            on_step=on_step,
         )
+        model, config = train_teacher(images, captions, tokenizer, settings, on_step)
     save_teacher(model, config, tokenizer, data.teacher)
 
 
@@ -331,7 +328,7 @@ def _read_pairs(shards: list[Path]) -> tuple[np.ndarray, list[list[str]]]:
 
 @contextlib.contextmanager
 def _all_cores() -> Iterator[None]:
-    """Lend this process all cores: the other ranks of the host wait for it."""
+    """Use all cores in this process: the other ranks of the host wait for it."""
     import torch
 
     before = torch.get_num_threads()

@@ -1,8 +1,8 @@
 """Pairs of captions with a known degree of similarity, for scoring sentence encoders.
 
 The second scene of a pair is the first one with 0 to 6 facts changed, so that all degrees occur.
-Which words and which frame are used has nothing to do with the degree: equal scenes are often told
-with different words, and half of all pairs, the least alike ones included, share their frame.
+Words and frames do not depend on the degree: equal scenes are often described with different words,
+and half of all pairs of any degree share their frame.
 """
 
 import dataclasses
@@ -25,12 +25,12 @@ class GradedPair(TypedDict):
 def graded_pairs(
     scenes: np.ndarray, count: int, keep: float, rng: np.random.Generator
 ) -> list[GradedPair]:
-    """Draw pairs of captions whose scenes are all among some.
+    """Draw pairs of captions of given scenes.
 
     Args:
         scenes: numbers of the scenes to draw from.
         count: how many pairs.
-        keep: chance that a caption tells a fact it may leave out.
+        keep: probability that a caption mentions a fact that it may leave out.
         rng: source of every choice.
     """
     allowed = frozenset(scenes.tolist())
@@ -60,7 +60,7 @@ def _changed(
 
 
 def _pair(first: Scene, second: Scene, keep: float, rng: np.random.Generator) -> GradedPair:
-    """Tell two scenes; in half of the pairs with the same frame, in half the same facts."""
+    """Describe two scenes; half of the pairs share the frame, half mention the same facts."""
     frame, mentioned = FRAMES[rng.integers(len(FRAMES))], choose_mentioned(rng, keep)
     other_frame = frame if rng.random() < 0.5 else FRAMES[rng.integers(len(FRAMES))]
     other_mentioned = mentioned if rng.random() < 0.5 else choose_mentioned(rng, keep)

@@ -1,4 +1,4 @@
-"""Scenes that can be drawn: one to three like objects before a backdrop, in some weather.
+"""Scenes that can be drawn: one to three equal objects before a background, in some weather.
 
 A scene is six facts (count, size, colour, shape, weather, scenery), each one of a few values, so
 there are 6,912 scenes and every one has a number. What an image shows beyond its facts (exact
@@ -35,7 +35,7 @@ _PAINT = {
     "white": (250, 250, 250),
     "black": (16, 16, 16),
 }
-# Where the single objects of a group lie around its centre, in units of their radius.
+# Positions of the objects of a group around its center, in units of their radius.
 _GROUPS = {
     "one": ((0.0, 0.0),),
     "two": ((-1.05, 0.35), (1.05, -0.35)),

@@ -1,4 +1,4 @@
-"""An image for people: some scenes with two of their captions each."""
+"""An overview image: some scenes with two captions each."""
 
 import textwrap
 from pathlib import Path

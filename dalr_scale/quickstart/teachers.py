@@ -5,25 +5,35 @@ layer: enough to learn within a minute of CPU time that crimson and scarlet look
 as an open_clip directory and loaded like any other one, by ``open_clip:DIRECTORY``.
 """
 
+from __future__ import annotations
+
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional
+from transformers import PreTrainedTokenizerBase
 
+from dalr_scale.models.tokenizer import token_id
+
+if TYPE_CHECKING:
+    from open_clip.model import CLIP
+
+OpenClipConfig: TypeAlias = dict[str, dict[str, Any]]  # keys and values are open_clip's
 CONTEXT_LENGTH = 22
 _MEAN, _STD = 0.5, 0.25
 _WARMUP = 20
 _MAX_SCALE = 100.0
 
 
-def teacher_config(vocab_size: int, end_id: int, image_size: int, width: int) -> dict[str, Any]:
+def teacher_config(vocab_size: int, end_id: int, image_size: int, width: int) -> OpenClipConfig:
     """Return the `open_clip_config.json` of the teacher.
 
     Args:
@@ -50,29 +60,39 @@ def teacher_config(vocab_size: int, end_id: int, image_size: int, width: int) ->
     }
 
 
+@dataclass(frozen=True)
+class TeacherTraining:
+    """Settings of the teacher's training.
+
+    Attributes:
+        steps: optimizer steps; the rate decays to 0 as a cosine after a short warm-up.
+        batch_size: images in a step, at most as many as there are.
+        lr: peak learning rate of AdamW.
+        width: width of the shared space.
+        seed: of the initial weights and of every draw; torch's global generator is not used.
+    """
+
+    steps: int
+    batch_size: int
+    lr: float
+    width: int
+    seed: int
+
+
 def train_teacher(
     images: np.ndarray,
     captions: Sequence[Sequence[str]],
-    tokenizer: Any,
-    *,
-    steps: int,
-    batch_size: int,
-    lr: float,
-    width: int,
-    seed: int,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: TeacherTraining,
     on_step: Callable[[float], object] = lambda loss: None,
-) -> tuple[torch.nn.Module, dict[str, Any]]:
+) -> tuple[torch.nn.Module, OpenClipConfig]:
     """Train a model on images and captions with open_clip's contrastive loss.
 
     Args:
         images: uint8 [n, S, S, 3].
-        captions: n lists of captions, equally many each; a step draws one of each image's.
+        captions: n lists of captions of equal length; a step draws one caption of each image.
         tokenizer: Hugging Face tokenizer whose [PAD] is 0.
-        steps: optimizer steps; the rate decays to 0 as a cosine after a short warm-up.
-        batch_size: images in a step, at most n.
-        lr: peak learning rate of AdamW.
-        width: width of the shared space.
-        seed: of the initial weights and of every draw; torch's global generator is left alone.
+        settings: length and size of the training.
         on_step: called with the loss after every step.
 
     Returns:
@@ -80,22 +100,20 @@ def train_teacher(
     """
     from open_clip.loss import ClipLoss
 
-    config = teacher_config(len(tokenizer), tokenizer.sep_token_id, images.shape[1], width)
-    model = _new_model(config, seed)
+    end_id = token_id(tokenizer, "sep") or 0
+    config = teacher_config(len(tokenizer), end_id, images.shape[1], settings.width)
+    model = _new_model(config, settings.seed)
     pixels = _pixels(images)
     ids = _token_ids(captions, tokenizer)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
-    rng, loss_of = np.random.default_rng([seed, 100]), ClipLoss()
-    order = np.empty(0, np.int64)
-    for step in range(steps):
-        if len(order) < batch_size:
-            order = rng.permutation(len(images))
-        rows, order = order[:batch_size], order[batch_size:]
-        mentioned = rng.integers(ids.shape[1], size=batch_size)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=settings.lr, betas=(0.9, 0.98), weight_decay=0.01
+    )
+    loss_of = ClipLoss()
+    for step, (rows, chosen) in enumerate(_draw_batches(settings, len(images), ids.shape[1])):
         for group in optimizer.param_groups:
-            group["lr"] = lr * _rate(step, steps)
+            group["lr"] = settings.lr * _rate(step, settings.steps)
         image = functional.normalize(model.encode_image(pixels[rows]), dim=-1)
-        text = functional.normalize(model.encode_text(ids[rows, mentioned]), dim=-1)
+        text = functional.normalize(model.encode_text(ids[rows, chosen]), dim=-1)
         loss = loss_of(image, text, model.logit_scale.exp().squeeze())
         optimizer.zero_grad()
         loss.backward()
@@ -107,8 +125,24 @@ def train_teacher(
     return model.eval(), config
 
 
+def _draw_batches(
+    settings: TeacherTraining, images: int, captions: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield the images of each step and the caption drawn for each of them."""
+    rng = np.random.default_rng([settings.seed, 100])
+    order = np.empty(0, np.int64)
+    for _ in range(settings.steps):
+        if len(order) < settings.batch_size:
+            order = rng.permutation(images)
+        rows, order = order[: settings.batch_size], order[settings.batch_size :]
+        yield rows, rng.integers(captions, size=settings.batch_size)
+
+
 def save_teacher(
-    model: torch.nn.Module, config: dict[str, Any], tokenizer: Any, directory: Path
+    model: torch.nn.Module,
+    config: OpenClipConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    directory: Path,
 ) -> None:
     """Write an open_clip directory: configuration, safetensors weights, tokenizer."""
     directory.mkdir(parents=True, exist_ok=True)
@@ -120,12 +154,12 @@ def save_teacher(
     (directory / "open_clip_config.json").write_text(text + "\n", encoding="utf-8")
 
 
-def _new_model(config: dict[str, Any], seed: int) -> Any:
+def _new_model(config: OpenClipConfig, seed: int) -> CLIP:
     from open_clip.model import CLIP
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        # A temperature of no dimension could not be handed to DeepSpeed.
+        # DeepSpeed does not accept a temperature without dimension.
         model = CLIP(
             **config["model_cfg"], init_logit_scale=math.log(14), nonscalar_logit_scale=True
         )
@@ -140,7 +174,7 @@ def _pixels(images: np.ndarray) -> Tensor:
     return ((pixels - _MEAN) / _STD).contiguous(memory_format=torch.channels_last)
 
 
-def _token_ids(captions: Sequence[Sequence[str]], tokenizer: Any) -> Tensor:
+def _token_ids(captions: Sequence[Sequence[str]], tokenizer: PreTrainedTokenizerBase) -> Tensor:
     """Captions to int64 [n, captions each, CONTEXT_LENGTH]."""
     flat = [caption for own in captions for caption in own]
     ids = tokenizer(

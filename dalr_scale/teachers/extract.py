@@ -1,8 +1,8 @@
-"""Teacher features into feature shards beside the originals.
+"""Teacher features into feature shards next to the original shards.
 
-Stored once, they replace a forward pass of every teacher in every training step. A shard whose
-features are there and were made by the same teacher is skipped, so an interrupted run is simply
-started again. Several processes each take their share of the shards.
+Stored features replace a forward pass of every teacher in every training step. A shard that has
+features of the same teacher is skipped, so an interrupted run can be started again. Several
+processes each take their share of the shards.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
@@ -25,6 +25,11 @@ from dalr_scale.data.shards.images import decode_image
 from dalr_scale.data.shards.indexing import ensure_index
 from dalr_scale.data.stream.source import Source
 from dalr_scale.errors import UserError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from dalr_scale.teachers.models import TextTeacher
 
 Step = Callable[[int], object]
 TeacherSource = Literal["image", "caption", "text", "npz"]
@@ -39,23 +44,23 @@ class Computed:
 
 
 @dataclass(frozen=True)
-class Maker:
-    """How the features of one shard are made.
+class Extractor:
+    """Computes the features of one shard.
 
     Attributes:
         level: `sample`, `item` or `token`.
         facts: manifest entries that identify the features.
-        make: shard and progress callback to values.
+        compute: shard and progress callback to values.
     """
 
     level: str
-    facts: dict[str, Any]
-    make: Callable[[Path, Step], Computed]
+    facts: Mapping[str, object]
+    compute: Callable[[Path, Step], Computed]
 
 
 @dataclass(frozen=True)
 class FeatureRequest:
-    """Which features are to be stored.
+    """The features to store.
 
     Attributes:
         name: of the feature set, as configurations refer to it.
@@ -110,50 +115,50 @@ def store_features(
     if not mine:
         print(f"rank {rank}: fewer shards than processes, nothing to do", file=sys.stderr)
         return 0
-    maker = _maker(request, shards)
-    todo = [s for s in mine if request.overwrite or not _finished(s, request.name, maker)]
+    extractor = _extractor(request, shards)
+    todo = [s for s in mine if request.overwrite or not _finished(s, request.name, extractor)]
     if skipped := len(mine) - len(todo):
         print(f"{skipped} of {len(mine)} shards have these features already", file=sys.stderr)
-    total = sum(_rows(shard, maker.level) for shard in todo)
+    total = sum(_rows(shard, extractor.level) for shard in todo)
     with tqdm(total=total, unit="row", disable=not progress or not todo) as bar:
         for shard in todo:
             bar.set_description(shard.name)
-            made = maker.make(shard, bar.update)
+            computed = extractor.compute(shard, bar.update)
             write_features(
                 shard,
                 request.name,
-                made.values,
-                level=maker.level,
-                manifest_extra=maker.facts,
-                offsets=made.offsets,
+                computed.values,
+                level=extractor.level,
+                manifest_extra=extractor.facts,
+                offsets=computed.offsets,
                 overwrite=request.overwrite,
             )
-    print(f"{len(todo)} feature shards written, set {request.name!r}, level {maker.level}")
+    print(f"{len(todo)} feature shards written, set {request.name!r}, level {extractor.level}")
     return len(todo)
 
 
-def _maker(request: FeatureRequest, shards: Sequence[Path]) -> Maker:
+def _extractor(request: FeatureRequest, shards: Sequence[Path]) -> Extractor:
     if request.source == "npz":
-        return _npz_maker(Path(request.teacher), shards)
+        return _npz_extractor(Path(request.teacher), shards)
     device = request.device or default_device()
     if request.source == "image":
-        return _image_maker(request.teacher, request.batch_size, device)
-    return _text_maker(request, device)
+        return _image_extractor(request.teacher, request.batch_size, device)
+    return _text_extractor(request, device)
 
 
 def default_device() -> str:
-    """The GPU of this process where there is one, else the CPU."""
+    """Return the GPU of this process, or the CPU without one."""
     local = int(os.environ.get("LOCAL_RANK", "0"))
     return f"cuda:{local}" if torch.cuda.is_available() else "cpu"
 
 
-def _finished(shard: Path, name: str, maker: Maker) -> bool:
-    """Whether these very features are there; other ones of that name are refused."""
+def _finished(shard: Path, name: str, extractor: Extractor) -> bool:
+    """Whether the same features exist; other features of that name are refused."""
     path = features_path(shard, name)
     if not path.exists():
         return False
     manifest = open_features(shard, name).manifest
-    wanted = maker.facts | {"level": maker.level}
+    wanted = {**extractor.facts, "level": extractor.level}
     differing = [key for key, value in wanted.items() if manifest.get(key) != value]
     if differing:
         key = differing[0]
@@ -169,14 +174,14 @@ def _rows(shard: Path, level: str) -> int:
     return header.samples if level == "sample" else header.items
 
 
-def _image_maker(spec: str, batch_size: int, device: str) -> Maker:
+def _image_extractor(spec: str, batch_size: int, device: str) -> Extractor:
     from dalr_scale.teachers.models import load_image_teacher
 
     teacher = load_image_teacher(spec).to(device)
 
-    def make(shard: Path, step: Step) -> Computed:
+    def compute(shard: Path, step: Step) -> Computed:
         source = Source([shard], with_images=True)
-        # samples that are set aside keep zeros: no item refers to them
+        # quarantined samples keep zeros: no item refers to them
         values = np.zeros((source.num_samples, teacher.width), np.float16)
         used = np.flatnonzero(source.used_samples())
         for block in _blocks(len(used), batch_size):
@@ -189,11 +194,11 @@ def _image_maker(spec: str, batch_size: int, device: str) -> Maker:
             step(len(rows))
         return Computed(values)
 
-    return Maker("sample", teacher.facts, make)
+    return Extractor("sample", teacher.facts, compute)
 
 
 def _pixels(
-    transform: Callable[[Any], torch.Tensor], data: bytes, shard: Path, row: int
+    transform: Callable[[Image], torch.Tensor], data: bytes, shard: Path, row: int
 ) -> torch.Tensor:
     try:
         return transform(decode_image(data))
@@ -205,7 +210,7 @@ def _pixels(
         ) from error
 
 
-def _text_maker(request: FeatureRequest, device: str) -> Maker:
+def _text_extractor(request: FeatureRequest, device: str) -> Extractor:
     from dalr_scale.teachers.models import load_text_teacher
 
     kind = "hf" if request.source == "text" else "open_clip"
@@ -216,7 +221,7 @@ def _text_maker(request: FeatureRequest, device: str) -> Maker:
         max_length=request.max_length,
     ).to(device)
 
-    def make(shard: Path, step: Step) -> Computed:
+    def compute(shard: Path, step: Step) -> Computed:
         source = Source([shard])
         sentences = source.read(np.arange(source.num_items)).sentences
         if request.tokens:
@@ -228,11 +233,13 @@ def _text_maker(request: FeatureRequest, device: str) -> Maker:
             step(len(rows))
         return Computed(values)
 
-    return Maker("token" if request.tokens else "item", teacher.facts, make)
+    return Extractor("token" if request.tokens else "item", teacher.facts, compute)
 
 
-def _token_values(teacher: Any, sentences: list[str], batch_size: int, step: Step) -> Computed:
-    # The lengths are known once everything is tokenised; then each batch goes to its place.
+def _token_values(
+    teacher: TextTeacher, sentences: list[str], batch_size: int, step: Step
+) -> Computed:
+    # The lengths are known after tokenization; then the features of each batch have their place.
     batches = list(teacher.batches(sentences, batch_size))
     counts = np.zeros(len(sentences), np.int64)
     for rows, _, mask in batches:
@@ -241,6 +248,7 @@ def _token_values(teacher: Any, sentences: list[str], batch_size: int, step: Ste
     values = np.empty((int(offsets[-1]), teacher.token_width), np.float16)
     for rows, ids, mask in batches:
         _, tokens, _ = teacher.encode_ids(ids.to(teacher.device), mask.to(teacher.device))
+        assert tokens is not None
         half = _half(tokens)
         for i, row in enumerate(rows):
             values[offsets[row] : offsets[row + 1]] = half[i, : counts[row]]
@@ -249,7 +257,7 @@ def _token_values(teacher: Any, sentences: list[str], batch_size: int, step: Ste
 
 
 def _half(values: torch.Tensor) -> np.ndarray:
-    """float16 on the CPU; what overflows becomes infinite and is refused when it is written."""
+    """Return float16 on the CPU; overflow becomes infinite, which ``write_features`` refuses."""
     return values.to("cpu", torch.float16).numpy()
 
 
@@ -258,11 +266,11 @@ def _blocks(count: int, size: int) -> Iterator[np.ndarray]:
         yield np.arange(start, min(start + size, count))
 
 
-def _npz_maker(path: Path, shards: Sequence[Path]) -> Maker:
+def _npz_extractor(path: Path, shards: Sequence[Path]) -> Extractor:
     features, by_name, by_base = _read_npz(path)
     used = np.zeros(len(features), bool)
     rows_of: dict[Path, np.ndarray] = {}
-    for shard in shards:  # all of them: every rank finds the same missing names before it writes
+    for shard in shards:  # all shards: every rank finds the same missing names before it writes
         keys = ensure_index(shard).load().keys()
         rows = [by_name.get(key, by_base.get(key.rpartition("/")[2], -1)) for key in keys]
         missing = [key for key, row in zip(keys, rows, strict=True) if row < 0]
@@ -276,19 +284,19 @@ def _npz_maker(path: Path, shards: Sequence[Path]) -> Maker:
     if surplus := int((~used).sum()):
         print(f"{path.name}: {surplus} of {len(used)} names are in no shard", file=sys.stderr)
 
-    def make(shard: Path, step: Step) -> Computed:
+    def compute(shard: Path, step: Step) -> Computed:
         rows = rows_of[shard]
         step(len(rows))
-        with np.errstate(over="ignore"):  # refused with its row when it is written
+        with np.errstate(over="ignore"):  # write_features refuses it and names the row
             return Computed(features[rows].astype(np.float16))
 
     with path.open("rb") as file:
         revision = hashlib.file_digest(file, "sha256").hexdigest()[:16]
-    return Maker("sample", {"model": path.name, "revision": revision}, make)
+    return Extractor("sample", {"model": path.name, "revision": revision}, compute)
 
 
 def _read_npz(path: Path) -> tuple[np.ndarray, dict[str, int], dict[str, int]]:
-    """Features and two tables to their rows: by whole key, and by file name where it is unique."""
+    """Return features, and their rows by whole key and by file name where it is unique."""
     try:
         with np.load(path, allow_pickle=False) as arrays:
             features, names = arrays["feat"], arrays["names"]

@@ -1,25 +1,34 @@
 """Frozen teachers: Hugging Face text encoders and the two towers of open_clip models.
 
-Teachers stay in evaluation mode whatever is asked of them, compute without gradient, return
-float32, and never enter the engine, the optimizer or a checkpoint. Each text teacher reads raw
-sentences with its own tokenizer, so its features are right whatever vocabulary the student has.
+Teachers always stay in evaluation mode, compute without gradient, return float32, and are never
+part of the engine, the optimizer or a checkpoint. Each text teacher reads raw sentences with its
+own tokenizer, so its features are correct for any vocabulary of the student.
 """
 
 import hashlib
-import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from dalr_scale.errors import UserError
 from dalr_scale.models import directories
 from dalr_scale.models.encoder import POOLERS, load_backbone, max_length_of, pool
-from dalr_scale.models.tokenizer import first_line, length_sorted_batches, load_tokenizer
+from dalr_scale.models.tokenizer import (
+    first_line,
+    length_sorted_batches,
+    load_tokenizer,
+    token_id,
+    tokenizer_hash,
+)
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 HF_PREFIX, OPEN_CLIP_PREFIX = "hf:", "open_clip:"
 TokenBatch = tuple[list[int], Tensor, Tensor]
@@ -48,23 +57,23 @@ class _Frozen(nn.Module):
 
 
 class TextTeacher(_Frozen):
-    """What the two kinds of text teachers share.
+    """Base of both kinds of text teachers.
 
     Attributes:
         width: width H_k of the sentence feature.
         token_width: width H_t of the token features.
         tokenizer: the teacher's own tokenizer.
-        facts: what identifies the features: model, revision, pooling, tokenizer_sha256 ...
+        facts: identity of the features: model, revision, pooling, tokenizer_sha256 ...
     """
 
     width: int
     token_width: int
-    tokenizer: Any
-    facts: dict[str, Any]
+    tokenizer: PreTrainedTokenizerBase
+    facts: Mapping[str, object]
     tokens: bool
 
     def batches(self, sentences: Sequence[str], batch_size: int) -> Iterator[TokenBatch]:
-        """Tokenise everything and yield batches of similar length."""
+        """Tokenize all sentences and yield batches of similar length."""
         raise NotImplementedError
 
     def encode_ids(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -118,7 +127,7 @@ class HFTextTeacher(TextTeacher):
         self.freeze()
 
     def batches(self, sentences: Sequence[str], batch_size: int) -> Iterator[TokenBatch]:
-        """Tokenise everything and yield batches of similar length, longest first."""
+        """Tokenize all sentences and yield batches of similar length, longest first."""
         return length_sorted_batches(
             self.tokenizer, sentences, max_length=self.max_length, batch_size=batch_size
         )
@@ -142,7 +151,8 @@ class OpenClipTextTeacher(TextTeacher):
         model.visual = nn.Identity()  # only the text tower is needed
         self.model, self.tokens = model, tokens
         self.tokenizer = getattr(self.tokenizer_fn, "tokenizer", self.tokenizer_fn)
-        self.facts = self.facts | {
+        self.facts = {
+            **self.facts,
             "pooling": "open_clip text",
             "tokenizer_sha256": tokenizer_hash(self.tokenizer),
             "max_length": int(self.tokenizer_fn.context_length),
@@ -156,7 +166,7 @@ class OpenClipTextTeacher(TextTeacher):
         self.token_width = own.shape[2] if own is not None else self.width
 
     def batches(self, sentences: Sequence[str], batch_size: int) -> Iterator[TokenBatch]:
-        """Tokenise batch by batch, in order: every sentence has the same padded length."""
+        """Tokenize batch by batch, in order: every sentence has the same padded length."""
         for start in range(0, len(sentences), batch_size):
             part = list(sentences[start : start + batch_size])
             ids = self.tokenizer_fn(part)
@@ -181,11 +191,11 @@ class OpenClipTextTeacher(TextTeacher):
         return out["text_features"].float(), out["text_intermediates"][-1].float()
 
     def _mask(self, ids: Tensor) -> Tensor:
-        """Real tokens, the end token included. The padding id alone does not tell: in CLIP's own
-        tokenizer it is also the id of a word piece."""
+        """Return the mask of real tokens, including the end token. The padding id does not decide:
+        in CLIP's own tokenizer it is also the id of a word piece."""
         end = getattr(self.tokenizer, "eot_token_id", None)
         if end is None:
-            return ids != self.tokenizer.pad_token_id
+            return ids != (token_id(self.tokenizer, "pad") or 0)
         last = (ids == end).int().argmax(1, keepdim=True)
         return torch.arange(ids.shape[1])[None] <= last
 
@@ -196,7 +206,7 @@ class ImageTeacher(_Frozen):
     Attributes:
         width: width d_v of the feature.
         transform: image (PIL) to float tensor [3, S, S], as the model was evaluated.
-        facts: what identifies the features.
+        facts: identity of the features.
     """
 
     def __init__(self, spec: str):
@@ -206,7 +216,9 @@ class ImageTeacher(_Frozen):
         model, _, facts = _open_clip(spec)
         self.visual = model.visual
         settings = PreprocessCfg(**model.visual.preprocess_cfg)
-        self.transform = cast(Callable[[Any], Tensor], image_transform_v2(settings, is_train=False))
+        self.transform = cast(
+            "Callable[[Image], Tensor]", image_transform_v2(settings, is_train=False)
+        )
         self.facts = facts | {"pooling": "open_clip image"}
         self.freeze()
         size = settings.size if isinstance(settings.size, int) else settings.size[0]
@@ -348,55 +360,13 @@ def _without_warnings() -> Iterator[None]:
         logging.disable(before)
 
 
-def _require_first_cls(tokenizer: Any, directory: Path) -> None:
+def _require_first_cls(tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
     ids = tokenizer("a")["input_ids"]
     if tokenizer.cls_token_id is None or ids[0] != tokenizer.cls_token_id:
         raise UserError(
             f"the tokenizer of {directory} does not start sentences with a CLS token; "
             "its token features cannot be used"
         )
-
-
-def same_tokenizer(first: Any, second: Any) -> bool:
-    """Whether two tokenizers give every text the same ids: same vocabulary and same settings."""
-    return tokenizer_hash(first) == tokenizer_hash(second)
-
-
-def compare_tokenizers(student: Any, teacher: Any) -> None:
-    """Require that student and teacher share their tokenizer.
-
-    Raises:
-        UserError: they differ; the message says where.
-    """
-    if same_tokenizer(student, teacher):
-        return
-    ours, theirs = _vocabulary(student), _vocabulary(teacher)
-    differing = sum(theirs.get(word) != number for word, number in ours.items())
-    what = (
-        f"{len(ours)} and {len(theirs)} entries, {differing} of the student's at another place"
-        if ours != theirs
-        else "the same vocabulary, but other settings (casing, special tokens)"
-    )
-    raise UserError(
-        f"the tokenizers of student and teacher differ: {what}; "
-        "set --objective.teacher_tokenizer=retokenise"
-    )
-
-
-def _vocabulary(tokenizer: Any) -> dict[str, int]:
-    return dict(tokenizer.get_vocab() if hasattr(tokenizer, "get_vocab") else tokenizer.encoder)
-
-
-def tokenizer_hash(tokenizer: Any) -> str:
-    """SHA-256 over what decides a tokenizer's ids; truncation and padding do not count."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        state: Any = {"kind": type(tokenizer).__name__, "vocab": _vocabulary(tokenizer)}
-    else:
-        state = json.loads(backend.to_str())
-        for key in ("truncation", "padding"):
-            state.pop(key, None)
-    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
 def weights_hash(directory: Path) -> str:

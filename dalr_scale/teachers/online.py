@@ -1,21 +1,27 @@
-"""Frozen teachers that run beside the student, for features that no shard stores."""
+"""Frozen teachers that run during training, for features that no shard stores."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
-from dalr_scale.config import Config
+from dalr_scale.config import TeachersConfig
 from dalr_scale.data.shards.features_store import open_features
 from dalr_scale.data.stream.batch import Batch
 from dalr_scale.data.stream.source import Source
 from dalr_scale.distributed.collectives import pad_to_common_length
 from dalr_scale.errors import UserError
+from dalr_scale.models.tokenizer import compare_tokenizers, tokenizer_hash
 from dalr_scale.objective.term import Needs
+
+if TYPE_CHECKING:
+    from dalr_scale.teachers.models import ImageTeacher, TextTeacher
 
 STORED = "features:"
 
@@ -24,7 +30,7 @@ STORED = "features:"
 class OnlineText:
     """A text teacher and the roles it plays: ``text0`` ..., ``caption``, ``tokens0`` ..."""
 
-    teacher: Any
+    teacher: TextTeacher
     roles: tuple[str, ...]
 
 
@@ -40,7 +46,7 @@ class OnlineTeachers:
         micro_rows: rows that a teacher encodes at a time; 0: all.
     """
 
-    image: Any = None
+    image: ImageTeacher | None = None
     texts: Sequence[OnlineText] = ()
     widths: dict[str, int] = field(default_factory=dict)
     num_text: int = 0
@@ -62,14 +68,15 @@ class OnlineTeachers:
             with_text: whether this batch is distilled (paired, or by configuration).
         """
         used = batch.paired or with_text
-        # in every step: ranks that hold different kinds must not part where they pad alike
+        # in every step: padding to one length is a collective, whatever kind a rank holds
         reads = self._read(batch) if used or self.pad_alike else []
-        # stored as float16: travelling as such costs half the bytes and loses nothing
+        # stored as float16: gathering float16 halves the bytes and is exact
         features = {role: values.half() for role, values in batch.features.items()}
         tokens: dict[str, tuple[Tensor, Tensor]] = {}
         if batch.paired and self.image is not None:
             assert batch.images is not None
-            (features["image"],) = self._in_chunks(self._encode_images, batch.images)
+            encode = self.image.encode
+            (features["image"],) = self._in_chunks(lambda images: (encode(images),), batch.images)
         for online, read in zip(self.texts, reads, strict=True) if used else ():
             pooled, *own = self._in_chunks(online.teacher.encode_ids, *read)
             for role in online.roles:
@@ -114,17 +121,14 @@ class OnlineTeachers:
     def _padded(self, online: OnlineText, read: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         if not self.pad_alike:
             return read
-        # a model may tell padding by its id: with another one its states there are others
+        # a model may recognize padding by its id, and return other states for another id
         fill = getattr(online.teacher.tokenizer, "pad_token_id", None)
         return pad_to_common_length(*read, fill or 0)
-
-    def _encode_images(self, images: Tensor) -> tuple[Tensor]:
-        return (self.image.encode(images),)
 
     def _in_chunks(
         self, encode: Callable[..., tuple[Tensor | None, ...]], *inputs: Tensor
     ) -> list[Any]:
-        """What `encode` gives for all rows, computed for some of them at a time."""
+        """Return `encode` of all rows, computed in chunks of rows."""
         rows = len(inputs[0])
         size = self.micro_rows or rows
         parts = [encode(*(x[at : at + size] for x in inputs)) for at in range(0, rows, size)]
@@ -134,7 +138,7 @@ class OnlineTeachers:
 
 
 def _stack(parts: Sequence[Tensor]) -> Tensor:
-    """Rows of all parts; a shorter token axis [n, T, ...] is filled with zeros."""
+    """Concatenate the rows of all parts; a shorter token axis [n, T, ...] is zero-padded."""
     if parts[0].ndim < 2 or len({part.shape[1] for part in parts}) == 1:
         return torch.cat(list(parts))
     longest = max(part.shape[1] for part in parts)
@@ -142,13 +146,47 @@ def _stack(parts: Sequence[Tensor]) -> Tensor:
     return torch.cat([pad(p, (0, 0) * (p.ndim - 2) + (0, longest - p.shape[1])) for p in parts])
 
 
+@dataclass(frozen=True)
+class OnlineOptions:
+    """How online teachers are loaded and run.
+
+    Attributes:
+        path_of: fills in the placeholders of a configured path.
+        max_length: tokens kept of a sentence.
+        student_ids: teachers must have the student's tokenizer, and read its token ids.
+        norm_over_axis: the norm of token features runs over the padded token axis.
+        micro_rows: rows that a teacher encodes at a time; 0: all.
+    """
+
+    path_of: Callable[[str], Path]
+    max_length: int
+    student_ids: bool
+    norm_over_axis: bool = False
+    micro_rows: int = 0
+
+
 def build_online_teachers(
-    config: Config, needs: Needs, tokenizer: Any, device: torch.device
+    teachers: TeachersConfig,
+    needs: Needs,
+    tokenizer: PreTrainedTokenizerBase,
+    device: torch.device,
+    options: OnlineOptions,
 ) -> OnlineTeachers:
-    """Loads the teachers that the configuration names as models rather than as stored features."""
+    """Load the teachers that the configuration names as models rather than as stored features.
+
+    Args:
+        teachers: the section of the configuration.
+        needs: the features that the objective reads.
+        tokenizer: the student's tokenizer.
+        device: device of the teachers.
+        options: how they are loaded and run.
+
+    Raises:
+        UserError: a teacher is missing or does not fit the student.
+    """
     texts = [
-        OnlineText(_text_teacher(config, spec, pooler, roles, tokenizer).to(device), tuple(roles))
-        for (spec, pooler), roles in _text_roles(config, needs).items()
+        OnlineText(_text_teacher(spec, pooler, roles, tokenizer, options).to(device), tuple(roles))
+        for (spec, pooler), roles in _text_roles(teachers, needs).items()
     ]
     widths = {
         role: online.teacher.token_width if role.startswith("tokens") else online.teacher.width
@@ -156,31 +194,29 @@ def build_online_teachers(
         for role in online.roles
     }
     image = None
-    if needs.image and not config.teachers.image.startswith(STORED):
+    if needs.image and not teachers.image.startswith(STORED):
         from dalr_scale.teachers.models import load_image_teacher
 
-        image = load_image_teacher(_model_spec(config, config.teachers.image)).to(device)
+        image = load_image_teacher(_model_spec(teachers.image, options)).to(device)
         widths["image"] = image.width
     return OnlineTeachers(
         image,
         texts,
         widths,
-        num_text=len(config.teachers.text) if needs.text else 0,
-        num_tokens=len(config.teachers.tokens) if needs.tokens else 0,
-        student_ids=config.objective.teacher_tokenizer == "must_match",
-        pad_alike=_pads_alike(config, texts),
-        micro_rows=config.batch.micro_size,
+        num_text=len(teachers.text) if needs.text else 0,
+        num_tokens=len(teachers.tokens) if needs.tokens else 0,
+        student_ids=options.student_ids,
+        pad_alike=options.norm_over_axis and _computes_tokens(texts),
+        micro_rows=options.micro_rows,
     )
 
 
-def _pads_alike(config: Config, texts: Sequence[OnlineText]) -> bool:
-    online = any(role.startswith("tokens") for text in texts for role in text.roles)
-    return online and config.objective.g2l_norm == "axis"
+def _computes_tokens(texts: Sequence[OnlineText]) -> bool:
+    return any(role.startswith("tokens") for text in texts for role in text.roles)
 
 
-def _text_roles(config: Config, needs: Needs) -> dict[tuple[str, str], list[str]]:
-    """(spec, pooler) -> roles, so that a teacher of sentences and tokens is loaded once."""
-    teachers = config.teachers
+def _text_roles(teachers: TeachersConfig, needs: Needs) -> dict[tuple[str, str], list[str]]:
+    """Return (spec, pooler) -> roles: a teacher of sentences and tokens is loaded once."""
     poolers = teachers.text_poolers or ("",) * len(teachers.text)
     if len(poolers) != len(teachers.text):
         raise UserError("teachers.text_poolers needs one entry for each of teachers.text")
@@ -197,9 +233,13 @@ def _text_roles(config: Config, needs: Needs) -> dict[tuple[str, str], list[str]
 
 
 def _text_teacher(
-    config: Config, spec: str, pooler: str, roles: Sequence[str], tokenizer: Any
-) -> Any:
-    from dalr_scale.teachers.models import compare_tokenizers, load_text_teacher
+    spec: str,
+    pooler: str,
+    roles: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    options: OnlineOptions,
+) -> TextTeacher:
+    from dalr_scale.teachers.models import load_text_teacher
 
     tokens = any(role.startswith("tokens") for role in roles)
     if spec.startswith("hf:") and not pooler:
@@ -207,36 +247,38 @@ def _text_teacher(
             raise UserError(f"teachers.text '{spec}' needs its pooler in teachers.text_poolers")
         pooler = "mean"  # token features do not depend on it
     teacher = load_text_teacher(
-        _model_spec(config, spec),
+        _model_spec(spec, options),
         pooler=pooler or None,
         tokens=tokens,
-        max_length=config.data.max_length if spec.startswith("hf:") else None,
+        max_length=options.max_length if spec.startswith("hf:") else None,
     )
-    if config.objective.teacher_tokenizer == "must_match":
+    if options.student_ids:
         compare_tokenizers(tokenizer, teacher.tokenizer)
     return teacher
 
 
-def check_stored_tokenizers(config: Config, source: Source, tokenizer: Any) -> None:
-    """``teacher_tokenizer = must_match`` for teachers whose features are stored in shards."""
-    from dalr_scale.teachers.models import tokenizer_hash
+def check_stored_tokenizers(
+    teachers: TeachersConfig, source: Source, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Require that stored features were computed with the student's tokenizer.
 
-    if config.objective.teacher_tokenizer != "must_match":
-        return
-    specs = [s for s in (*config.teachers.text, *config.teachers.tokens) if s.startswith(STORED)]
+    Raises:
+        UserError: another tokenizer.
+    """
+    specs = [s for s in (*teachers.text, *teachers.tokens) if s.startswith(STORED)]
     for name in (spec.removeprefix(STORED) for spec in specs):
         stored = open_features(source.shards[0], name).manifest["tokenizer_sha256"]
         if stored != tokenizer_hash(tokenizer):
             raise UserError(
-                f"feature set '{name}' of {source.shards[0]} was made with another tokenizer than "
-                "the student's; set --objective.teacher_tokenizer=retokenise"
+                f"feature set '{name}' of {source.shards[0]} was computed with another tokenizer "
+                "than the student's; set --objective.teacher_tokenizer=retokenise"
             )
 
 
-def _model_spec(config: Config, spec: str) -> str:
+def _model_spec(spec: str, options: OnlineOptions) -> str:
     prefix, colon, path = spec.partition(":")
     if not colon or prefix not in ("hf", "open_clip"):
         raise UserError(
             f"teacher '{spec}' must be features:NAME, hf:DIRECTORY or open_clip:DIRECTORY"
         )
-    return spec if path.startswith("package:") else f"{prefix}:{config.path(path)}"
+    return spec if path.startswith("package:") else f"{prefix}:{options.path_of(path)}"

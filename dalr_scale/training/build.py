@@ -7,33 +7,34 @@ waits for another one and before a weight is trained.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from dataclasses import dataclass
-from fractions import Fraction
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from dalr_scale.config import Config, new_encoder_pooler
-from dalr_scale.data.shards.files import expand_shards
-from dalr_scale.data.shards.remote import RemoteShards
+from dalr_scale.config import Config
 from dalr_scale.data.shards.token_id_store import Encoding
 from dalr_scale.data.stream.bad_rows import BadRows
-from dalr_scale.data.stream.order import Part, StreamPlan, share_rows
-from dalr_scale.data.stream.source import Source
+from dalr_scale.data.stream.opening import (
+    count_bad_rows,
+    find_shards,
+    open_source,
+    plan_stream,
+)
+from dalr_scale.data.stream.order import StreamPlan
+from dalr_scale.data.stream.source import Source, Sources
 from dalr_scale.distributed.world import World
 from dalr_scale.errors import UserError
+from dalr_scale.models.build import build_encoder as build_student
 from dalr_scale.models.dalr import DalrModel, FeatureWidths, LossSpec
 from dalr_scale.models.encoder import SentenceEncoder
-from dalr_scale.models.row_dropout import install_row_dropout
-from dalr_scale.models.tokenizer import first_line, load_tokenizer
+from dalr_scale.models.tokenizer import tokenizer_hash
 from dalr_scale.objective.registry import needs_of
 from dalr_scale.objective.term import Needs
 from dalr_scale.teachers.mixing import resolve_token_mix, text_weights, token_weights
-from dalr_scale.teachers.models import tokenizer_hash
 from dalr_scale.teachers.online import (
     STORED,
+    OnlineOptions,
     OnlineTeachers,
     build_online_teachers,
     check_stored_tokenizers,
@@ -100,67 +101,25 @@ def quickstart_spec(config: Config) -> Any:
 
 def build_streams(config: Config) -> Streams:
     """Opens the shards and their features, and lays out the order of the batches."""
-    needs = needs_of(config.objective)
-    data, size = config.data, config.batch.global_size
+    needs, data = needs_of(config.objective), config.data
     roles = pair_roles(config, needs)
-    pairs = _source(config, data.pairs, data.pair_weights, roles, needs)
+    online = needs.image and _online(config.teachers.image)
+    pairs = open_source(
+        data, config.path, data.pairs, data.pair_weights, features=roles, with_images=online
+    )
     roles = _text_roles(config, needs) if config.objective.distil_text_batches else {}
-    text = _source(config, data.text, data.text_weights, roles, None)
-    fraction = data.pair_fraction
-    plan = StreamPlan(
+    text = open_source(data, config.path, data.text, data.text_weights, features=roles)
+    sources = Sources(text, pairs)
+    plan = plan_stream(
+        data,
+        sources,
         seed=config.run.seed,
         global_batch=config.batch.global_size,
-        text_items=text.num_items if text else 0,
-        pair_items=pairs.num_items if pairs else 0,
-        alternation="proportional" if fraction else config.objective.alternation,
-        pair_fraction=Fraction(str(fraction)) if fraction else None,
+        alternation=config.objective.alternation,
         tail=config.objective.tail,
-        text_parts=_parts(text, data.text_weights, size),
-        pair_parts=_parts(pairs, data.pair_weights, size),
     )
     steps = count_steps(config.optim, plan.steps_per_epoch)
-    given = {name: s for name, s in (("text", text), ("pair", pairs)) if s is not None}
-    bad_rows = BadRows(
-        {name: source.num_items for name, source in given.items()},
-        {name: source.quarantine() for name, source in given.items()},
-        data.max_bad_fraction,
-    )
-    return Streams(text, pairs, plan, steps, bad_rows)
-
-
-def _source(
-    config: Config,
-    patterns: tuple[str, ...],
-    weights: tuple[float, ...],
-    roles: Mapping[str, str],
-    needs: Needs | None,
-) -> Source | None:
-    if not patterns:
-        return None
-    groups = [(pattern,) for pattern in patterns] if weights else [patterns]
-    parts = [_expand(config, group, tuple(roles.values())) for group in groups]
-    shards = [shard for part in parts for shard in part]
-    online = needs is not None and needs.image and _online(config.teachers.image)
-    return Source(
-        shards,
-        features=roles,
-        with_images=bool(online),
-        part_sizes=[len(part) for part in parts],
-    )
-
-
-def _expand(config: Config, patterns: tuple[str, ...], features: tuple[str, ...]) -> list[Path]:
-    """The shard files of some patterns; remote ones are copied to the cache first."""
-    remote = RemoteShards(config.data.remote, config.data.cache, features)
-    local = [str(path) for pattern in patterns for path in remote.localise(pattern, config.path)]
-    return expand_shards(local)
-
-
-def _parts(source: Source | None, weights: tuple[float, ...], size: int) -> tuple[Part, ...]:
-    if source is None or not weights:
-        return ()
-    rows = share_rows(size, weights)
-    return tuple(Part(n, r) for n, r in zip(source.part_items, rows, strict=True))
+    return Streams(text, pairs, plan, steps, count_bad_rows(data, sources))
 
 
 def pair_roles(config: Config, needs: Needs) -> dict[str, str]:
@@ -242,10 +201,19 @@ def build_model(config: Config, streams: Streams, world: World) -> ModelParts:
     torch.manual_seed(config.run.seed)
     encoder = build_encoder(config)
     needs = needs_of(config.objective)
-    teachers = build_online_teachers(config, needs, encoder.tokenizer, world.device)
+    options = OnlineOptions(
+        path_of=config.path,
+        max_length=config.data.max_length,
+        student_ids=config.objective.teacher_tokenizer == "must_match",
+        norm_over_axis=config.objective.g2l_norm == "axis",
+        micro_rows=config.batch.micro_size,
+    )
+    teachers = build_online_teachers(
+        config.teachers, needs, encoder.tokenizer, world.device, options
+    )
     _use_stored_ids(config, streams, encoder.tokenizer)
-    if streams.pairs is not None and needs.text:
-        check_stored_tokenizers(config, streams.pairs, encoder.tokenizer)
+    if streams.pairs is not None and needs.text and options.student_ids:
+        check_stored_tokenizers(config.teachers, streams.pairs, encoder.tokenizer)
     widths = _widths(config, streams, teachers, needs)
     objective = resolve_token_mix(config, streams.pairs, teachers)
     weights, shares = text_weights(config), token_weights(config) if needs.tokens else ()
@@ -265,34 +233,14 @@ def _use_stored_ids(config: Config, streams: Streams, tokenizer: Any) -> None:
 
 
 def build_encoder(config: Config) -> SentenceEncoder:
-    """The student's encoder: pre-trained, or new from ``model.architecture``."""
-    if config.model.encoder:
-        path = config.path(config.model.encoder)
-        encoder = SentenceEncoder.from_directory(str(path), config.model.pooler or None)
-    else:
-        tokenizer = load_tokenizer(config.path(config.data.tokenizer))
-        encoder = _new_encoder(config, tokenizer)
-    if config.data.max_length > encoder.max_length:
-        raise UserError(
-            f"data.max_length = {config.data.max_length} exceeds the encoder's "
-            f"{encoder.max_length} positions; lower it"
-        )
-    if config.batch.dropout_keys == "row":
-        encoder.row_keys = install_row_dropout(encoder.backbone)
-    if config.model.activation_checkpointing:
-        # recomputation must see the same parameter shapes that ZeRO-3 gathered
-        encoder.gradient_checkpointing(use_reentrant=config.engine.kind == "zero3")
-    return encoder
-
-
-def _new_encoder(config: Config, tokenizer: Any) -> SentenceEncoder:
-    pooler = new_encoder_pooler(config.model)
-    try:
-        return SentenceEncoder.from_config(config.model.architecture, tokenizer, pooler)
-    except UserError:
-        raise
-    except Exception as error:  # impossible sizes: transformers and torch raise whatever they meet
-        raise UserError(f"model.architecture cannot be built: {first_line(error)}") from error
+    """The student's encoder, see ``models.build``."""
+    return build_student(
+        config.model,
+        config.data,
+        config.path,
+        row_keyed_dropout=config.batch.dropout_keys == "row",
+        use_reentrant=config.engine.kind == "zero3",
+    )
 
 
 def _widths(
@@ -330,5 +278,5 @@ def open_held_out(config: Config) -> Source | None:
     if not config.eval.retrieval:
         return None
     name = config.teachers.image.removeprefix(STORED)
-    shards = _expand(config, config.eval.retrieval, (name,))
+    shards = find_shards(config.data, config.path, config.eval.retrieval, (name,))
     return Source(shards, features={"image": name})

@@ -17,7 +17,7 @@ from dalr_scale.distributed.world import World
 from dalr_scale.engines.ds_config import ds_config
 from dalr_scale.engines.precision import resolve_precision
 from dalr_scale.errors import UserError
-from dalr_scale.eval.suite import EvaluationSuite, build_suite
+from dalr_scale.eval.suite import EvaluationPaths, EvaluationSuite, build_suite
 from dalr_scale.objective.registry import needs_of
 from dalr_scale.training.build import (
     ModelParts,
@@ -110,5 +110,6 @@ def assemble(config: Config, world: World) -> Assembly:
     streams = build_streams(config)
     parts = build_model(config, streams, world)
     held_out = open_held_out(config)
-    suite = build_suite(config, parts.model.encoder, held_out, world)
+    paths = EvaluationPaths(config.data_root, config.path)
+    suite = build_suite(config.eval, paths, parts.model.encoder, held_out, world)
     return Assembly(streams, parts, suite, held_out)

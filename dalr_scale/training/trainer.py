@@ -18,8 +18,9 @@ from dalr_scale.config import Config
 from dalr_scale.config.text import to_toml
 from dalr_scale.data.stream.augment import Augment
 from dalr_scale.data.stream.batch import Batch
-from dalr_scale.data.stream.loader import LoaderOptions, Sources, make_loader
+from dalr_scale.data.stream.loader import LoaderOptions, make_loader
 from dalr_scale.data.stream.order import ORDER_VERSION
+from dalr_scale.data.stream.source import Sources
 from dalr_scale.distributed.world import World
 from dalr_scale.engines.protocol import Engine, StepResult
 from dalr_scale.engines.restore import OtherParameters

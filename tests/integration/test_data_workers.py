@@ -19,9 +19,9 @@ SETUP = """
     from pathlib import Path
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
-    from dalr_scale.data.stream.loader import LoaderOptions, Sources, make_loader
+    from dalr_scale.data.stream.loader import LoaderOptions, make_loader
     from dalr_scale.data.stream.order import StreamPlan
-    from dalr_scale.data.stream.source import Source
+    from dalr_scale.data.stream.source import Source, Sources
 
     core = Tokenizer(models.WordLevel({"[PAD]": 0, "[UNK]": 1}, "[UNK]"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="[PAD]")

@@ -9,8 +9,8 @@ import pytest
 from export_models import build, make_run
 
 from dalr_scale.cli import main as cli
-from dalr_scale.commands.evaluate import data_root
 from dalr_scale.errors import UserError
+from dalr_scale.eval.score import data_root
 
 LINES = [("a dog", "a dog", 5), ("a dog", "the dog", 4), ("a dog", "red cat", 1), ("a", "man", 0)]
 
@@ -49,7 +49,7 @@ def test_graded_pairs_are_scored_beside_word_overlap(tmp_path, capsys):
 
 def test_mistakes_are_one_line_and_cost_no_encoding(data, tmp_path, capsys, monkeypatch):
     model = str(build(tmp_path).save(tmp_path / "model"))
-    monkeypatch.setattr("dalr_scale.commands.evaluate.make_encode_fn", lambda *_, **__: pytest.fail)
+    monkeypatch.setattr("dalr_scale.eval.score.make_encode_fn", lambda *_, **__: pytest.fail)
     (tmp_path / "old.json").write_text("{}")
     for words, message in (
         ((model, "--tasks", "STS-C"), "unknown task 'STS-C'"),

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoTokenizer
 
 from dalr_scale.cli import main as cli
-from dalr_scale.commands.export import export
 from dalr_scale.errors import UserError
+from dalr_scale.eval.export import export
 from dalr_scale.models.encoder import SentenceEncoder, encode_sentences, pool
 
 SENTENCES = [

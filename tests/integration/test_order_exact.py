@@ -11,9 +11,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from dalr_scale.data.shards.writer import write_text_shards
-from dalr_scale.data.stream.loader import LoaderOptions, Sources, make_loader
+from dalr_scale.data.stream.loader import LoaderOptions, make_loader
 from dalr_scale.data.stream.order import Part, StreamPlan, share_rows
-from dalr_scale.data.stream.source import Source
+from dalr_scale.data.stream.source import Source, Sources
 
 BATCH, EPOCHS = 12, 4
 TEXT, PAIRS = 125, 64  # 10 and 5 batches a pass, tails of 5 and 4

@@ -109,7 +109,7 @@ BAD = {
     "fake.txt.zst": (PLAIN, "fake.txt.zst: cannot be read"),
     "fake.txt.xz": (PLAIN, "fake.txt.xz: cannot be read"),
     "fake.txt.gz": (PLAIN, "fake.txt.gz: cannot be read"),
-    "table.parquet": (b"PAR1", "table.parquet: is no text file"),
+    "table.parquet": (b"PAR1", "table.parquet: is not a text file"),
     "shard.tar": (b"x", "finished shards only need dalr-scale index"),
 }
 

@@ -20,8 +20,7 @@ from transformers import AutoConfig, AutoModel
 
 from dalr_scale.data.shards.features_store import write_features
 from dalr_scale.data.shards.writer import write_text_shards
-from dalr_scale.models.tokenizer import load_tokenizer
-from dalr_scale.teachers.models import tokenizer_hash
+from dalr_scale.models.tokenizer import load_tokenizer, tokenizer_hash
 
 MORE = 90  # sentences of the second text source
 WIDTH = 16  # of every student, and of the teacher features "same"

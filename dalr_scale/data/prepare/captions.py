@@ -20,7 +20,7 @@ CAPTION_COLUMNS = ("caption", "captions", "comment", "text", "sentence")
 
 @dataclass
 class Captions:
-    """What a caption file says.
+    """The content of a caption file.
 
     Attributes:
         texts: image name -> captions, both in the order of the file.
@@ -36,8 +36,8 @@ def read_captions(path: Path, report: Report, *, max_chars: int) -> Captions:
 
     Understood are: a CSV or TSV with a header (``image,caption``) or with the image name in its
     first column; a Flickr token file (``name.jpg#0<TAB>caption``); JSON lines with ``image`` and
-    ``caption`` or ``captions``; COCO's ``captions_*.json``; Karpathy's ``dataset_*.json``. Which
-    one it is shows in the content, not in the file's suffix.
+    ``caption`` or ``captions``; COCO's ``captions_*.json``; Karpathy's ``dataset_*.json``. The
+    format is recognized by the content, not by the file's suffix.
 
     Args:
         path: the file, UTF-8.
@@ -97,7 +97,7 @@ def clean(text: str, max_chars: int) -> str:
 
 
 def _json_document(text: str) -> dict[str, Any] | None:
-    """The file as one JSON object with a list of images; None when it is anything else."""
+    """Return the file as a JSON object with a list of images; None for any other content."""
     try:
         document = json.loads(text)
     except (ValueError, RecursionError):
@@ -109,7 +109,7 @@ def _json_document(text: str) -> dict[str, Any] | None:
 def _from_document(
     path: Path, document: dict[str, Any], splits: dict[str, str]
 ) -> Iterator[tuple[str, str]]:
-    """Yield (image, caption) of COCO's layout or of Karpathy's, whose splits are noted."""
+    """Yield (image, caption) of COCO's layout or of Karpathy's; record the latter's splits."""
     try:
         if "annotations" in document:
             names = {image["id"]: image["file_name"] for image in document["images"]}
@@ -128,7 +128,7 @@ def _from_document(
         ) from error
     for image, caption in pairs:
         if not isinstance(image, str) or not isinstance(caption, str):
-            raise UserError(f"{path}: has a name or caption that is no text, {image!r}")
+            raise UserError(f"{path}: has a name or caption that is not text, {image!r}")
         yield image, caption
 
 
@@ -146,7 +146,7 @@ def _from_json_lines(path: Path, text: str) -> Iterator[tuple[str, str]]:
             ) from None
         for caption in value if isinstance(value, list) else [value]:
             if not isinstance(caption, str) or not isinstance(image, str):
-                raise UserError(f"{path}: line {number} has a name or caption that is no text")
+                raise UserError(f"{path}: line {number} has a name or caption that is not text")
             yield image, caption
 
 

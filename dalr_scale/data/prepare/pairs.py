@@ -50,7 +50,7 @@ class ImageEntry(NamedTuple):
 
 @dataclass(frozen=True)
 class PairOptions:
-    """What to take and how to store it.
+    """Which images to take and how to store them.
 
     Attributes:
         images: list of the only images to take.
@@ -81,14 +81,14 @@ def prepare_pairs(
     A sample is one image, stored byte for byte as it is, and its captions, one a line. Images
     are decoded once to find damaged ones. Samples are written in an order drawn from a hash of
     their keys, so that every shard is a mixture and the bytes are the same each time. Where the
-    caption file has splits and none is chosen, each becomes a set of its own, ``PREFIX-SPLIT``.
-    An interrupted run is taken up at its last complete shard.
+    caption file has splits and none is chosen, each becomes a separate set, ``PREFIX-SPLIT``.
+    An interrupted run continues after its last complete shard.
 
     Args:
         sources: directories (searched through) and uncompressed tars of images.
         captions: see ``read_captions``.
         output: directory of the shards.
-        options: what to take and how to store it.
+        options: which images to take and how to store them.
 
     Raises:
         UserError: no image, no caption, lists that do not match, or nothing readable.
@@ -127,7 +127,7 @@ def _writer(output: Path, options: PairOptions) -> ShardSetWriter:
 def _splits(
     found: Captions, lookup: _Lookup, options: PairOptions, captions: Path
 ) -> dict[ImageEntry, str] | None:
-    """The split of each image that is wanted; None for files without splits."""
+    """Return the split of each chosen image; None for files without splits."""
     known = set(found.splits.values())
     for name in options.splits:
         if name not in known:
@@ -148,7 +148,7 @@ def _write_set(
     report: Report,
     sources: Sequence[Path],
 ) -> None:
-    """Write one set of shards, going on where an interrupted run of the same set stopped."""
+    """Write one set of shards, continuing an interrupted run of the same set."""
     keys = _unique_keys(chosen)
     order = sorted(chosen, key=lambda image: _shuffle_key(keys[image]))[: options.limit]
     own = Report()
@@ -177,7 +177,7 @@ def _job_hash(
     keys: Mapping[ImageEntry, str],
     texts: Mapping[ImageEntry, list[str]],
 ) -> str:
-    """Changes with everything that decides the bytes of a set, as far as it shows unopened."""
+    """Return a hash of everything that determines the bytes of a set, without opening images."""
     times = {path: path.stat().st_mtime_ns for path in {image.path for image in order}}
     found = hashlib.sha256()
     for image in order:
@@ -203,8 +203,16 @@ def list_images(sources: Sequence[Path]) -> list[ImageEntry]:
     return [found[name] for name in sorted(found)]
 
 
+def has_images(directory: Path) -> bool:
+    """Whether a directory holds images that ``list_images`` accepts."""
+    try:
+        return bool(list_images([directory]))
+    except UserError:
+        return False
+
+
 def _is_image(name: str) -> bool:
-    # Files that begin with a dot are what some systems leave beside the real ones.
+    # Some systems write files that begin with a dot next to the real ones.
     base = name.rpartition("/")[2]
     return base.lower().endswith(_SUFFIXES) and not base.startswith(".")
 
@@ -236,7 +244,7 @@ class _Lookup:
             base = PurePosixPath(image.name)
             self._exact[image.name] = image
             for name in (base.name, base.stem):
-                # None marks a name that fits several images and so decides nothing.
+                # None marks a name that fits several images.
                 other = self._loose.setdefault(name, image)
                 self._loose[name] = image if other == image else None
 
@@ -252,7 +260,7 @@ def _join(
     sources: Sequence[Path],
     report: Report,
 ) -> dict[ImageEntry, list[str]]:
-    """Give every image its captions; refuse lists that have nothing in common."""
+    """Return the captions of each image; refuse lists that have no image in common."""
     lookup = _Lookup(images)
     texts: dict[ImageEntry, list[str]] = {}
     for name, lines in captions.items():
@@ -276,7 +284,7 @@ def _join(
 def _choose(
     texts: Mapping[ImageEntry, list[str]], lookup: _Lookup, options: PairOptions, report: Report
 ) -> list[ImageEntry]:
-    """Apply the lists of what to keep and what to leave out."""
+    """Apply the lists of images to take and images to leave out."""
     keep = _listed(options.images, lookup, report)
     drop = _listed(options.exclude, lookup, report) or set()
     chosen = []
@@ -293,7 +301,7 @@ def _choose(
 
 
 def _listed(path: Path | None, lookup: _Lookup, report: Report) -> set[ImageEntry] | None:
-    """Return the images a list names; refuse a list that fits none (the wrong file, surely)."""
+    """Return the images that a list names; refuse a list without a match (a wrong file)."""
     if path is None:
         return None
     names = read_names(path)
@@ -310,7 +318,7 @@ def _listed(path: Path | None, lookup: _Lookup, report: Report) -> set[ImageEntr
 
 
 def _unique_keys(images: Iterable[ImageEntry]) -> dict[ImageEntry, str]:
-    """Name the samples after their images; names that become equal get a number."""
+    """Return a sample key for each image, from its name; equal keys get a number."""
     keys: dict[ImageEntry, str] = {}
     used: set[str] = set()
     for image in sorted(images):

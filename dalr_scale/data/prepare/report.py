@@ -1,4 +1,4 @@
-"""What a preparation wrote, left out, and why: counts with a few examples each."""
+"""Counts of a preparation: samples written, samples left out by reason, with examples."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class Report:
 
     Attributes:
         shards: the shards written.
-        written: number by what it counts, e.g. ``{"images": 6000}``.
+        written: number by kind, e.g. ``{"images": 6000}``.
         skipped: number by reason.
-        examples: the first few different things skipped, by reason; one more than is shown.
+        examples: the first few skipped names, by reason; one more than is shown.
     """
 
     shards: list[Path] = field(default_factory=list)
@@ -28,14 +28,14 @@ class Report:
     examples: dict[str, list[str]] = field(default_factory=dict)
 
     def skip(self, reason: str, example: str | None = None, count: int = 1) -> None:
-        """Count something that was left out."""
+        """Count items that were left out, with the name of one of them."""
         self.skipped[reason] += count
         kept = self.examples.setdefault(reason, [])
         if example is not None and example not in kept and len(kept) <= _EXAMPLES:
             kept.append(example)
 
     def counts(self) -> dict[str, dict[str, object]]:
-        """Return what was counted, for ``restore``."""
+        """Return all counts, for ``restore``."""
         return {
             "written": dict(self.written),
             "skipped": dict(self.skipped),
@@ -43,7 +43,7 @@ class Report:
         }
 
     def restore(self, counts: Mapping[str, Mapping[str, Any]]) -> None:
-        """Go on counting from what ``counts`` returned."""
+        """Continue from the counts that ``counts`` returned."""
         self.written.update(counts.get("written", {}))
         self.skipped.update(counts.get("skipped", {}))
         self.examples.update({k: list(v) for k, v in counts.get("examples", {}).items()})
@@ -63,7 +63,7 @@ class Report:
         directory = self.shards[0].parent if self.shards else "-"
         found = [f"wrote {what} to {len(self.shards):,} shards ({size:.1f} MB) in {directory}"]
         for reason, number in self.skipped.items():
-            # Names come from outside: repr keeps control characters off the terminal.
+            # Names are user input: repr keeps control characters off the terminal.
             kept = self.examples[reason]
             shown = ", ".join(
                 [*map(repr, kept[:_EXAMPLES]), *(["..."] if kept[_EXAMPLES:] else [])]

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -105,7 +105,7 @@ class FeatureTable:
     level: str
     dim: int
     rows: int
-    manifest: dict[str, Any]
+    manifest: Mapping[str, object]
     values: FileArray
     offsets: FileArray | None
     sums: FileArray | None = None
@@ -230,13 +230,13 @@ def open_features(shard: Path, name: str, header: IndexHeader | None = None) -> 
             f"{path}: missing; compute the feature set {name!r} with dalr-scale features {shard}"
         )
     packed = PackedTar(path, _ARRAYS, _REMEDY)
-    manifest = _checked_manifest(packed, name)
+    facts = _checked_manifest(packed, name)
     header = header or ensure_index(shard).header
-    if manifest["shard_sha256"] != header.sha256:
+    if facts.shard_sha256 != header.sha256:
         raise packed.malformed(f"belongs to another state of {shard.name}")
     values = packed.array("values", _HALF, 2)
-    offsets = packed.array("offsets", OFFSET, 1) if manifest["level"] == "token" else None
-    level, rows, dim = manifest["level"], manifest["rows"], manifest["dim"]
+    level, rows, dim = facts.level, facts.rows, facts.dim
+    offsets = packed.array("offsets", OFFSET, 1) if level == "token" else None
     rising = None if offsets is None else offsets.whole()
     _check_shape(path, len(values), level, rising, header.rows(level))
     if values.shape[1] != dim or rows != header.rows(level):
@@ -244,7 +244,7 @@ def open_features(shard: Path, name: str, header: IndexHeader | None = None) -> 
     sums = packed.array("sums", CRC, 1) if packed.has("sums") else None
     if sums is not None and len(sums) != rows:
         raise packed.malformed(f"has {len(sums)} checksums for {rows} rows")
-    return FeatureTable(path, level, dim, rows, manifest, values, offsets, sums)
+    return FeatureTable(path, level, dim, rows, packed.manifest, values, offsets, sums)
 
 
 def feature_facts(shard: Path, name: str, header: IndexHeader) -> tuple[str, int, str]:
@@ -265,20 +265,29 @@ def feature_facts(shard: Path, name: str, header: IndexHeader) -> tuple[str, int
         if isinstance(level, str) and isinstance(dim, int) and isinstance(sha256, str):
             return level, dim, sha256
     table = open_features(shard, name, header)
-    return table.level, table.dim, table.manifest["values_sha256"]
+    return table.level, table.dim, str(table.manifest["values_sha256"])
 
 
-def _checked_manifest(packed: PackedTar, name: str) -> dict[str, Any]:
+class _Facts(NamedTuple):
+    level: str
+    rows: int
+    dim: int
+    shard_sha256: str
+
+
+def _checked_manifest(packed: PackedTar, name: str) -> _Facts:
     manifest = packed.manifest
     if manifest.get("schema") != SCHEMA:
         raise packed.malformed(f"has no manifest of schema {SCHEMA}")
-    if manifest.get("name") != name or manifest.get("level") not in LEVELS:
+    level, rows, dim = manifest.get("level"), manifest.get("rows"), manifest.get("dim")
+    if manifest.get("name") != name or level not in LEVELS:
         raise packed.malformed("has a manifest with a wrong name or level")
-    if not all(isinstance(manifest.get(key), int) for key in ("rows", "dim")):
+    if not isinstance(rows, int) or not isinstance(dim, int):
         raise packed.malformed("has a manifest without rows and dim")
-    if not all(isinstance(manifest.get(key), str) for key in ("shard_sha256", "values_sha256")):
+    shard, values = manifest.get("shard_sha256"), manifest.get("values_sha256")
+    if not isinstance(shard, str) or not isinstance(values, str):
         raise packed.malformed("has a manifest without checksums")
-    return manifest
+    return _Facts(str(level), rows, dim, shard)
 
 
 def _check_values(

@@ -25,7 +25,7 @@ IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 SHARD_EXTENSIONS = frozenset((*IMAGE_EXTENSIONS, "txt", "json", "npy"))
 FEATURE_SUFFIX = ".features.tar"
 TOKENS_SUFFIX = ".tokens.tar"
-COMPANION_SUFFIXES = (FEATURE_SUFFIX, TOKENS_SUFFIX)  # tars that belong to a shard, and are none
+COMPANION_SUFFIXES = (FEATURE_SUFFIX, TOKENS_SUFFIX)  # tars that are not shards but belong to one
 
 _ZERO_BLOCK = bytes(BLOCK)
 _LONG_NAME_LIMIT = 4096  # bytes of a GNU long name
@@ -44,7 +44,7 @@ class Member(NamedTuple):
 
 
 class _Irregular(Exception):
-    """What is wrong with the archive; the walk adds the file and the position."""
+    """A fault of the archive; the walk adds file and position to the message."""
 
 
 class _Entry(NamedTuple):
@@ -82,7 +82,7 @@ def sample_key(name: str) -> str:
 def open_regular(path: Path | str) -> int:
     """Open a regular file for reading and return its descriptor; pipes and devices are refused."""
     try:
-        # O_NONBLOCK: opening a named pipe would otherwise wait for a writer for ever.
+        # O_NONBLOCK: opening a named pipe would otherwise wait for a writer indefinitely.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
         raise UserError(f"{path}: cannot be opened ({error.strerror}); check the path") from error
@@ -113,8 +113,8 @@ def walk_tar(
 ) -> Iterator[Member]:
     """Yield the regular files of an uncompressed tar in archive order, checking every header.
 
-    Directories are passed over (``tar -cf x.tar directory`` writes them). A leading ``./`` is
-    dropped from names.
+    Directories are skipped (``tar -cf x.tar directory`` writes them). A leading ``./`` is dropped
+    from names.
 
     Args:
         path: the archive.
@@ -146,7 +146,7 @@ def walk_descriptor(
         while True:
             header = read_exactly(descriptor, BLOCK, position)
             if len(header) < BLOCK:
-                raise _Irregular("ends without the end-of-archive marker, so it has been cut off")
+                raise _Irregular("ends without the end-of-archive marker, so it has been truncated")
             if header == _ZERO_BLOCK:
                 _check_padding(descriptor, position, file_size)
                 return
@@ -183,7 +183,7 @@ def _check_padding(descriptor: int, position: int, file_size: int) -> None:
     """Require a second zero block and nothing but zeros up to the end of the file."""
     rest = file_size - position
     if rest < 2 * BLOCK:
-        raise _Irregular("ends inside the end-of-archive marker, so it has been cut off")
+        raise _Irregular("ends inside the end-of-archive marker, so it has been truncated")
     if rest > _PADDING_LIMIT:
         raise _Irregular(f"has {rest} bytes after the end-of-archive marker")
     if read_exactly(descriptor, rest, position).count(0) != rest:
@@ -215,7 +215,7 @@ def _number(field: bytes, what: str) -> int:
 
 
 def _read_extension(descriptor: int, entry: _Entry, start: int) -> dict[bytes, bytes]:
-    """Return what a GNU long name or PAX header says about the next member (path and size)."""
+    """Return path and size of the next member from a GNU long name or PAX header."""
     limit = _LONG_NAME_LIMIT if entry.kind == b"L" else _PAX_LIMIT
     if entry.size > limit:
         raise _Irregular(f"has an extended header of {entry.size} bytes (at most {limit})")
@@ -316,11 +316,11 @@ def expand_shards(patterns: Sequence[str], root: Path | None = None) -> list[Pat
 
 
 def _match(text: str, root: Path | None) -> list[str]:
-    """Strings, not paths: with thousands of shards the difference is felt."""
+    """Return strings, because paths are slow for thousands of shards."""
     # Streaming readers run commands and open URLs given as file names; this list takes files only.
     if text == "-" or re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", text):
         raise UserError(f"{text!r} is a URL or a command; name a file")
-    path = str((root or Path()) / text)  # without the likes of a//b and a/./b
+    path = str((root or Path()) / text)  # a//b and a/./b become a/b
     if os.path.isdir(path):
         candidates = glob.glob(os.path.join(glob.escape(path), "*.tar"))
     elif glob.has_magic(text):
@@ -350,7 +350,7 @@ def expand_braces(pattern: str) -> list[str]:
 
 
 def shard_names(shards: Sequence[Path]) -> list[str]:
-    """File names, with their directory's where two are equal, numbered where that does not help."""
+    """Return file names; equal ones with their directory, and numbered if still equal."""
     names = _where_equal([s.name for s in shards], [f"{s.parent.name}/{s.name}" for s in shards])
     return _where_equal(names, [f"{name} ({k})" for k, name in enumerate(names)])
 

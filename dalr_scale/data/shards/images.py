@@ -1,4 +1,4 @@
-"""Images from untrusted bytes: three formats, a cap on the pixels, and no half images."""
+"""Images from untrusted bytes: three formats, a limit of the pixels, complete images only."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def decode_image(data: bytes) -> Image.Image:
     try:
         with _open(data) as image:
             return image.convert("RGB")
-    except Exception as error:  # Pillow's parsers raise whatever they trip over
+    except Exception as error:  # Pillow's parsers raise many exception types
         raise _reason(error) from error
 
 
@@ -45,7 +45,7 @@ def check_image(data: bytes) -> str:
                 image.draft("RGB", (max(1, image.width // 8), max(1, image.height // 8)))
             image.load()
             return extension
-    except Exception as error:  # Pillow's parsers raise whatever they trip over
+    except Exception as error:  # Pillow's parsers raise many exception types
         raise _reason(error) from error
 
 

@@ -1,19 +1,19 @@
-"""The index beside a shard: where every item is, and the checksum of its bytes.
+"""The index of a shard: place and checksum of every item.
 
-``X.tar.idx`` is a fixed header and four arrays that are read as they are:
+``X.tar.idx`` is a fixed header and four arrays, read without conversion:
 
-    header   magic, version, shard size and modification time, counts, SHA-256, checksums
-    items    one row per caption or sentence (``ITEM``), in shard order
-    samples  one row per sample (``SAMPLE``), in shard order
-    aside    one row per line or sample that cannot be used (``QUARANTINE``): the quarantine list
-    keys     the sample keys, one after the other, UTF-8
+    header       magic, version, shard size and modification time, counts, SHA-256, checksums
+    items        one row per caption or sentence (``ITEM``), in shard order
+    samples      one row per sample (``SAMPLE``), in shard order
+    quarantined  one row per line or sample that cannot be used (``QUARANTINE``)
+    keys         the sample keys, one after the other, UTF-8
 
-An item is one non-blank line of a ``.txt`` member, without the blanks around it. What is set aside
-has no item, so training never sees it; the list is part of the data's fingerprint. A fault of the
-archive itself (a header, the end marker, a torn sample) is no matter of one sample: the shard is
-refused, because nobody can say what is missing from it. The index belongs
-to one state of the shard: its size, modification time and SHA-256 are recorded, a change is
-noticed, and the index is built again.
+An item is one non-blank line of a ``.txt`` member, without surrounding white space. A quarantined
+line or sample has no item, so training never sees it; the list is part of the data's fingerprint.
+With a fault of the archive itself (a header, the end marker, the members of a sample not adjacent)
+the whole shard is refused, because the missing content is unknown. The index belongs to one state
+of the shard: its size, modification time and SHA-256 are recorded, a change is detected, and the
+index is built again.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ REASONS = (
     "has a huge text",
     "has an image that cannot be decoded",
 )
-NO_CAPTION = 0  # an incomplete pair rather than a damaged one
+NO_CAPTION = 0  # incomplete, not damaged
 WHOLE = 0xFFFFFFFF  # in place of a line: the sample with all its lines
 
 _MAGIC = b"DALRIDX\x02"
@@ -242,13 +242,13 @@ class IndexFile:
 
 
 def index_path(shard: Path) -> Path:
-    """Return where the index of a shard lies: ``X.tar`` -> ``X.tar.idx``."""
+    """Return the path of a shard's index: ``X.tar`` -> ``X.tar.idx``."""
     return shard.with_name(shard.name + ".idx")
 
 
 def current_index(shard: Path) -> IndexFile | None:
-    """Return the index beside the shard if it is there, whole, and of this state of the shard."""
-    path = f"{shard}.idx"  # thousands of shards pass here: strings are faster than paths
+    """Return the shard's index if it exists, is complete, and is of this state of the shard."""
+    path = f"{shard}.idx"  # strings, because paths are slow for thousands of shards
     try:
         descriptor = open_regular(path)
     except UserError as error:
@@ -290,7 +290,7 @@ def _damaged(shard: Path) -> UserError:
 
 
 def _check_bounds(index: ShardIndex) -> None:
-    """Refuse rows that point outside the shard, whatever their checksum says."""
+    """Refuse rows that point outside the shard, even with a valid checksum."""
     items, samples, header = index.items, index.samples, index.header
 
     def inside(offset: np.ndarray, size: np.ndarray, limit: int) -> bool:

@@ -1,4 +1,4 @@
-"""Builds, refreshes and checks the indexes beside shards; ``index_file`` says what is in one."""
+"""Builds and refreshes the indexes of shards; ``index_file`` describes their format."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import logging
 import os
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 
@@ -33,10 +33,8 @@ from dalr_scale.data.shards.index_file import (
     WHOLE,
     IndexFile,
     IndexHeader,
-    ShardIndex,
     current_index,
     index_path,
-    read_header,
     shard_status,
 )
 from dalr_scale.errors import UserError
@@ -50,8 +48,8 @@ def ensure_index(shard: Path, *, deep: bool = False) -> IndexFile:
 
     With ``deep`` every image is decoded, and those that cannot be decoded are quarantined.
 
-    Several processes may do this at once: each writes its own temporary file and renames it. In a
-    directory that cannot be written to, the index stays in memory.
+    Several processes may do this at the same time: each writes its own temporary file and renames
+    it. If the directory is not writable, the index stays in memory.
 
     Raises:
         UserError: the shard is not a valid WebDataset tar of samples, or holds none.
@@ -73,7 +71,7 @@ def ensure_index(shard: Path, *, deep: bool = False) -> IndexFile:
 
 
 def write_index(shard: Path, blob: bytes) -> None:
-    """Write an index beside its shard, by temporary file and rename."""
+    """Write an index next to its shard, by temporary file and rename."""
     path = index_path(shard)
     temporary = path.with_name(f"{path.name}.tmp-{process_name()}")
     try:
@@ -91,8 +89,8 @@ def build_index(shard: Path, *, deep: bool = False) -> tuple[IndexHeader, bytes]
         deep: decode every image too.
 
     Raises:
-        UserError: the tar is irregular (see ``walk_tar``), a sample is torn apart, no sample can
-            be used, or the shard changed while it was read.
+        UserError: the tar is irregular (see ``walk_tar``), the members of a sample are not
+            adjacent, no sample can be used, or the shard changed while it was read.
     """
     before = shard_status(shard)
     rows = _Rows()
@@ -143,7 +141,7 @@ class _Rows:
     keys: bytearray = field(default_factory=bytearray)
 
     def add(self, descriptor: int, key: str, members: list[Member], deep: bool) -> None:
-        """Append one sample with its items; or without, when it has to be set aside."""
+        """Append one sample with its items; without items if it has to be quarantined."""
         number, first = len(self.samples), len(self.items)
         image = 0, 0, 0
         try:
@@ -199,50 +197,13 @@ class _Rows:
         )
 
 
-def check_shard(shard: Path) -> list[str]:
-    """Compare a shard with the index beside it, byte by byte, and return what does not agree.
-
-    Nothing is written. A changed modification time alone is no fault.
-    """
-    path = index_path(shard)
-    if not path.is_file():
-        return [f"{path}: missing; run dalr-scale index {shard}"]
-    old = read_header(path)
-    if old is None:
-        return [f"{path}: damaged or of another version; run dalr-scale index {shard}"]
-    try:
-        arrays = IndexFile(shard, old).load()
-        faults = [f"{shard}: {text}" for text in _crc_faults(arrays)]
-        new, _ = build_index(shard, deep=old.deep)
-    except UserError as error:
-        return [str(error)]
-    if replace(new, mtime_ns=0) != replace(old, mtime_ns=0) and not faults:
-        faults.append(f"{shard}: differs from what was indexed; copy or index it again")
-    return faults
-
-
-def _crc_faults(index: ShardIndex) -> Iterator[str]:
-    """Name every caption and image whose bytes have another checksum than the index says."""
-    descriptor = open_regular(index.shard)
-    try:
-        for offset, size, crc, sample, line in index.items.tolist():
-            if zlib.crc32(read_exactly(descriptor, size, offset)) != crc:
-                yield f"line {line + 1} of sample {index.key(sample)!r} has changed"
-        for number, row in enumerate(index.samples):
-            data = read_exactly(descriptor, int(row["image_size"]), int(row["image"]))
-            if zlib.crc32(data) != int(row["image_crc32"]):
-                yield f"the image of sample {index.key(number)!r} has changed"
-    finally:
-        os.close(descriptor)
-
-
 def _grouped(shard: Path) -> Iterator[tuple[str, list[Member]]]:
-    """Group the members into samples; the members of a sample stand together."""
+    """Group the members into samples; the members of a sample are adjacent."""
     seen: set[str] = set()
     for key, group in groupby(walk_tar(shard), key=lambda member: split_name(member.name)[0]):
         if key in seen:
             raise UserError(
-                f"{shard}: the members of sample {key!r} do not stand together; "
+                f"{shard}: the members of sample {key!r} are not adjacent; "
                 "write the shard again with its names sorted"
             )
         seen.add(key)
@@ -276,7 +237,7 @@ def _image_row(descriptor: int, members: dict[str, Member], deep: bool) -> tuple
 
 
 def _cut(text: bytes) -> bytes:
-    """Check that a line is UTF-8 and cut a huge one to CAPTION_LIMIT bytes of whole characters."""
+    """Check that a line is UTF-8, and cut it to at most CAPTION_LIMIT bytes of whole characters."""
     if len(text) <= CAPTION_LIMIT:
         text.decode("utf-8")
         return text

@@ -1,9 +1,9 @@
-"""Packed records: one small WebDataset tar of whole arrays beside a shard.
+"""Packed records: one small WebDataset tar of whole arrays next to a shard.
 
 Such a tar holds one sample: a manifest (its first member) and a few ``.npy`` members, with a row
-for every item (or sample) of the shard. Rows are read where they lie in the tar (see ``arrays``):
-a batch costs a few array operations and not a few Python calls per row. Nothing is unpickled, and
-every size is compared with the file before anything is read.
+for every item (or sample) of the shard. Rows are read from their place in the tar (see ``arrays``):
+a batch costs a few array operations, not Python calls for each row. Nothing is unpickled, and every
+size is compared with the file before anything is read.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import os
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -43,7 +42,7 @@ class PackedTar:
 
     Attributes:
         path: the tar.
-        manifest: what was recorded with the arrays.
+        manifest: the facts recorded with the arrays.
     """
 
     def __init__(self, path: Path, arrays: frozenset[str], remedy: str) -> None:
@@ -52,7 +51,7 @@ class PackedTar:
         Args:
             path: the tar.
             arrays: names of the arrays it may hold.
-            remedy: what the user is told to do when it is malformed.
+            remedy: what to do about a malformed file, for messages.
 
         Raises:
             UserError: it is irregular, or has no manifest that is a JSON object.
@@ -63,10 +62,10 @@ class PackedTar:
         self._file = OpenFile(path)  # one descriptor for all arrays
         members = walk_descriptor(self._file.descriptor, path, extensions)
         self._members = {member.name: member for member in members}
-        self.manifest: dict[str, Any] = self._read_manifest()
+        self.manifest: dict[str, object] = self._read_manifest()
 
     def malformed(self, why: str) -> UserError:
-        """Return the error that says what is wrong with this file."""
+        """Return the error that this file is malformed."""
         return UserError(f"{self.path}: {why}; {self._remedy}")
 
     def has(self, name: str) -> bool:
@@ -77,7 +76,7 @@ class PackedTar:
         """Return an array after checking its type, order, shape and size.
 
         Raises:
-            UserError: it is missing or is not what it should be.
+            UserError: it is missing, or of another type or shape.
         """
         member, (start, shape, fortran, found) = self._array_header(name)
         if found != dtype or fortran or len(shape) != dimensions:
@@ -92,14 +91,14 @@ class PackedTar:
         return FileArray(self._file, member.offset + start, shape, dtype)
 
     def itemsize(self, name: str) -> int:
-        """Return the bytes of one element, as the array's header has it."""
+        """Return the bytes of one element, as stated in the array's header."""
         return self._array_header(name)[1][3].itemsize
 
     def _array_header(self, name: str) -> tuple[Member, _ArrayHeader]:
         member = self._member(f"{name}.npy")
         size = min(member.size, _NPY_START)
         start = self._file.read(size, member.offset)
-        if start[:8] == _NPY_1 and len(start) >= 10:  # only the header, so that equal ones are one
+        if start[:8] == _NPY_1 and len(start) >= 10:  # the header only, which is cached
             start = start[: 10 + int.from_bytes(start[8:10], "little")]
         try:
             return member, _parse_npy(start)
@@ -112,7 +111,7 @@ class PackedTar:
             raise self.malformed(f"has no member {name}")
         return self._members[name]
 
-    def _read_manifest(self) -> dict[str, Any]:
+    def _read_manifest(self) -> dict[str, object]:
         member = self._member(_MANIFEST)
         if member.size > _MANIFEST_LIMIT:
             raise self.malformed(f"has a manifest of {member.size} bytes")
@@ -125,11 +124,11 @@ class PackedTar:
         return manifest
 
 
-def peek_manifest(path: Path | str) -> dict[str, Any] | None:
-    """Read the manifest of a packed tar from its first bytes and look at nothing else.
+def peek_manifest(path: Path | str) -> dict[str, object] | None:
+    """Read the manifest of a packed tar from its first bytes only.
 
-    A tenth of the cost of opening it, for lists of thousands of shards. None means that it is not
-    as ``write_packed`` leaves it; opening it then says what is wrong.
+    This costs a tenth of opening it, which matters for thousands of shards. None means that it is
+    not as ``write_packed`` writes it; opening it then reports the fault.
     """
     descriptor = open_regular(path)
     try:
@@ -146,7 +145,7 @@ def peek_manifest(path: Path | str) -> dict[str, Any] | None:
     return manifest if isinstance(manifest, dict) else None
 
 
-def write_packed(path: Path, manifest: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
+def write_packed(path: Path, manifest: Mapping[str, object], arrays: Mapping[str, np.ndarray]) -> None:
     """Write a packed tar by temporary file and rename; the bytes depend on the content only."""
     members = {_MANIFEST: json.dumps(manifest, sort_keys=True, indent=1).encode()}
     members |= {f"{name}.npy": _npy_bytes(array) for name, array in arrays.items()}

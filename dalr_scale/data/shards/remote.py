@@ -1,7 +1,7 @@
 """Remote shards: copied whole into a local cache, verified, then read like any other shard.
 
 Nothing is opened over the network unless its scheme is allowed by name, and training itself reads
-local files only: a connection that breaks is a matter of the start, not of step 40,000.
+local files only: a broken connection stops the start of a run, not step 40,000.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ import logging
 import os
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Protocol, cast
 from urllib.parse import urlsplit
 
 from tqdm import tqdm
@@ -37,25 +37,38 @@ _IDENTITY = ("ETag", "etag", "checksum", "blob_id", "lfs", "LastModified", "mtim
 log = logging.getLogger(__name__)
 
 
+RemoteFacts = dict[str, str | int | None]  # size and identity of a remote file
+
+
+class FileSystem(Protocol):
+    """The part of an fsspec file system that is used here."""
+
+    def glob(self, path: str) -> list[str]: ...
+
+    def info(self, path: str) -> Mapping[str, object]: ...
+
+    def get_file(self, rpath: str, lpath: str) -> None: ...
+
+
 class RemoteShards:
     """Turns URLs of shards into local files.
 
-    A copy lies in ``CACHE/HASH-OF-DIRECTORY/NAME.tar`` with a note of where it came from. Its size
-    is compared with the remote one, and its SHA-256 with the one that the store names (``hf``) and
-    with that in ``NAME.tar.idx`` where one lies beside the remote shard. A copy is used again as
-    long as its own bytes and the remote file are what they were; without a connection it is used
-    as it is.
+    A copy is stored as ``CACHE/HASH-OF-DIRECTORY/NAME.tar`` with a record of its origin. Its size
+    is compared with the remote one, and its SHA-256 with the one that the store reports (``hf``)
+    and with the one in ``NAME.tar.idx``, if that exists next to the remote shard. A copy is used
+    again as long as neither its bytes nor the remote file have changed; without a connection it is
+    used unchecked.
     """
 
     def __init__(
         self, allowed: Sequence[str], cache: str = "", features: Sequence[str] = ()
     ) -> None:
-        """Name what is allowed.
+        """Set the allowed schemes.
 
         Args:
             allowed: URL schemes.
             cache: directory of the copies; empty: ``~/.cache/dalr_scale``.
-            features: feature sets to copy along where they lie beside a shard.
+            features: feature sets to copy with a shard that has them.
 
         Raises:
             UserError: a scheme that is never opened.
@@ -63,7 +76,7 @@ class RemoteShards:
         for scheme in allowed:
             if scheme not in SCHEMES:
                 raise UserError(
-                    f"data.remote: {scheme!r} is none of the schemes that can be read: "
+                    f"data.remote: {scheme!r} is not one of the schemes that can be read: "
                     f"{', '.join(SCHEMES)}"
                 )
         self._allowed = tuple(allowed)
@@ -93,27 +106,27 @@ class RemoteShards:
             bar = tqdm(copies, total=len(urls), desc="remote shards", unit="", disable=None)
             return list(bar)
 
-    def _copy(self, system: Any, url: str) -> Path:
+    def _copy(self, system: FileSystem, url: str) -> Path:
         name = PurePosixPath(urlsplit(url).path).name
         if not re.fullmatch(r"[\w.-]+\.tar", name):
-            raise UserError(f"{_shown(url)!r} is no name of a shard; it must end in .tar")
+            raise UserError(f"{_shown(url)!r} is not the name of a shard; it must end in .tar")
         directory = url.rpartition("/")[0]
         target = self._cache / hashlib.sha256(directory.encode()).hexdigest()[:16] / name
         target.parent.mkdir(parents=True, exist_ok=True)
         with _locked(target):
             _ensure_copy(system, url, target)
             for feature in self._features:
-                companions = features_path(target, feature)
-                theirs = f"{directory}/{companions.name}"
+                companion = features_path(target, feature)
+                theirs = f"{directory}/{companion.name}"
                 if _info(system, theirs) is not None:
-                    _ensure_copy(system, theirs, companions)
+                    _ensure_copy(system, theirs, companion)
         return target
 
 
-def _file_system(scheme: str) -> Any:
+def _file_system(scheme: str) -> FileSystem:
     import fsspec
 
-    options: dict[str, Any] = {}
+    options: dict[str, object] = {}
     try:
         if scheme in ("http", "https"):
             import aiohttp
@@ -128,7 +141,7 @@ def _file_system(scheme: str) -> Any:
         ) from error
 
 
-def _expand(system: Any, scheme: str, text: str) -> list[str]:
+def _expand(system: FileSystem, scheme: str, text: str) -> list[str]:
     if not any(mark in text for mark in "*?["):
         return [text]
     if scheme in ("http", "https"):
@@ -140,8 +153,8 @@ def _expand(system: Any, scheme: str, text: str) -> list[str]:
     return found
 
 
-def _ensure_copy(system: Any, url: str, target: Path) -> None:
-    """Copy one file unless an unchanged copy is there."""
+def _ensure_copy(system: FileSystem, url: str, target: Path) -> None:
+    """Copy one file unless an unchanged copy exists."""
     note = target.with_name(f"{target.name}.origin.json")
     there = _info(system, url)
     known = _read_note(note)
@@ -169,8 +182,8 @@ def _ensure_copy(system: Any, url: str, target: Path) -> None:
     write_durably(note, json.dumps(record, indent=1).encode())
 
 
-def _download(system: Any, url: str, target: Path, there: dict[str, Any]) -> str:
-    """Copy a file and return its SHA-256; a broken or incomplete copy is tried again."""
+def _download(system: FileSystem, url: str, target: Path, there: RemoteFacts) -> str:
+    """Copy a file and return its SHA-256; repeat a broken or incomplete copy."""
     temporary = target.with_name(f"{target.name}.tmp-{process_name()}")
     fault = ""
     try:
@@ -178,7 +191,7 @@ def _download(system: Any, url: str, target: Path, there: dict[str, Any]) -> str
             time.sleep(pause)
             try:
                 system.get_file(url, str(temporary))
-            except Exception as error:  # every file system has exceptions of its own
+            except Exception as error:  # every file system has its own exceptions
                 fault = f"{type(error).__name__}: {str(error)[:200]}"
                 continue
             sha256, have = _sha256(temporary), temporary.stat().st_size
@@ -194,18 +207,18 @@ def _download(system: Any, url: str, target: Path, there: dict[str, Any]) -> str
 
 
 def _mismatch(
-    system: Any, url: str, target: Path, sha256: str, have: int, there: dict[str, Any]
+    system: FileSystem, url: str, target: Path, sha256: str, have: int, there: RemoteFacts
 ) -> str:
     if there["size"] is not None and have != there["size"]:
         return f"{have} of {there['size']} bytes arrived"
     if there.get("sha256", sha256) != sha256:
-        return "its SHA-256 is not the one that the store names"
+        return "its SHA-256 is not the one that the store reports"
     wanted = _indexed_sha256(system, url, target)
     return f"its SHA-256 is not that of {_shown(url)}.idx" if wanted not in (None, sha256) else ""
 
 
-def _indexed_sha256(system: Any, url: str, target: Path) -> str | None:
-    """What an index beside the remote shard says; None where there is none."""
+def _indexed_sha256(system: FileSystem, url: str, target: Path) -> str | None:
+    """Return the SHA-256 in the index of the remote shard; None without an index."""
     temporary = target.with_name(f"{target.name}.idx.tmp-{process_name()}")
     try:
         if _info(system, f"{url}.idx") is None:
@@ -219,20 +232,22 @@ def _indexed_sha256(system: Any, url: str, target: Path) -> str | None:
         temporary.unlink(missing_ok=True)
 
 
-def _info(system: Any, url: str) -> dict[str, Any] | None:
-    """Size and identity of a remote file as JSON values; None when it cannot be reached."""
+def _info(system: FileSystem, url: str) -> RemoteFacts | None:
+    """Return size and identity of a remote file; None when it cannot be reached."""
     try:
         info = system.info(url)
-    except Exception:  # absent, forbidden or unreachable: each file system says it differently
+    except Exception:  # absent, forbidden or unreachable: exceptions differ by file system
         return None
-    size = info.get("size")
-    identity = {name: str(info[name]) for name in _IDENTITY if info.get(name) is not None}
+    size = cast("int | str | None", info.get("size"))
+    identity: RemoteFacts = {
+        name: str(info[name]) for name in _IDENTITY if info.get(name) is not None
+    }
     if (sha256 := getattr(info.get("lfs"), "sha256", None)) is not None:
         identity["sha256"] = str(sha256)
     return {"size": int(size) if size is not None else None, **identity}
 
 
-def _read_note(path: Path) -> dict[str, Any] | None:
+def _read_note(path: Path) -> dict[str, object] | None:
     try:
         note = json.loads(path.read_bytes())
         return note if {"remote", "local", "sha256"} <= set(note) else None
@@ -247,13 +262,13 @@ def _sha256(path: Path) -> str:
 
 @contextmanager
 def _locked(target: Path) -> Iterator[None]:
-    """Several ranks of a host want the same shard: one copies it, the others wait."""
+    """Lock a shard: one rank of a host copies it, the other ranks wait."""
     with open(target.with_name(f"{target.name}.lock"), "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
 def _shown(url: str) -> str:
-    """A URL without what may be secret: user, password and query."""
+    """Return a URL without its possibly secret parts: user, password and query."""
     head, separator, rest = url.partition("://")
     return head + separator + rest.partition("?")[0].rpartition("@")[2]

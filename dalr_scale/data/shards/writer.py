@@ -28,7 +28,7 @@ def open_tar_writer(stream: BinaryIO) -> TarWriter:
     The time stamp must be the integer 0: a float makes the tar library add a PAX header to each
     member.
     """
-    # The package imports torch, seconds that a refused command or --help need not wait for.
+    # The package imports torch, which would delay --help and refusals by seconds.
     from webdataset.writer import TarWriter
 
     return TarWriter(stream, encoder=False, user="", group="", mtime=0)
@@ -37,12 +37,12 @@ def open_tar_writer(stream: BinaryIO) -> TarWriter:
 class ShardSetWriter:
     """Writes ``PREFIX-000000.tar``, ``PREFIX-000001.tar`` ... into a directory.
 
-    A context manager. The shards are built in a hidden directory beside their final place and moved
-    when the block ends without an exception; otherwise nothing appears. ``shards`` then lists what
-    was written.
+    A context manager. The shards are built in a hidden directory next to their final place and
+    moved when the block ends without an exception; otherwise nothing appears. ``shards`` then lists
+    the written files.
 
-    A job that says what it is (``resuming``) may ``commit`` each full shard with its own progress:
-    an interrupted one finds the committed shards, and ``progress``, when it enters again.
+    A job with a name (``resuming``) may ``commit`` each full shard with its progress: after an
+    interruption the same job continues with the committed shards and their ``progress``.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class ShardSetWriter:
             output: directory of the shards, created when missing.
             prefix: start of the file names; letters, digits, ``-`` and ``_``.
             samples_per_shard: samples in every shard but the last.
-            overwrite: replace an earlier set of the same prefix, with all that lies beside it.
+            overwrite: replace an earlier set of the same prefix, with all companion files.
 
         Raises:
             UserError: the set exists and ``overwrite`` is off, or an argument is unusable.
@@ -88,7 +88,7 @@ class ShardSetWriter:
         return sorted(self.output.glob(pattern))
 
     def __enter__(self) -> ShardSetWriter:
-        """Create the directory to build in; what another job left there is removed."""
+        """Create the directory to build in; remove the files of another job there."""
         state = self._committed()
         if state is None:
             shutil.rmtree(self._building, ignore_errors=True)
@@ -103,7 +103,7 @@ class ShardSetWriter:
         return self
 
     def resuming(self, job: str) -> ShardSetWriter:
-        """Name the job: the same name, and only it, may go on with what is committed."""
+        """Set the name of the job: only the same name continues with the committed shards."""
         self._job = job
         return self
 
@@ -124,7 +124,7 @@ class ShardSetWriter:
         return self._count % self._per_shard == 0
 
     def commit(self, progress: dict[str, Any]) -> None:
-        """Close the full shard and note how far the job has come."""
+        """Close the full shard and record the progress of the job."""
         self._close_shard()
         state = {
             "layout": _LAYOUT,
@@ -144,7 +144,7 @@ class ShardSetWriter:
             members: content by extension, e.g. ``{"jpg": ..., "txt": ...}``.
         """
         if not key or "." in key or key.startswith("/") or not key.isprintable() or "\\" in key:
-            raise ValueError(f"key {key!r} is empty, has a dot, or is no relative name")
+            raise ValueError(f"key {key!r} is empty, has a dot, or is not a relative name")
         if key in self._keys:
             raise ValueError(f"key {key!r} was written before")
         if not members or not SHARD_EXTENSIONS.issuperset(members):
@@ -176,7 +176,7 @@ class ShardSetWriter:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Put the shards in place, or remove every trace of them after an exception."""
+        """Move the shards into place, or remove them after an exception."""
         try:
             self._close_shard()
             if kind is None:
@@ -247,6 +247,6 @@ def write_text_shards(
 
 
 def _write_block(writer: ShardSetWriter, number: int, block: list[str]) -> None:
-    # Half of a surrogate pair (JSON can spell one) has no UTF-8 form; it becomes a question mark.
+    # Half of a surrogate pair (possible in JSON) has no UTF-8 form; it becomes a question mark.
     text = "\n".join(block) + "\n"
     writer.write(f"{number:08d}", {"txt": text.encode("utf-8", "replace")})

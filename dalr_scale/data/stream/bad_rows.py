@@ -1,6 +1,6 @@
-"""How many items of a run's data could not be used, and when that is too many.
+"""Counts the items of a run that could not be used, and stops when there are too many.
 
-Every rank counts the bad rows of all ranks, so that all stop at the same step or none does.
+Every rank counts the bad rows of all ranks, so that all ranks stop at the same step.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ class BadRows:
         quarantine: Mapping[str, Sequence[str]],
         max_fraction: float,
     ) -> None:
-        """Start with what the indexes have set aside.
+        """Start with the quarantined lines and samples of the indexes.
 
         Args:
             sizes: usable items of each stream.
-            quarantine: by stream, what is set aside, a sentence each.
+            quarantine: by stream, a sentence for each quarantined line or sample.
             max_fraction: largest share of a stream that may be bad, 0 to 1.
 
         Raises:
-            UserError: more than that is set aside already.
+            UserError: more than that is quarantined already.
         """
         self.items: dict[str, set[int]] = {kind: set() for kind in sizes}
         self._sizes = dict(sizes)
@@ -51,7 +51,7 @@ class BadRows:
             self._check(kind)
 
     def restore(self, items: Mapping[str, Iterable[int]]) -> None:
-        """Take over what an earlier part of the run has met."""
+        """Restore the bad items of the run before a resume."""
         for kind, numbers in items.items():
             self.items.setdefault(kind, set()).update(numbers)
 

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from typing import NamedTuple, cast
+from typing import cast
 
 import numpy as np
 import torch
@@ -26,10 +26,10 @@ from transformers import PreTrainedTokenizerBase
 from dalr_scale.data.shards.images import decode_image
 from dalr_scale.data.stream.augment import Augment, sample_rng
 from dalr_scale.data.stream.batch import BadRow, Batch, PackedBatch, pack
-from dalr_scale.data.stream.order import Kind, StreamPlan, rank_rows
+from dalr_scale.data.stream.order import StreamPlan, rank_rows
 from dalr_scale.data.stream.prefetch import prefetch
 from dalr_scale.data.stream.records import Records
-from dalr_scale.data.stream.source import Source
+from dalr_scale.data.stream.source import Source, Sources
 from dalr_scale.errors import UserError
 
 ImageTransform = Callable[[Image.Image], Tensor]
@@ -58,17 +58,6 @@ def tokenize(
         input_ids[number, : len(row)] = row
         mask[number, : len(row)] = 1
     return torch.from_numpy(input_ids), torch.from_numpy(mask)
-
-
-class Sources(NamedTuple):
-    """The streams of a run; None for a stream that it does not have."""
-
-    text: Source | None
-    pairs: Source | None
-
-    def of(self, kind: Kind) -> Source | None:
-        """Return the source of ``text`` or ``pair`` batches."""
-        return self.pairs if kind == "pair" else self.text
 
 
 @dataclass(frozen=True)

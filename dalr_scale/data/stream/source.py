@@ -9,7 +9,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
@@ -24,6 +24,7 @@ from dalr_scale.data.shards.token_id_store import (
 )
 from dalr_scale.data.stream import integrity
 from dalr_scale.data.stream.open_shard import OpenShard
+from dalr_scale.data.stream.order import Kind
 from dalr_scale.data.stream.records import TOKENS, Records
 from dalr_scale.errors import UserError
 
@@ -250,6 +251,17 @@ class Source:
                 len(missing), len(self.shards), missing[0].shard,
             )  # fmt: skip
         return not missing
+
+
+class Sources(NamedTuple):
+    """The streams of a run; None for a stream that it does not have."""
+
+    text: Source | None
+    pairs: Source | None
+
+    def of(self, kind: Kind) -> Source | None:
+        """Return the source of ``text`` or ``pair`` batches."""
+        return self.pairs if kind == "pair" else self.text
 
 
 def _starts(counts: list[int]) -> np.ndarray:

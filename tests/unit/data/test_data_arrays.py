@@ -23,10 +23,10 @@ from dalr_scale.data.shards.index_file import index_path
 from dalr_scale.data.shards.indexing import ensure_index
 from dalr_scale.data.shards.token_id_store import Encoding, token_ids_path, write_token_ids
 from dalr_scale.data.stream import source as source_module
-from dalr_scale.data.stream.loader import LoaderOptions, Sources, make_loader
-from dalr_scale.data.stream.source import Source
+from dalr_scale.data.stream.loader import LoaderOptions, make_loader
+from dalr_scale.data.stream.source import Source, Sources
 from dalr_scale.errors import UserError
-from dalr_scale.teachers.models import tokenizer_hash
+from dalr_scale.models.tokenizer import tokenizer_hash
 
 TOKENIZER = small_tokenizer()
 SHA256 = tokenizer_hash(TOKENIZER)

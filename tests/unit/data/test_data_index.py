@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from dalr_scale.data.shards.check import check_shard
 from PIL import Image
 from shard_tools import END, image_bytes, jpeg, oracle_samples, tar_member, write_pairs
 
@@ -18,7 +19,7 @@ from dalr_scale import cli
 from dalr_scale.commands import index as index_command
 from dalr_scale.data.shards.features_store import write_features
 from dalr_scale.data.shards.index_file import CAPTION_LIMIT, IndexHeader, current_index, index_path
-from dalr_scale.data.shards.indexing import build_index, check_shard, ensure_index
+from dalr_scale.data.shards.indexing import build_index, ensure_index
 from dalr_scale.data.stream.source import Source
 from dalr_scale.errors import UserError
 from dalr_scale.run.files import write_durably
@@ -72,7 +73,7 @@ BAD = {
     "two images": ([("a.jpg", jpeg()), ("a.png", b"x"), ("a.txt", b"x")], "several images"),
     "same extension": ([("a.txt", b"x"), ("a.TXT", b"x")], "two members of one kind"),
     "empty image": ([("a.jpg", b""), ("a.txt", b"x")], "empty or huge image"),
-    "torn sample": ([("a.jpg", jpeg()), ("b.txt", b"x"), ("a.txt", b"x")], "do not stand together"),
+    "torn sample": ([("a.jpg", jpeg()), ("b.txt", b"x"), ("a.txt", b"x")], "are not adjacent"),
     "pickle": ([("a.txt", b"x"), ("a.pkl", b"x")], "allowed extensions"),
 }
 

@@ -25,14 +25,13 @@ from dalr_scale.data.stream import prefetch as prefetch_module
 from dalr_scale.data.stream.loader import (
     Batch,
     LoaderOptions,
-    Sources,
     StepDataset,
     make_loader,
     tokenize,
 )
 from dalr_scale.data.stream.order import StreamPlan
 from dalr_scale.data.stream.prefetch import prefetch
-from dalr_scale.data.stream.source import Source
+from dalr_scale.data.stream.source import Source, Sources
 from dalr_scale.errors import UserError
 
 

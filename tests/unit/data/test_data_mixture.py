@@ -17,9 +17,9 @@ from dalr_scale.data.stream import order as order_module
 from dalr_scale.data.stream.augment import Augment, sample_rng
 from dalr_scale.data.stream.bad_rows import BadRows
 from dalr_scale.data.stream.batch import BadRow, Batch
-from dalr_scale.data.stream.loader import LoaderOptions, Sources, make_loader
+from dalr_scale.data.stream.loader import LoaderOptions, make_loader
 from dalr_scale.data.stream.order import Part, StreamPlan, epoch_order, share_rows
-from dalr_scale.data.stream.source import Source
+from dalr_scale.data.stream.source import Source, Sources
 from dalr_scale.errors import UserError
 
 weights_lists = st.lists(st.floats(0.05, 10), min_size=1, max_size=5)

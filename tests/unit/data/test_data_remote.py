@@ -71,7 +71,7 @@ def test_nothing_is_opened_unless_its_scheme_is_allowed(store, tmp_path: Path) -
         with pytest.raises(UserError, match=message):
             localise(pattern, tmp_path, "hf")
     for scheme in ("file", "pipe", "ssh", ""):
-        with pytest.raises(UserError, match="none of the schemes"):
+        with pytest.raises(UserError, match="not one of the schemes"):
             RemoteShards([scheme])
     assert localise("local/x.tar", tmp_path) == [Path("local/x.tar")]
     for name in ("pipe:cat x.tar", "simplecache::memory://bucket/x.tar"):

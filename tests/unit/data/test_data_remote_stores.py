@@ -224,5 +224,5 @@ def test_hub_shards_are_copied_and_damaged_ones_refused(shards, tmp_path: Path) 
         assert [copy.read_bytes() for copy in copies] == [shard.read_bytes() for shard in shards]
         server.damage = "flipped"
         assert run("cache", "hf").split() == list(map(str, copies))  # sound copies stay
-        assert "its SHA-256 is not the one that the store names" in run("other", "hf")
+        assert "its SHA-256 is not the one that the store reports" in run("other", "hf")
         assert not list((tmp_path / "other").glob("*/*.tar"))

@@ -23,10 +23,10 @@ from dalr_scale.data.shards.token_id_store import (
 )
 from dalr_scale.data.shards.writer import write_text_shards
 from dalr_scale.data.stream.batch import Batch
-from dalr_scale.data.stream.loader import LoaderOptions, Sources, make_loader, tokenize
-from dalr_scale.data.stream.source import Source
+from dalr_scale.data.stream.loader import LoaderOptions, make_loader, tokenize
+from dalr_scale.data.stream.source import Source, Sources
 from dalr_scale.errors import UserError
-from dalr_scale.teachers.models import tokenizer_hash
+from dalr_scale.models.tokenizer import tokenizer_hash
 
 TOKENIZER = small_tokenizer()
 SHA256 = tokenizer_hash(TOKENIZER)

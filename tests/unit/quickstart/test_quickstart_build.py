@@ -157,13 +157,13 @@ time.sleep(0.5)
         [sys.executable, "-c", holder, tmp_path], stdout=subprocess.PIPE
     ) as first:
         assert first.stdout is not None and first.stdout.readline() == b"held\n"
-        with pytest.raises(UserError, match=r"foreign\.tar is not of this program's making"):
+        with pytest.raises(UserError, match=r"foreign\.tar was not written by the quickstart"):
             build_quickstart(tmp_path, TINY, progress=False)
 
 
 def test_foreign_and_other_data_are_refused(data: QuickstartData, tmp_path: Path):
     (tmp_path / "train-000000.tar").write_bytes(b"mine")
-    with pytest.raises(UserError, match="not of this program's making"):
+    with pytest.raises(UserError, match="not written by the quickstart"):
         build_quickstart(tmp_path, TINY, progress=False)
     assert (tmp_path / "train-000000.tar").read_bytes() == b"mine"
 

@@ -13,13 +13,8 @@ from transformers import BertTokenizer
 
 from dalr_scale.errors import UserError
 from dalr_scale.models.encoder import SentenceEncoder, encode_sentences, load_tokenizer
-from dalr_scale.teachers.models import (
-    compare_tokenizers,
-    load_image_teacher,
-    load_text_teacher,
-    same_tokenizer,
-    tokenizer_hash,
-)
+from dalr_scale.models.tokenizer import compare_tokenizers, same_tokenizer, tokenizer_hash
+from dalr_scale.teachers.models import load_image_teacher, load_text_teacher
 
 SENTENCES = ["a dog runs", "the red cat sleeps on the beach", "man"]
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
