@@ -50,7 +50,7 @@ def _object(properties: dict[str, object]) -> dict[str, object]:
     return {"type": "object", "properties": properties, "additionalProperties": False}
 
 
-def _value(name: str, hint: Any) -> dict[str, object]:  # noqa: ANN401 - an annotation
+def _value(name: str, hint: Any) -> dict[str, object]:
     """The values of a type; `name` is the dotted key, for its range."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if name == "objective.preset":
