@@ -140,50 +140,45 @@ class TeachersConfig:
     )
 
 
+# The objective. Each group of keys is a class, and `ObjectiveConfig` is all of them: keys stay flat
+# (``objective.rank_weight``), and a term takes the one group that it reads.
+
+
 @dataclass(frozen=True)
-class ObjectiveConfig:
-    """Every quantity in which the presets differ, and the temperatures they share."""
+class PresetConfig:
+    """Preset: where every other key of this section starts from."""
 
     preset: str = opt("dalr", "simcse, mcse, kdmcse, dalr-reference or dalr")
+
+
+@dataclass(frozen=True)
+class SimilarityConfig:
+    """Text-text similarities: read by several terms."""
+
     temperature: float = opt(0.05, "tau of text-text similarities")
-    vl_temperature: float = opt(0.05, "tau of picture-text similarities")
     margin: float = opt(0.2, "angular margin m1 of L_con, radians")
-    vl_margin: float = opt(0.2, "angular margin m2 of L_xce, radians")
-    margin_in_text_batches: bool = opt(True, "keep m1 in batches without pictures")
-    cross_weight: float = opt(0.1, "lambda, weight of the cross-modal group")
-    intra_weight: float = opt(0.2, "mu, weight of the intra-modal group")
-    consistency_weight: float = opt(1.0, "w_cons of L_cons")
-    cross_kl_weight: float = opt(1.0, "w_cma of L_CMA")
-    image_weight: float = opt(1.0, "w_v of L_xce with pictures as columns")
-    caption_weight: float = opt(0.0, "w_t of L_xce with CLIP captions as columns (KDMCSE)")
-    intra_kl_weight: float = opt(1.0, "w_ima of L_IMA")
-    rank_weight: float = opt(1.0, "gamma of L_rank")
-    g2l_weight: float = opt(1.0, "w_g2l of L_g2l")
-    soft_labels: Literal["none", "image", "caption", "consistency"] = opt(
-        "consistency", "what softens the margin of the picture branch"
-    )
-    caption_soft_labels: Literal["none", "image", "caption", "consistency"] = opt(
-        "none", "what softens the margin of the caption branch"
-    )
-    clamp_soft_labels: bool = opt(True, "clamp soft labels to [0, 1]")
-    false_negative_threshold: float = opt(
-        0.0, "drop negatives whose caption-picture cosine exceeds this (KDMCSE option); 0: off"
-    )
+
+
+@dataclass(frozen=True)
+class NegativesConfig:
+    """Negatives."""
+
     same_image: Literal["keep", "mask"] = opt(
-        "mask", "captions of the same picture: negatives, or out of the denominators"
+        "mask", "captions of the same image: negatives, or out of the denominators"
     )
-    unmatched: Literal["roll", "shift"] = opt(
-        "shift", "unmatched picture of L_cons: five rows earlier, or a random shift"
-    )
-    cross_kl_student: Literal["margin", "cosine"] = opt("cosine", "student matrix of L_CMA")
-    intra_kl_student: Literal["margin", "cosine"] = opt("cosine", "student matrix of L_IMA")
-    kl_student_temperature: float = opt(0.45, "student temperature of both KLs")
-    kl_teacher_temperature: float = opt(0.5, "teacher temperature of both KLs")
-    rank_loss: Literal["listmle", "listnet"] = opt("listmle", "form of L_rank")
-    rank_student: Literal["margin", "cosine"] = opt("cosine", "student matrix of L_rank")
-    rank_teacher_temperature: float = opt(0.05, "tau_2 of the ranking list R")
-    listmle_reduction: Literal["sum", "mean"] = opt("mean", "over the list, in ListMLE")
-    listmle_eps: float = opt(0.0, "constant inside ListMLE's logarithm")
+
+
+@dataclass(frozen=True)
+class ContrastiveConfig(SimilarityConfig, NegativesConfig):
+    """Contrastive loss L_con."""
+
+    margin_in_text_batches: bool = opt(True, "keep m1 in batches without images")
+
+
+@dataclass(frozen=True)
+class TextTeacherConfig:
+    """Sentence teachers: S_TT, read by L_CMA, L_IMA and L_rank."""
+
     teacher_mix: Literal["features", "similarities"] = opt(
         "similarities", "what two text teachers mix for S_TT"
     )
@@ -195,9 +190,99 @@ class ObjectiveConfig:
     teacher_tokenizer: Literal["must_match", "retokenise"] = opt(
         "retokenise", "a teacher whose vocabulary differs: refuse, or use its own tokenizer"
     )
-    image_projection: Literal["identity", "learned"] = opt(
-        "learned", "z_1 against picture features of another width: refuse, or a learned projection"
+
+
+@dataclass(frozen=True)
+class DivergenceConfig(SimilarityConfig):
+    """Alignment by KL divergence: read by L_CMA and L_IMA."""
+
+    kl_student_temperature: float = opt(0.45, "student temperature of both KLs")
+    kl_teacher_temperature: float = opt(0.5, "teacher temperature of both KLs")
+
+
+@dataclass(frozen=True)
+class CrossModalConfig:
+    """Cross-modal group."""
+
+    cross_weight: float = opt(0.1, "lambda, weight of the cross-modal group")
+
+
+@dataclass(frozen=True)
+class BranchConfig(CrossModalConfig, NegativesConfig):
+    """Cross-modal group, L_xce: InfoNCE of texts against images and against CLIP captions."""
+
+    image_weight: float = opt(1.0, "w_v of L_xce with images as columns")
+    caption_weight: float = opt(0.0, "w_t of L_xce with CLIP captions as columns (KDMCSE)")
+    vl_temperature: float = opt(0.05, "tau of image-text similarities")
+    vl_margin: float = opt(0.2, "angular margin m2 of L_xce, radians")
+    soft_labels: Literal["none", "image", "caption", "consistency"] = opt(
+        "consistency", "what softens the margin of the image branch"
     )
+    caption_soft_labels: Literal["none", "image", "caption", "consistency"] = opt(
+        "none", "what softens the margin of the caption branch"
+    )
+    clamp_soft_labels: bool = opt(True, "clamp soft labels to [0, 1]")
+    false_negative_threshold: float = opt(
+        0.0, "drop negatives whose caption-image cosine exceeds this (KDMCSE option); 0: off"
+    )
+
+
+@dataclass(frozen=True)
+class ConsistencyConfig(CrossModalConfig):
+    """Cross-modal group, L_cons: the auxiliary task whose cosines are soft labels."""
+
+    consistency_weight: float = opt(1.0, "w_cons of L_cons")
+    unmatched: Literal["roll", "shift"] = opt(
+        "shift", "unmatched image of L_cons: five rows earlier, or a random shift"
+    )
+
+
+@dataclass(frozen=True)
+class CrossAlignmentConfig(CrossModalConfig, DivergenceConfig, TextTeacherConfig):
+    """Cross-modal group, L_CMA: alignment between texts and images."""
+
+    cross_kl_weight: float = opt(1.0, "w_cma of L_CMA")
+    cross_kl_student: Literal["margin", "cosine"] = opt("cosine", "student matrix of L_CMA")
+    image_projection: Literal["identity", "learned"] = opt(
+        "learned", "z_1 against image features of another width: refuse, or a learned projection"
+    )
+
+
+@dataclass(frozen=True)
+class IntraModalConfig:
+    """Intra-modal group."""
+
+    intra_weight: float = opt(0.2, "mu, weight of the intra-modal group")
+    distil_text_batches: bool = opt(
+        False, "L_IMA and L_rank in text-only batches too (needs teachers; not in the paper)"
+    )
+
+
+@dataclass(frozen=True)
+class IntraAlignmentConfig(IntraModalConfig, DivergenceConfig, TextTeacherConfig):
+    """Intra-modal group, L_IMA: alignment between both views of the texts."""
+
+    intra_kl_weight: float = opt(1.0, "w_ima of L_IMA")
+    intra_kl_student: Literal["margin", "cosine"] = opt("cosine", "student matrix of L_IMA")
+
+
+@dataclass(frozen=True)
+class RankingConfig(IntraModalConfig, SimilarityConfig, TextTeacherConfig):
+    """Intra-modal group, L_rank: ranking distillation."""
+
+    rank_weight: float = opt(1.0, "gamma of L_rank")
+    rank_loss: Literal["listmle", "listnet"] = opt("listmle", "form of L_rank")
+    rank_student: Literal["margin", "cosine"] = opt("cosine", "student matrix of L_rank")
+    rank_teacher_temperature: float = opt(0.05, "tau_2 of the ranking list R")
+    listmle_reduction: Literal["sum", "mean"] = opt("mean", "over the list, in ListMLE")
+    listmle_eps: float = opt(0.0, "constant inside ListMLE's logarithm")
+
+
+@dataclass(frozen=True)
+class GlobalToLocalConfig(IntraModalConfig, SimilarityConfig, NegativesConfig):
+    """Intra-modal group, L_g2l: global-to-local matching with the teachers' tokens."""
+
+    g2l_weight: float = opt(1.0, "w_g2l of L_g2l")
     token_projection: Literal["identity", "learned"] = opt(
         "learned", "z_1 against token features of another width: refuse, or a learned projection"
     )
@@ -208,15 +293,42 @@ class ObjectiveConfig:
         "several token teachers: mix their tokens, or sum their losses; auto: mix tokens of equal"
         " tokenizers, lengths and widths",
     )
-    distil_text_batches: bool = opt(
-        False, "L_IMA and L_rank in text-only batches too (needs teachers; not in the paper)"
-    )
+
+
+@dataclass(frozen=True)
+class AddedTermsConfig:
+    """Terms without a key of their own (see CONTRIBUTING.md)."""
+
+    terms: dict[str, float] = opt({}, "weight of each such term by its name; 0 or absent: off")
+
+
+@dataclass(frozen=True)
+class BatchOrderConfig:
+    """Order of the batches."""
+
     alternation: Literal["reference", "proportional"] = opt(
         "proportional", "how text-only and paired batches take turns"
     )
     tail: Literal["drop", "keep"] = opt(
         "drop", "the last batch of an epoch when it is not full (keep: if it has two rows or more)"
     )
+
+
+# dataclasses collect the fields of the last base first: this list is read from below
+@dataclass(frozen=True)
+class ObjectiveConfig(
+    BatchOrderConfig,
+    AddedTermsConfig,
+    GlobalToLocalConfig,
+    RankingConfig,
+    IntraAlignmentConfig,
+    CrossAlignmentConfig,
+    ConsistencyConfig,
+    BranchConfig,
+    ContrastiveConfig,
+    PresetConfig,
+):
+    """Every quantity in which the presets differ, and the temperatures they share."""
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import re
 import typing
@@ -60,7 +61,11 @@ def help_text() -> str:
         lines += ["", f"[{section.name}]"]
         cls = typing.get_type_hints(Config)[section.name]
         hints = typing.get_type_hints(cls)
+        group = cls
         for f in dataclasses.fields(cls):
+            if _group(cls, f.name) is not group:
+                group = _group(cls, f.name)
+                lines += ["", f"  # {group.__doc__}"]
             name = f"{section.name}.{f.name}"
             lines.append(f"  --{name}={_toml_text(default_of(f))}")
             lines.append(f"      {f.metadata['help']}")
@@ -72,6 +77,11 @@ def default_of(entry: dataclasses.Field[Any]) -> object:
     """The default value of a key; tables have a factory."""
     factory = entry.default_factory
     return factory() if factory is not dataclasses.MISSING else entry.default
+
+
+def _group(cls: type, name: str) -> type:
+    """The class that declares a key: `cls`, or the group of it that the key belongs to."""
+    return next(c for c in cls.__mro__ if name in inspect.get_annotations(c))
 
 
 def allowed_values(name: str, hint: Any) -> str:

@@ -17,7 +17,7 @@ from dalr_scale.engines.ds_config import ds_config
 from dalr_scale.engines.engine import resolve_precision
 from dalr_scale.errors import UserError
 from dalr_scale.eval.suite import EvaluationSuite, build_suite
-from dalr_scale.objective.terms import needs_of
+from dalr_scale.objective.registry import needs_of
 from dalr_scale.training.build import (
     ModelParts,
     Streams,
