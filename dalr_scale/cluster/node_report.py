@@ -1,6 +1,6 @@
-"""What one node finds out about itself for `dalr_scale.commands.doctor`.
+"""The checks of one node for `dalr_scale.commands.doctor`.
 
-No torch in here unless the node has GPUs: importing it on every node takes longer than all checks.
+Torch is imported only where the node has GPUs: importing it takes longer than all checks.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TypedDict, cast
 
 from dalr_scale.config import Config
 from dalr_scale.config.arguments import configuration
 from dalr_scale.config.limits import check_arithmetic
 from dalr_scale.errors import UserError
 from dalr_scale.run.failure import node_name
-from dalr_scale.run.files import process_name
+from dalr_scale.run.files import JsonTable, JsonValue, process_name
 from dalr_scale.versions import versions
 
 __all__ = ["NodeReport", "examine", "node_name"]
@@ -26,24 +26,44 @@ __all__ = ["NodeReport", "examine", "node_name"]
 
 @dataclass
 class NodeReport:
-    """A node's answers.
+    """The result of a node's checks.
 
     Attributes:
-        facts: what must be equal on all nodes, such as package versions.
-        problems: what is wrong whatever the others say.
+        facts: values that must be equal on all nodes, such as package versions.
+        problems: faults of this node, independent of the other nodes.
         clock_offset: seconds ahead of the first node; filled in by the first node.
     """
 
     node: str
     rank: int
-    facts: dict[str, str] = field(default_factory=dict)
-    problems: list[str] = field(default_factory=list)
+    facts: dict[str, str] = field(default_factory=dict[str, str])
+    problems: list[str] = field(default_factory=list[str])
     gpus: int = 0
     shards: int = 0
     clock_offset: float = 0.0
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, JsonValue]:
+        """Plain values only; `from_json` gives an equal report back."""
         return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, plain: JsonTable) -> NodeReport:
+        """A report as another node of the job has sent it.
+
+        Raises:
+            TypeError: the table has other keys.
+        """
+        return cls(**cast(_Fields, plain))
+
+
+class _Fields(TypedDict):
+    node: str
+    rank: int
+    facts: dict[str, str]
+    problems: list[str]
+    gpus: int
+    shards: int
+    clock_offset: float
 
 
 def examine(
@@ -52,7 +72,7 @@ def examine(
     """Checks this node, number `rank` of the job; problems are collected, not raised.
 
     Args:
-        run_dir: output folder; None takes the configuration's.
+        run_dir: output directory; None takes the configuration's.
         processes: training processes that will run here.
         training: arguments of the trainer.
         nodes: nodes of the job, all with as many processes.
@@ -73,11 +93,11 @@ def examine(
 
 
 def _code_digest() -> str:
-    """A checkout that one node sees in another version is as bad as another package."""
+    """A checkout in another version on one node is as bad as another package."""
     digest = hashlib.sha256()
-    folder = Path(__file__).parents[1]
-    for path in sorted(folder.rglob("*.py")):
-        digest.update(str(path.relative_to(folder)).encode() + b"\0" + path.read_bytes())
+    directory = Path(__file__).parents[1]
+    for path in sorted(directory.rglob("*.py")):
+        digest.update(str(path.relative_to(directory)).encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:12]
 
 
@@ -107,7 +127,7 @@ def _output_problems(run_dir: Path) -> Iterator[str]:
         probe.write_bytes(b"written by dalr-scale doctor")
         probe.unlink()
     except OSError as error:
-        yield f"the output folder {run_dir} cannot be written: {error.strerror or error}"
+        yield f"the output directory {run_dir} cannot be written: {error.strerror or error}"
 
 
 def _count_gpus(report: NodeReport, processes: int) -> None:

@@ -1,7 +1,8 @@
-"""``dalr-scale doctor``: what would break a job in an hour is looked for in its first seconds.
+"""``dalr-scale doctor``: finds in seconds what would break a job after an hour.
 
-Alone it checks this machine. In a job every node runs it (`slurm/common.sh`): the nodes report to
-the first one over the port that training will use, it compares, and all of them get its verdict.
+Without --nodes it checks this machine. In a job every node runs it (`slurm/common.sh`): the nodes
+report to the first one over the port that training will use, it compares the reports, and all nodes
+get its verdict.
 A problem names the node. The checks of one node are in `dalr_scale.cluster.node_report`, the
 communication between nodes in `dalr_scale.cluster.rendezvous`.
 """
@@ -9,40 +10,52 @@ communication between nodes in `dalr_scale.cluster.rendezvous`.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from dalr_scale.cluster.node_report import NodeReport, examine, node_name
-from dalr_scale.cluster.rendezvous import Attendance, answer_call, call_roll
+from dalr_scale.cluster.rendezvous import NodeReports, collect_reports, send_report
 from dalr_scale.errors import UserError
-from dalr_scale.run.files import write_durably
+from dalr_scale.run.files import write_json
 from dalr_scale.run.status import job_identity
 
 MAX_CLOCK_SKEW = 2.0  # seconds; the order of the nodes' log lines depends on it
-PATIENCE = 40.0  # seconds for the slowest node; a failing check must end the job within a minute
+# Seconds for the slowest node; a failing check must end the job within a minute.
+NODE_TIMEOUT = 40.0
+
+
+class _Options(argparse.Namespace):
+    run_dir: Path | None
+    processes: int
+    nodes: int
+    node_rank: int
+    head: str
+    port: int
+    patience: float
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; the exit status is 1 where training must not start."""
     words = list(sys.argv[1:] if argv is None else argv)
     cut = words.index("--") if "--" in words else len(words)
-    args = _parser().parse_args(words[:cut])
+    args = _parser().parse_args(words[:cut], _Options())
     training = words[cut + 1 :]
     if {"-h", "--help"} & set(training):
         return 0  # the trainer will print its help
     started = time.monotonic()
     if args.node_rank:
-        return _be_examined(args, training)
+        return _report_to_first(args, training)
     reports, problems = _examine_all(args, training)
     if not problems and not int(os.environ.get("SLURM_RESTART_COUNT") or 0):
         problems = _try_configuration(args, training)
     if not problems and args.nodes > 1 and reports[0].gpus:
         problems = _all_reduce(args)
-    _write_down(args.run_dir, problems)
+    _record(args.run_dir, problems)
     if problems:
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
         print(f"doctor: {count}, training does not start", file=sys.stderr)
@@ -60,21 +73,21 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--run-dir", type=Path, help="output folder to check (default: the configuration's)")
+    add("--run-dir", type=Path, help="output directory to check (default: the configuration's)")
     add("--processes", type=int, default=1, help="training processes on each node (default 1)")
     add("--nodes", type=int, default=1, help="nodes of the job (default 1)")
     add("--node-rank", type=int, default=0, help="number of this node; 0 listens")
     add("--head", default="127.0.0.1", help="address of node 0")
     add("--port", type=int, default=29500, help="port that training will use")
-    add("--patience", type=float, default=PATIENCE, help="seconds to wait for the slowest node")
+    add("--patience", type=float, default=NODE_TIMEOUT, help="seconds to wait for the slowest node")
     return parser
 
 
-def _be_examined(args: argparse.Namespace, training: list[str]) -> int:
-    """One of the other nodes: reports to the first, and prints only what that cannot know."""
+def _report_to_first(args: _Options, training: list[str]) -> int:
+    """One of the other nodes: reports to the first, and prints only failures unknown to that."""
     report = examine(args.run_dir, args.processes, training, args.nodes, args.node_rank)
     try:
-        good = answer_call(args.head, args.port, report, args.run_dir, args.patience)
+        good = send_report(args.head, args.port, report, args.run_dir, args.patience)
     except OSError as error:
         print(
             f"doctor: node {report.node} cannot reach the first node at {args.head} port "
@@ -93,17 +106,16 @@ def _be_examined(args: argparse.Namespace, training: list[str]) -> int:
     return 0 if good else 1
 
 
-def _examine_all(
-    args: argparse.Namespace, training: list[str]
-) -> tuple[list[NodeReport], list[str]]:
+def _examine_all(args: _Options, training: list[str]) -> tuple[list[NodeReport], list[str]]:
+    """The first node: reports and problems of all nodes."""
     own = examine(args.run_dir, args.processes, training, args.nodes)
     if args.nodes == 1:
         return [own], compare([own])
     try:
-        with call_roll(args.port, args.nodes, args.run_dir, args.patience) as attendance:
-            reports = [own, *attendance.reports]
-            problems = compare(reports) + missing(attendance, args)
-            attendance.dismiss(not problems)
+        with collect_reports(args.port, args.nodes, args.run_dir, args.patience) as collected:
+            reports = [own, *collected.reports]
+            problems = compare(reports) + missing(collected, args)
+            collected.release(not problems)
     except OSError as error:
         raise UserError(
             f"doctor: node {own.node} cannot listen on port {args.port}: {error}; another job on "
@@ -113,7 +125,7 @@ def _examine_all(
 
 
 def compare(reports: Sequence[NodeReport]) -> list[str]:
-    """What is wrong on a node by itself, and where a node differs from most others."""
+    """Problems of single nodes, and facts in which a node differs from most others."""
     problems = _grouped((r.node, problem) for r in reports for problem in r.problems)
     names = {name for report in reports for name in report.facts}
     for name in sorted(names):
@@ -143,9 +155,9 @@ def _grouped(found: Iterable[tuple[str, str]]) -> list[str]:
     ]
 
 
-def missing(attendance: Attendance, args: argparse.Namespace) -> list[str]:
-    """Nodes that did not report, by the names Slurm has for them where it is Slurm."""
-    silent = sorted(set(range(1, args.nodes)) - {r.rank for r in attendance.reports})
+def missing(collected: NodeReports, args: _Options) -> list[str]:
+    """Nodes that did not report, under Slurm's names where there are some."""
+    silent = sorted(set(range(1, args.nodes)) - {r.rank for r in collected.reports})
     if not silent:
         return []
     return [
@@ -160,7 +172,7 @@ def _name_of(number: int) -> str:
     return names[number] if number < len(names) else "name not known"
 
 
-def _try_configuration(args: argparse.Namespace, training: list[str]) -> list[str]:
+def _try_configuration(args: _Options, training: list[str]) -> list[str]:
     """Checks settings and opens shards as training will; torch is imported on one node only."""
     from dalr_scale.train import configuration
     from dalr_scale.training.build import build_streams
@@ -176,22 +188,19 @@ def _try_configuration(args: argparse.Namespace, training: list[str]) -> list[st
     return []
 
 
-def _all_reduce(args: argparse.Namespace) -> list[str]:
+def _all_reduce(args: _Options) -> list[str]:
     from dalr_scale.cluster.nccl_check import all_reduce
 
     failure = all_reduce(args.head, args.port, args.nodes, args.node_rank)
     return [f"node {node_name()}: {failure}"] if failure else []
 
 
-def _write_down(run_dir: Path | None, problems: list[str]) -> None:
-    """RUN/doctor.json; the job script repeats it in its last lines."""
+def _record(run_dir: Path | None, problems: list[str]) -> None:
+    """Writes RUN/doctor.json; the job script repeats it in its last lines."""
     if run_dir is None:
         return
-    try:
-        record = {"problems": problems} | job_identity()
-        write_durably(run_dir / "doctor.json", (json.dumps(record, indent=1) + "\n").encode())
-    except OSError:
-        pass  # a problem of its own, found already
+    with suppress(OSError):  # reported as a problem already
+        write_json(run_dir / "doctor.json", {"problems": problems, **job_identity()})
 
 
 def _summary(reports: Sequence[NodeReport]) -> str:

@@ -1,24 +1,36 @@
 """The keys of a DeepSpeed configuration: which ones DeepSpeed knows, and which ones a run decides.
 
-DeepSpeed takes unknown keys outside of its typed tables in silence, and a known key may contradict
+DeepSpeed ignores unknown keys outside of its typed tables silently, and a known key may contradict
 what the trainer does. So a user's file is checked here key by key: a key that DeepSpeed does not
 know is a misspelling; a key that the run decides must agree with the run; everything else passes.
 The known keys come from DeepSpeed's own classes where it has some.
 """
+
+# pyright: reportMissingTypeStubs=false
+# DeepSpeed has no stubs; its classes are pydantic models, which is all that is used of them.
 
 from __future__ import annotations
 
 import difflib
 import functools
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, TypeAlias
 
 from dalr_scale.errors import UserError
+from dalr_scale.run.files import JsonTable, JsonValue
 
-# Keys that DeepSpeed reads from plain dicts, with the type of their values. None: not checked here.
-_PLAIN: dict[str, Any] = {
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+    from pydantic.fields import FieldInfo
+
+# The type of a key's value, or the keys of a table; None: not checked here.
+KeyType: TypeAlias = "type | KeyTree | None"
+KeyTree: TypeAlias = "Mapping[str, KeyType]"
+
+# Keys that DeepSpeed reads from plain dicts.
+_PLAIN: dict[str, KeyType] = {
     "train_batch_size": int,
     "train_micro_batch_size_per_gpu": int,
     "gradient_accumulation_steps": int,
@@ -98,7 +110,7 @@ _ABSENT = {
     "optimizer": "the optimizer is built from [optim]",
     "scheduler": "the learning rate is built from [optim]",
     "data_efficiency": "the order of the data is the trainer's own",
-    "autotuning": "a tuned batch would be another contrast set",
+    "autotuning": "a tuned batch would have other negatives",
     "pipeline": "the trainer shards data only",
     "tensor_parallel": "the trainer shards data only",
     "expert_parallel": "the trainer shards data only",
@@ -118,10 +130,10 @@ _MEAN = "the step averages gradients over the ranks, once"
 _PRECISION = "engine.precision decides it"
 
 # The only values that a key may have whatever the run's settings, and why.
-_FIXED: dict[str, tuple[tuple[Any, ...], str]] = {
+_FIXED: dict[str, tuple[tuple[JsonValue, ...], str]] = {
     "gradient_accumulation_steps": (
         (1,),
-        "accumulating would shrink the contrast set (batch.micro_size does not)",
+        "accumulating would reduce the effective batch (batch.micro_size does not)",
     ),
     "managed_gradient_accumulation": ((True,), "the reduction at the end of a step needs it"),
     "gradient_allreduce_op": (("mean",), _MEAN),
@@ -175,27 +187,27 @@ _AUTO_ALLOWED = {"data_types.keep_in_fp32_modules"}
 
 @dataclass(frozen=True)
 class Decided:
-    """What a run decides for one key: the values it may have in a file, and which setting says so.
+    """The values that a key may have in a file of this run, and the setting that decides it.
 
     The first value is the run's own.
     """
 
-    values: tuple[Any, ...]
+    values: tuple[JsonValue, ...]
     why: str
 
 
 def fixed() -> dict[str, Decided]:
-    """The keys that every run decides alike."""
+    """The keys that every run decides in the same way."""
     return {key: Decided(values, why) for key, (values, why) in _FIXED.items()}
 
 
-def check_keys(file: str, given: Mapping[str, Any], decided: Mapping[str, Decided]) -> None:
+def check_keys(file: str, given: JsonTable, decided: Mapping[str, Decided]) -> None:
     """Refuses the first key of a file that DeepSpeed does not know or that contradicts the run.
 
     Args:
         file: its name, for the message.
         given: its content.
-        decided: dotted key -> what the run decides.
+        decided: dotted key -> the decision of the run.
 
     Raises:
         UserError: naming file, key and reason.
@@ -215,7 +227,7 @@ def check_keys(file: str, given: Mapping[str, Any], decided: Mapping[str, Decide
             _check_value(file, path, value, decided[path])
 
 
-def _check_value(file: str, path: str, value: Any, decided: Decided) -> None:
+def _check_value(file: str, path: str, value: JsonValue, decided: Decided) -> None:
     if any(value == own and _is_bool(value) == _is_bool(own) for own in decided.values):
         return
     own = " or ".join(_shown(v) for v in decided.values)
@@ -225,11 +237,11 @@ def _check_value(file: str, path: str, value: Any, decided: Decided) -> None:
     )
 
 
-def _check_type(file: str, path: str, value: Any, kind: Any) -> None:
+def _check_type(file: str, path: str, value: JsonValue, kind: KeyType) -> None:
     """The types that DeepSpeed does not check itself."""
     if kind is None or value is None:
         return
-    if isinstance(kind, Mapping):
+    if not isinstance(kind, type):
         if not isinstance(value, Mapping):
             raise UserError(f"{file}: '{path}' is {_shown(value)}, but must be a table")
         return
@@ -243,32 +255,30 @@ def _check_type(file: str, path: str, value: Any, kind: Any) -> None:
         raise UserError(f"{file}: '{path}' is {_shown(value)}, which is out of range")
 
 
-def _is_bool(value: Any) -> bool:
+def _is_bool(value: JsonValue) -> bool:
     return isinstance(value, bool)
 
 
-def _shown(value: Any) -> str:
+def _shown(value: JsonValue) -> str:
     """A value as JSON writes it, cut where it is long."""
-    text = {True: "true", False: "false", None: "null"}.get(value) if _plain(value) else repr(value)
-    return text if text and len(text) <= 60 else f"{str(text)[:60]}..."
-
-
-def _plain(value: Any) -> bool:
-    return value is None or isinstance(value, bool)
+    if value is None or isinstance(value, bool):
+        return {True: "true", False: "false", None: "null"}[value]
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:60]}..."
 
 
 def _walk(
-    file: str, given: Mapping[str, Any], level: Mapping[str, Any], prefix: str = ""
-) -> Iterator[tuple[str, Any, Mapping[str, Any]]]:
+    file: str, given: JsonTable, level: KeyTree, prefix: str = ""
+) -> Iterator[tuple[str, JsonValue, KeyTree]]:
     """Every key of nested tables with its dotted path, its value and the keys known beside it."""
     for key, value in given.items():
         yield f"{prefix}{key}", value, level
         below = level.get(key)
-        if isinstance(value, Mapping) and isinstance(below, Mapping):
+        if isinstance(value, Mapping) and below is not None and not isinstance(below, type):
             yield from _walk(file, value, below, f"{prefix}{key}.")
 
 
-def _nearest(path: str, level: Mapping[str, Any]) -> str:
+def _nearest(path: str, level: KeyTree) -> str:
     """The key that was meant: the same name in another table, else the most similar name."""
     key = path.rpartition(".")[2]
     elsewhere = [p for p in _paths(known_keys()) if p.rpartition(".")[2] == key]
@@ -277,15 +287,15 @@ def _nearest(path: str, level: Mapping[str, Any]) -> str:
     return difflib.get_close_matches(key, list(level), n=1, cutoff=0.0)[0]
 
 
-def _paths(level: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+def _paths(level: KeyTree, prefix: str = "") -> Iterator[str]:
     for key, below in level.items():
         yield f"{prefix}{key}"
-        if isinstance(below, Mapping):
+        if below is not None and not isinstance(below, type):
             yield from _paths(below, f"{prefix}{key}.")
 
 
 @functools.cache
-def known_keys() -> dict[str, Any]:
+def known_keys() -> dict[str, KeyType]:
     """Every key that the installed DeepSpeed reads; a table's value is the table of its keys."""
     from deepspeed.comm.config import CommsLoggerConfig
     from deepspeed.compile.config import CompileConfig
@@ -307,15 +317,25 @@ def known_keys() -> dict[str, Any]:
     }
 
 
-def _fields(model: Any) -> dict[str, Any]:
+def _fields(model: type[BaseModel]) -> dict[str, KeyType]:
     """Names and aliases of a typed table's keys; DeepSpeed checks their values itself."""
-    found: dict[str, Any] = {}
+    found: dict[str, KeyType] = {}
     for name, field in model.model_fields.items():
-        kinds = (field.annotation, *typing.get_args(field.annotation))
-        inner = next((k for k in kinds if hasattr(k, "model_fields")), None)
+        inner = next(filter(None, map(_model, (field.annotation, *_arguments(field)))), None)
         for key in filter(None, (field.alias, name)):
             found[key] = _fields(inner) if inner is not None else None
     return found
+
+
+def _arguments(field: FieldInfo) -> tuple[object, ...]:
+    return typing.get_args(field.annotation)
+
+
+def _model(kind: object) -> type[BaseModel] | None:
+    """The class of a typed table, None for other types."""
+    from pydantic import BaseModel
+
+    return kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None
 
 
 @functools.cache
@@ -323,6 +343,6 @@ def _removed_keys() -> set[str]:
     """Keys that DeepSpeed had once and now refuses in several lines."""
     from deepspeed.runtime import config
 
-    top = getattr(config, "_REMOVED_TOP_LEVEL_CONFIG_KEYS", ())
-    zero = getattr(config, "_REMOVED_ZERO_CONFIG_KEYS", ())
+    top: Iterable[str] = getattr(config, "_REMOVED_TOP_LEVEL_CONFIG_KEYS", ())
+    zero: Iterable[str] = getattr(config, "_REMOVED_ZERO_CONFIG_KEYS", ())
     return {*top, *(f"zero_optimization.{key}" for key in zero), "amp"}

@@ -1,34 +1,45 @@
-"""What a checkpoint decides on a resume, and what the configuration does.
+"""Division of a resume: values from the checkpoint, hyperparameters from the configuration.
 
 Weights, masters and moments come from the checkpoint, matched by parameter. The hyperparameters of
 the parameter groups (learning rate, its scale, betas, eps, weight decay) come from the run's own
-settings: torch and DeepSpeed would put back those that were saved, and a resume that was told to
-change one would train with the old value. Settings may also move parameters between groups.
+settings: torch and DeepSpeed would restore those that were saved, and a resume with a changed
+setting would train with the old value. Settings may also move parameters between groups.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeAlias, TypedDict
 
 import torch
 from torch import nn
 
 from dalr_scale.errors import UserError
 
+# As torch types them: parameters and hyperparameters of a group, tensors of a parameter's state.
+Group: TypeAlias = dict[str, Any]
+State: TypeAlias = dict[str, Any]
+
+
+class HasGroups(Protocol):
+    """An optimizer of torch or DeepSpeed."""
+
+    @property
+    def param_groups(self) -> list[Group]: ...
+
 
 class OtherParameters(UserError):
     """A checkpoint of a model with other parameters."""
 
 
-def hyperparameters(optimizer: Any) -> list[dict[str, Any]]:
+def hyperparameters(optimizer: HasGroups) -> list[Group]:
     """Everything but the parameters, for each parameter group; take it before loading."""
     return [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
 
 
-def set_hyperparameters(optimizer: Any, wanted: Sequence[Mapping[str, Any]]) -> None:
-    """Gives the groups, which loading has overwritten, the values of `hyperparameters` again."""
+def set_hyperparameters(optimizer: HasGroups, wanted: Sequence[Group]) -> None:
+    """Restores the values of `hyperparameters` in the groups, which loading has overwritten."""
     for group, values in zip(optimizer.param_groups, wanted, strict=True):
         for name in group.keys() - values.keys() - {"params"}:
             del group[name]
@@ -61,14 +72,14 @@ def _shape(shapes: Mapping[str, Sequence[int]], name: str) -> str:
     return "x".join(map(str, shapes[name])) if name in shapes else "absent"
 
 
-def state_by_name(optimizer: torch.optim.Optimizer, module: nn.Module) -> dict[str, Any]:
+def state_by_name(optimizer: torch.optim.Optimizer, module: nn.Module) -> dict[str, State]:
     """The optimizer's state of each parameter under the parameter's name."""
     names = {id(p): name for name, p in module.named_parameters()}
     return {names[id(p)]: dict(state) for p, state in optimizer.state.items()}
 
 
 def load_state_by_name(
-    optimizer: torch.optim.Optimizer, module: nn.Module, saved: Mapping[str, Any]
+    optimizer: torch.optim.Optimizer, module: nn.Module, saved: Mapping[str, State]
 ) -> None:
     """Fills the state of each parameter from what `state_by_name` gave; the groups stay."""
     names = {id(p): name for name, p in module.named_parameters()}
@@ -78,9 +89,16 @@ def load_state_by_name(
     optimizer.load_state_dict({"state": state, "param_groups": own["param_groups"]})
 
 
+class NumberedState(TypedDict):
+    """The state dict of an optimizer of torch."""
+
+    state: dict[int, State]
+    param_groups: list[Group]
+
+
 def numbered_state_by_name(
-    saved: Mapping[str, Any], optimizer: torch.optim.Optimizer, module: nn.Module, path: Path
-) -> dict[str, Any]:
+    saved: NumberedState, optimizer: torch.optim.Optimizer, module: nn.Module, path: Path
+) -> dict[str, State]:
     """The same from a state dict that numbers the parameters, as checkpoints up to 0.1 did.
 
     Raises:

@@ -48,7 +48,7 @@ def write_durably(path: Path, data: bytes) -> None:
     fsync_directory(path.parent)
 
 
-def write_json(path: Path, value: JsonTable) -> None:
+def write_json(path: Path, value: Mapping[str, object]) -> None:
     """Replace `path` durably by a table as JSON, indented by one space and closed by a newline."""
     write_durably(path, (json.dumps(value, indent=1) + "\n").encode())
 

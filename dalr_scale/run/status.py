@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import Literal, TypedDict, cast
 
-from dalr_scale.run.files import JsonValue, read_json_table, write_json
+from dalr_scale.run.files import read_json_table, write_json
 from dalr_scale.run.state import is_count
 
 Outcome = Literal["running", "finished", "preempted", "stopped", "failed"]
@@ -107,8 +107,7 @@ def _replace_status(
 ) -> None:
     now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
     status = {"outcome": outcome, "step": step, "reason": reason, "time": now}
-    fields = {**status, **progress, **job_identity()}
-    write_json(run_dir / "status.json", cast("dict[str, JsonValue]", fields))
+    write_json(run_dir / "status.json", {**status, **progress, **job_identity()})
 
 
 def read_status(run_dir: Path) -> Status | None:

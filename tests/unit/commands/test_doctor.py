@@ -15,7 +15,7 @@ from common import tiny_config, write_config
 
 from dalr_scale.cli import main as command
 from dalr_scale.cluster.node_report import NodeReport
-from dalr_scale.cluster.rendezvous import call_roll
+from dalr_scale.cluster.rendezvous import collect_reports
 from dalr_scale.commands.doctor import compare
 
 
@@ -124,7 +124,7 @@ def test_a_folder_that_is_not_shared(nodes: Nodes) -> None:
     nodes.start(1, run="elsewhere")
     assert [code for code, _ in nodes.ends()] == [1, 1]
     found = "\n".join(problems_of(nodes))
-    assert "node n2: the output folder" in found and "not shared with the first node" in found
+    assert "node n2: the output directory" in found and "not shared with the first node" in found
 
 
 def test_a_folder_that_cannot_be_written(nodes: Nodes) -> None:
@@ -133,7 +133,7 @@ def test_a_folder_that_cannot_be_written(nodes: Nodes) -> None:
     nodes.start(1, run="file/run")
     assert [code for code, _ in nodes.ends()] == [1, 1]
     assert any(
-        "n2: the output folder" in p and "cannot be written" in p for p in problems_of(nodes)
+        "n2: the output directory" in p and "cannot be written" in p for p in problems_of(nodes)
     )
 
 
@@ -202,14 +202,14 @@ def test_a_clock_that_differs_is_measured(tmp_path: Path) -> None:
     script = (
         "import time, sys; real = time.time; time.time = lambda: real() + 3600\n"
         "from pathlib import Path\n"
-        "from dalr_scale.cluster.rendezvous import answer_call\n"
+        "from dalr_scale.cluster.rendezvous import send_report\n"
         "from dalr_scale.cluster.node_report import NodeReport\n"
-        "answer_call('127.0.0.1', int(sys.argv[1]), NodeReport('n2', 1), Path(sys.argv[2]), 20)\n"
+        "send_report('127.0.0.1', int(sys.argv[1]), NodeReport('n2', 1), Path(sys.argv[2]), 20)\n"
     )
     process = subprocess.Popen([sys.executable, "-c", script, str(port), str(tmp_path)])
-    with call_roll(port, 2, tmp_path, 20) as attendance:
-        (found,) = attendance.reports
-        attendance.dismiss(False)
+    with collect_reports(port, 2, tmp_path, 20) as collected:
+        (found,) = collected.reports
+        collected.release(False)
     assert process.wait(timeout=20) == 0
     assert found.clock_offset == pytest.approx(3600, abs=2) and found.problems == []
     assert len(compare([report("n1"), found])) == 1

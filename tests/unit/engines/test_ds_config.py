@@ -163,7 +163,7 @@ def test_what_stage_3_knows_passes_there(key: str, value: Any, tmp_path: Path) -
 REFUSED = [
     ("gradient_clipping", 5.0, "'gradient_clipping' is 5.0, but this run has 1.0 \\(optim.clip"),
     ("gradient_clipping", 0, "optim.clip"),
-    ("gradient_accumulation_steps", 2, "would shrink the contrast set"),
+    ("gradient_accumulation_steps", 2, "would reduce the effective batch"),
     ("gradient_accumulation_steps", True, "must be a whole number"),
     ("train_micro_batch_size_per_gpu", 1, "this run has 64 .*global_size"),
     ("train_batch_size", 64, "this run has 128"),
