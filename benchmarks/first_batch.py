@@ -15,10 +15,10 @@ import torch
 
 from dalr_scale.data.shards.features_store import write_features
 from dalr_scale.data.shards.files import expand_shards
-from dalr_scale.data.shards.index import ensure_index
-from dalr_scale.data.shards.token_store import Encoding, write_tokens
+from dalr_scale.data.shards.indexing import ensure_index
+from dalr_scale.data.shards.token_id_store import Encoding, write_token_ids
 from dalr_scale.data.shards.writer import write_text_shards
-from dalr_scale.data.stream.loader import make_loader
+from dalr_scale.data.stream.loader import LoaderOptions, Sources, make_loader
 from dalr_scale.data.stream.order import StreamPlan
 from dalr_scale.data.stream.source import Source
 from dalr_scale.models.tokenizer import load_tokenizer
@@ -48,7 +48,7 @@ def _write_companions(path: Path) -> None:
     write_features(path, "clip", values, level="item", manifest_extra={})
     lines = Source([path]).read(np.arange(ROWS)).sentences
     tokenizer, sha256 = _tokenizer(path.parent)
-    write_tokens(path, lines, tokenizer, sha256)
+    write_token_ids(path, lines, tokenizer, sha256)
 
 
 @lru_cache(maxsize=1)
@@ -65,13 +65,11 @@ def read(directory: Path) -> None:
     paths = expand_shards([str(directory / "text-*.tar")])
     listed = time.perf_counter()
     source = Source(paths, features={"text0": "clip"})
-    source.use_ids(Encoding(sha256, 32, tokenizer.pad_token_id))
+    source.use_token_ids(Encoding(sha256, 32, tokenizer.pad_token_id))
     opened = time.perf_counter()
     plan = StreamPlan(seed=1, global_batch=BATCH, text_items=source.num_items)
-    loader = make_loader(
-        plan, source, None, tokenizer, rank=0, world_size=1, start_step=0,
-        total_steps=plan.n_text, max_length=32, num_workers=1, with_text=False,
-    )  # fmt: skip
+    options = LoaderOptions(plan.n_text, max_length=32, num_workers=1, with_text=False)
+    loader = make_loader(plan, Sources(source, None), tokenizer, options)
     batch = next(iter(loader))
     ended = time.perf_counter()
     assert batch.features["text0"].shape == (BATCH, WIDTH)

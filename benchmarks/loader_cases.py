@@ -15,11 +15,11 @@ import webdataset as wds
 from PIL import Image
 
 from dalr_scale.data.shards.features_store import write_features
-from dalr_scale.data.shards.index import ensure_index
-from dalr_scale.data.shards.token_store import Encoding, write_tokens
+from dalr_scale.data.shards.indexing import ensure_index
+from dalr_scale.data.shards.token_id_store import Encoding, write_token_ids
 from dalr_scale.data.shards.writer import ShardSetWriter, write_text_shards
 from dalr_scale.data.stream.batch import Batch
-from dalr_scale.data.stream.loader import make_loader
+from dalr_scale.data.stream.loader import LoaderOptions, Sources, make_loader
 from dalr_scale.data.stream.order import StreamPlan
 from dalr_scale.data.stream.source import Source
 
@@ -69,14 +69,16 @@ def store_ids(shards: Sequence[Path], tokenizer: Any, sha256: str) -> None:
     """The token ids beside the shards, as ``dalr-scale tokens`` writes them."""
     for shard in shards:
         source = Source([shard])
-        write_tokens(shard, source.read(np.arange(source.num_items)).sentences, tokenizer, sha256)
+        write_token_ids(
+            shard, source.read(np.arange(source.num_items)).sentences, tokenizer, sha256
+        )
 
 
 def feature_case(directory: Path, tokenizer: Any, sha256: str, batch: int) -> Case:
     """Token ids and a float16 feature per caption."""
     shards = sorted(directory.glob("pairs-??????.tar"))
     source = Source(shards, features={"image": "clip"})
-    source.use_ids(Encoding(sha256, MAX_LENGTH, tokenizer.pad_token_id))
+    source.use_token_ids(Encoding(sha256, MAX_LENGTH, tokenizer.pad_token_id))
     stock = _write_stock(directory / "stock-features", _items(source, with_features=True))
 
     def tensors(batch: Batch) -> Tensors:
@@ -94,7 +96,7 @@ def feature_case(directory: Path, tokenizer: Any, sha256: str, batch: int) -> Ca
 def text_case(directory: Path, tokenizer: Any, sha256: str, batch: int) -> Case:
     """Token ids of sentences."""
     source = Source(sorted(directory.glob("text-??????.tar")))
-    source.use_ids(Encoding(sha256, MAX_LENGTH, tokenizer.pad_token_id))
+    source.use_token_ids(Encoding(sha256, MAX_LENGTH, tokenizer.pad_token_id))
     stock = _write_stock(directory / "stock-text", _items(source, with_features=False))
 
     def tensors(batch: Batch) -> Tensors:
@@ -121,7 +123,7 @@ def image_case(directory: Path, tokenizer: Any, sha256: str, batch: int) -> Case
             writer.write(f"{number:06d}", {"jpg": data, "txt": text.encode()})
     store_ids(writer.shards, tokenizer, sha256)
     source = Source(writer.shards, with_images=True)
-    source.use_ids(Encoding(sha256, MAX_LENGTH, tokenizer.pad_token_id))
+    source.use_token_ids(Encoding(sha256, MAX_LENGTH, tokenizer.pad_token_id))
     stock = _write_stock(directory / "stock-images", _items(source, with_features=False))
 
     def tensors(batch: Batch) -> Tensors:
@@ -160,10 +162,10 @@ def _items(source: Source, *, with_features: bool) -> Iterator[dict[str, bytes]]
     for start in range(0, len(order), 512):
         ids = order[start : start + 512]
         records = source.read(ids)
-        assert records.encoded is not None
+        assert records.token_ids is not None
         for row in range(len(ids)):
-            length = int(records.encoded[1][row].sum())
-            members = {"ids.npy": _npy(records.encoded[0][row, :length].astype(np.uint16))}
+            length = int(records.token_ids[1][row].sum())
+            members = {"ids.npy": _npy(records.token_ids[0][row, :length].astype(np.uint16))}
             if with_features:
                 members["feat.npy"] = _npy(records.features["image"][row].astype(np.float16))
             if records.images is not None:
@@ -203,20 +205,14 @@ def _ours(
     )
 
     def stream(workers: int) -> Iterator[Tensors]:
-        loader = make_loader(
-            plan,
-            text,
-            pairs,
-            tokenizer,
-            rank=0,
-            world_size=1,
-            start_step=0,
+        options = LoaderOptions(
             total_steps=plan.steps_per_epoch,
             max_length=MAX_LENGTH,
             num_workers=workers,
             image_transform=transform,
             with_text=False,
         )
+        loader = make_loader(plan, Sources(text, pairs), tokenizer, options)
         return map(tensors, loader)
 
     return stream

@@ -62,7 +62,7 @@ def examine(
     try:
         config = configuration(training)
         run_dir = run_dir or config.run_dir
-        check_arithmetic(config, nodes * processes)
+        check_arithmetic(config.batch, nodes * processes)
         report.shards, report.facts["the list of shards"] = _shards(config)
     except UserError as error:
         report.problems.append(str(error))

@@ -11,10 +11,10 @@ from tqdm import tqdm
 
 from dalr_scale.data.shards.features_store import feature_names, open_features
 from dalr_scale.data.shards.files import TOKENS_SUFFIX, expand_shards
-from dalr_scale.data.shards.index import check_shard, ensure_index
 from dalr_scale.data.shards.index_file import IndexHeader, current_index, index_path, read_header
+from dalr_scale.data.shards.indexing import check_shard, ensure_index
 from dalr_scale.data.shards.packed import PackedTar
-from dalr_scale.data.shards.token_store import TOKEN_ARRAYS, open_tokens, verify_tokens
+from dalr_scale.data.shards.token_id_store import TOKEN_ID_ARRAYS, open_token_ids, verify_token_ids
 from dalr_scale.errors import UserError
 
 _SHOWN = 20
@@ -104,10 +104,10 @@ def _token_faults(shard: Path) -> list[str]:
     faults = []
     for path in sorted(shard.parent.glob(f"{glob.escape(shard.stem)}.ids-*{TOKENS_SUFFIX}")):
         try:
-            sha256 = PackedTar(path, TOKEN_ARRAYS, "remove it").manifest.get("tokenizer_sha256")
-            table = open_tokens(shard, str(sha256), read_header(index_path(shard)))
+            sha256 = PackedTar(path, TOKEN_ID_ARRAYS, "remove it").manifest.get("tokenizer_sha256")
+            table = open_token_ids(shard, str(sha256), read_header(index_path(shard)))
             if table is not None:
-                verify_tokens(table)
+                verify_token_ids(table)
         except UserError as error:
             faults.append(str(error))
     return faults

@@ -16,7 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from dalr_scale.data.shards.files import expand_shards
-from dalr_scale.data.shards.token_store import open_tokens, write_tokens
+from dalr_scale.data.shards.token_id_store import open_token_ids, write_token_ids
 from dalr_scale.data.stream.source import Source
 from dalr_scale.distributed.world import refuse_single_process
 from dalr_scale.errors import UserError
@@ -54,7 +54,7 @@ def _store(shards: Sequence[Path], tokenizer_path: str, quiet: bool) -> int:
         if not _is_there(shard, sha256):
             source = Source([shard])
             sentences = source.read(np.arange(source.num_items)).sentences
-            write_tokens(shard, sentences, tokenizer, sha256)
+            write_token_ids(shard, sentences, tokenizer, sha256)
             written += 1
     return written
 
@@ -62,6 +62,6 @@ def _store(shards: Sequence[Path], tokenizer_path: str, quiet: bool) -> int:
 def _is_there(shard: Path, sha256: str) -> bool:
     """Whether sound ids of this state of the shard are there; others are created again."""
     try:
-        return open_tokens(shard, sha256) is not None
+        return open_token_ids(shard, sha256) is not None
     except UserError:
         return False

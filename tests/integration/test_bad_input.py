@@ -262,10 +262,10 @@ def test_the_batch_arithmetic_names_its_numbers(numbers: tuple[int, int, int]) -
     size, micro, ranks = numbers
     config = dataclasses.replace(build_config([]), batch=BatchConfig(size, micro))
     if size >= 2 and size % ranks == 0 and micro <= size // ranks:
-        assert check_arithmetic(config, ranks) == size // ranks
+        assert check_arithmetic(config.batch, ranks) == size // ranks
         return
     with pytest.raises(UserError) as error:
-        check_arithmetic(config, ranks)
+        check_arithmetic(config.batch, ranks)
     message = str(error.value)
     assert f"batch.global_size = {size}" in message or f"batch.micro_size = {micro}" in message
     assert "\n" not in message

@@ -11,7 +11,7 @@ import pytest
 from common import records, status, tiny_config, write_config
 from launching import train
 
-from dalr_scale.data.shards.index import ensure_index
+from dalr_scale.data.shards.indexing import ensure_index
 
 BAD_LINES = 3  # of 170 sentences: 1.8 %
 

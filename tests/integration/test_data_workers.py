@@ -19,7 +19,7 @@ SETUP = """
     from pathlib import Path
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
-    from dalr_scale.data.stream.loader import make_loader
+    from dalr_scale.data.stream.loader import LoaderOptions, Sources, make_loader
     from dalr_scale.data.stream.order import StreamPlan
     from dalr_scale.data.stream.source import Source
 
@@ -27,10 +27,9 @@ SETUP = """
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="[PAD]")
     tokenizer(["parallel use before the fork"] * 8)
     text = Source(sorted(Path(sys.argv[1]).glob("*.tar")))
-    loader = make_loader(
-        StreamPlan(1, 2, text.num_items), text, None, tokenizer, rank=0,
-        world_size=1, start_step=0, total_steps=10**6, max_length=8, num_workers=2,
-    )
+    options = LoaderOptions(total_steps=10**6, max_length=8, num_workers=2)
+    plan = StreamPlan(1, 2, text.num_items)
+    loader = make_loader(plan, Sources(text, None), tokenizer, options)
     batches = iter(loader)
     for _ in range(4):  # both workers have started when each has delivered
         next(batches)

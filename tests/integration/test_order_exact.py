@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from dalr_scale.data.shards.writer import write_text_shards
-from dalr_scale.data.stream.loader import make_loader
+from dalr_scale.data.stream.loader import LoaderOptions, Sources, make_loader
 from dalr_scale.data.stream.order import Part, StreamPlan, share_rows
 from dalr_scale.data.stream.source import Source
 
@@ -62,11 +62,20 @@ def read(
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="[PAD]")
     ranks = [
         make_loader(
-            plan, *sources, tokenizer, rank=rank, world_size=world, start_step=start,
-            total_steps=EPOCHS * plan.steps_per_epoch, max_length=8, num_workers=workers,
+            plan,
+            Sources(*sources),
+            tokenizer,
+            LoaderOptions(
+                total_steps=EPOCHS * plan.steps_per_epoch,
+                max_length=8,
+                num_workers=workers,
+                start_step=start,
+                rank=rank,
+                world_size=world,
+            ),
         )
         for rank in range(world)
-    ]  # fmt: skip
+    ]
     found = []
     for parts in zip(*ranks, strict=True):
         items = [item for part in parts for item in part.item_ids.tolist()]

@@ -22,8 +22,8 @@ from dalr_scale.data.shards.files import (
     walk_tar,
 )
 from dalr_scale.data.shards.images import check_image
-from dalr_scale.data.shards.index import ensure_index
 from dalr_scale.data.shards.index_file import MEMBER_LIMIT
+from dalr_scale.data.shards.indexing import ensure_index
 from dalr_scale.data.shards.writer import ShardSetWriter
 from dalr_scale.errors import UserError
 

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from dalr_scale.data.prepare.captions import CAPTION_COLUMNS, clean
 from dalr_scale.data.prepare.report import Report
-from dalr_scale.data.shards.index import ensure_index
+from dalr_scale.data.shards.indexing import ensure_index
 from dalr_scale.data.shards.writer import write_text_shards
 from dalr_scale.errors import UserError
 

@@ -64,7 +64,7 @@ def split_name(name: str) -> tuple[str, str]:
     return directory + slash + stem, extension.lower()
 
 
-def companions(shard: Path | str, ending: str) -> str:
+def companion(shard: Path | str, ending: str) -> str:
     """Return the name of a file that belongs to a shard: ``X.tar`` -> ``X`` + ending."""
     return os.path.splitext(shard)[0] + ending
 

@@ -114,6 +114,10 @@ class IndexHeader:
             size, mtime, items, samples, images, keys, sha.hex(), body_crc, quarantined, bool(deep)
         )
 
+    def rows(self, level: str) -> int:
+        """Return the rows of features of a level: samples for ``sample``, else items."""
+        return self.samples if level == "sample" else self.items
+
     @property
     def file_size(self) -> int:
         """Bytes that the whole index file must have."""

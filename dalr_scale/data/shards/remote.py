@@ -34,7 +34,7 @@ _PAUSES = (1.0, 5.0)
 _TIMEOUT = 60  # seconds without a byte
 _THREADS = 8
 _IDENTITY = ("ETag", "etag", "checksum", "blob_id", "lfs", "LastModified", "mtime", "last_commit")
-_log = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 
 class RemoteShards:
@@ -155,7 +155,7 @@ def _ensure_copy(system: Any, url: str, target: Path) -> None:
             _sha256(target) == known["sha256"]
         ):
             return
-        _log.warning("%s: the copy is damaged; copying it again", target)
+        log.warning("%s: the copy is damaged; copying it again", target)
     if there is None:
         raise UserError(f"{_shown(url)} cannot be found; check the URL and the connection")
     sha256 = _download(system, url, target, there)

@@ -1,6 +1,6 @@
-"""Random changes to images that are the same wherever and whenever a sample is read.
+"""Random changes to images that are the same for every reader of a sample.
 
-The random numbers of a sample come from (seed, stream, pass, item) and from nothing else, so that
+The random numbers of a sample come from (seed, stream, epoch, item) only, so that
 ranks, workers, batch sizes and resumes do not change a pixel.
 """
 

@@ -14,7 +14,7 @@ from dalr_scale.run.ranks import Ranks
 
 _SHOWN = 10
 _MAX_STORED = 10_000  # numbers kept per stream in a checkpoint
-_log = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 
 class BadRows:
@@ -75,7 +75,7 @@ class BadRows:
                 known.add(row.item)
                 self._reasons.setdefault(row.kind, []).append(row.why)
                 if world.rank == 0:
-                    _log.warning("not used, replaced by another item: %s", row.why)
+                    log.warning("not used, replaced by another item: %s", row.why)
         for kind in dict.fromkeys(row.kind for row in rows):
             self._check(kind)
 

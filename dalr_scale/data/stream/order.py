@@ -1,8 +1,8 @@
-"""Which items make up the batch of a step: a pure function of the seed and the step.
+"""The items of each step's batch: a pure function of the seed and the step.
 
-Nothing here knows ranks, workers, clocks or process state. The whole position of a run is its step
-number, so resuming costs one permutation however far the run has come, and the same seed gives the
-same global batches at any number of ranks and workers.
+Nothing here depends on ranks, workers, clocks or process state. The position of a run is its step
+number: a resume computes one permutation, regardless of the step, and the same seed gives the same
+global batches at any number of ranks and workers.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ _CHUNK = 1 << 22
 def epoch_order(seed: int, epoch: int, num_items: int, *, stream: str) -> np.ndarray:
     """Return the item numbers of one epoch of a stream in the order they are used.
 
-    The random bits come straight from the Philox bit generator, whose output numpy guarantees to
-    keep; ``Generator.permutation`` may change between numpy releases. Each word carries the item
-    number in its low bits, so that sorting it in place gives the permutation, needs 8 bytes an
-    item in all, and has no ties whose order could depend on the sorting routine.
+    The random bits come from the Philox bit generator, whose output numpy keeps stable;
+    ``Generator.permutation`` may change between numpy releases. Each word holds the item number in
+    its low bits, so that sorting the words in place gives the permutation. This needs 8 bytes per
+    item and has no ties whose order could depend on the sorting algorithm.
 
     Args:
         seed: seed of the run.
@@ -52,7 +52,7 @@ def epoch_order(seed: int, epoch: int, num_items: int, *, stream: str) -> np.nda
     low_bits = (1 << max(num_items - 1, 0).bit_length()) - 1
     words = np.random.Philox(key=key).random_raw(num_items)
     words &= np.uint64(~low_bits & 0xFFFFFFFFFFFFFFFF)
-    for start in range(0, num_items, _CHUNK):  # all numbers at once would double the memory
+    for start in range(0, num_items, _CHUNK):  # one arange of all items would double the memory
         stop = min(start + _CHUNK, num_items)
         words[start:stop] |= np.arange(start, stop, dtype=np.uint64)
     words.sort()
@@ -66,10 +66,10 @@ _latest: dict[tuple[int, int, str], tuple[int, np.ndarray]] = {}
 
 
 def _cached_order(seed: int, epoch: int, num_items: int, *, stream: str) -> np.ndarray:
-    """``epoch_order``, of which the last pass of each stream is kept: steps only move forward."""
+    """``epoch_order`` with a cache of the last epoch of each stream: steps only increase."""
     key = (seed, num_items, stream)
     if key not in _latest or _latest[key][0] != epoch:
-        _latest.pop(key, None)  # before the next one is made: two would be twice the memory
+        _latest.pop(key, None)  # first, because two orders need twice the memory
         _latest[key] = epoch, epoch_order(seed, epoch, num_items, stream=stream)
     return _latest[key][1]
 
@@ -88,8 +88,8 @@ def exact_fraction(value: float | str | Fraction) -> Fraction:
 def rank_rows(rows: int, rank: int, world_size: int) -> np.ndarray:
     """Return which rows of a global batch a rank takes: int64 [c], c = ceil(rows / world_size).
 
-    Every rank takes equally many, in order; where the batch does not divide, places behind its end
-    repeat its last row.
+    Every rank takes the same number of rows, in order. If the batch cannot be divided equally,
+    positions past its end repeat its last row.
     """
     own = -(-rows // world_size)
     return np.minimum(np.arange(rank * own, (rank + 1) * own), rows - 1)
@@ -129,11 +129,11 @@ def share_rows(global_batch: int, weights: Sequence[float]) -> list[int]:
 class StreamPlan:
     """The alternation of text-only and paired batches, and the items of each batch.
 
-    Every step is entirely text or entirely pairs. ``proportional`` gives the pair stream its share
-    of the steps, N_pair / (N_text + N_pair) or ``pair_fraction``, spread evenly in integer
-    arithmetic. ``reference`` is the published rule: within an epoch of N_text + N_pair steps, step
-    n is paired when n mod k = 0 with k = max(1, floor(N_text / N_pair)); streams never end, so
-    pairs are passed more than once an epoch, and with N_text < 2 N_pair (k = 1) text is never used.
+    The batch of a step comes from one stream. ``proportional`` gives the pair stream its share of
+    the steps, N_pair / (N_text + N_pair) or ``pair_fraction``, spread evenly in integer arithmetic.
+    ``reference`` is the published rule: within an epoch of N_text + N_pair steps, step n is paired
+    when n mod k = 0 with k = max(1, floor(N_text / N_pair)). Streams repeat, so pairs are used
+    more than once in an epoch, and with N_text < 2 N_pair (k = 1) text is never used.
 
     Attributes:
         seed: seed of both streams' orders.
@@ -145,8 +145,8 @@ class StreamPlan:
         tail: what happens to the last, shorter batch of an epoch. ``drop`` leaves it out, ``keep``
             uses it when it has two items or more.
         text_parts, pair_parts: weighted parts of the streams, numbered one after the other; empty:
-            one part. Every batch takes the same number of rows from each part, and each part is
-            passed at its own pace, its own tail dropped.
+            one part. Every batch takes the same number of rows from each part, and each part has
+            its own epochs, whose tails are dropped.
     """
 
     seed: int
@@ -188,7 +188,9 @@ class StreamPlan:
             return
         items = self.text_items if kind == "text" else self.pair_items
         if sum(p.items for p in parts) != items or sum(p.rows for p in parts) != self.global_batch:
-            raise ValueError(f"parts {parts} do not make {items} items, {self.global_batch} rows")
+            raise ValueError(
+                f"parts {parts} do not add up to {items} items, {self.global_batch} rows"
+            )
         if self.tail == "keep":
             raise UserError(
                 "a shorter last batch cannot be kept of weighted sources; set objective.tail=drop"
@@ -201,7 +203,7 @@ class StreamPlan:
                 )
 
     def _check_fraction(self) -> None:
-        """A configured fraction must not ask for a stream that is not there."""
+        """Refuse a configured fraction that needs a missing stream."""
         fraction = self._fraction
         if fraction > 0 and not self.pair_items:
             raise UserError(f"the pair fraction is {fraction} but there is no pair stream")
@@ -224,7 +226,7 @@ class StreamPlan:
 
     @property
     def steps_per_epoch(self) -> int:
-        """N_text + N_pair, whatever the alternation and the fraction."""
+        """N_text + N_pair, for any alternation and fraction."""
         return self.n_text + self.n_pair
 
     @property
@@ -283,7 +285,7 @@ class StreamPlan:
         return ids
 
     def batch_rows(self, step: int) -> int:
-        """Return how many items the global batch of a step has, without making its order."""
+        """Return how many items the global batch of a step has, without computing its order."""
         if self.tail == "drop":
             return self.global_batch
         kind, _, batch = self.position(step)
@@ -333,7 +335,7 @@ class StreamPlan:
 
     @cached_property
     def _layouts(self) -> dict[Kind, np.ndarray]:
-        """Which part each row of a batch comes from: evenly mixed, so that ranks share them."""
+        """Part of each row of a batch, by kind: evenly mixed, so that every rank gets its share."""
         layouts: dict[Kind, np.ndarray] = {}
         kinds: tuple[Kind, Kind] = ("text", "pair")
         for kind in kinds:
@@ -368,8 +370,8 @@ class StreamPlan:
     def replacement(self, step: int, row: int, attempt: int) -> int:
         """Return the item that replaces a bad row: the same row, some batches later.
 
-        It is never an item of the batch itself, no other bad row of the batch gets the same one,
-        and it depends on nothing but the order, so that all ranks and resumes agree on it.
+        It is never an item of the batch itself, and no other bad row of the batch gets the same
+        one. It depends on the order only, so that all ranks and resumes agree on it.
 
         Args:
             step: the step.

@@ -17,8 +17,8 @@ from shard_tools import END, image_bytes, jpeg, oracle_samples, tar_member, writ
 from dalr_scale import cli
 from dalr_scale.commands import index as index_command
 from dalr_scale.data.shards.features_store import write_features
-from dalr_scale.data.shards.index import build_index, check_shard, ensure_index
 from dalr_scale.data.shards.index_file import CAPTION_LIMIT, IndexHeader, current_index, index_path
+from dalr_scale.data.shards.indexing import build_index, check_shard, ensure_index
 from dalr_scale.data.stream.source import Source
 from dalr_scale.errors import UserError
 from dalr_scale.run.files import write_durably
@@ -235,7 +235,7 @@ def test_unwritable_folder_keeps_the_index_in_memory(tmp_path: Path, monkeypatch
     def refuse(*_: object) -> None:
         raise PermissionError(13, "read-only")
 
-    monkeypatch.setattr("dalr_scale.data.shards.index.write_index", refuse)
+    monkeypatch.setattr("dalr_scale.data.shards.indexing.write_index", refuse)
     file = ensure_index(shard)
     assert not index_path(shard).exists()
     assert len(file.load().items) == 15

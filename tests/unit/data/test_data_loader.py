@@ -19,17 +19,19 @@ from transformers import PreTrainedTokenizerFast
 
 from dalr_scale.data.shards.features_store import write_features
 from dalr_scale.data.shards.images import check_image, decode_image
-from dalr_scale.data.shards.index import ensure_index
+from dalr_scale.data.shards.indexing import ensure_index
 from dalr_scale.data.shards.writer import ShardSetWriter, write_text_shards
-from dalr_scale.data.stream import loader as loader_module
+from dalr_scale.data.stream import prefetch as prefetch_module
 from dalr_scale.data.stream.loader import (
     Batch,
+    LoaderOptions,
+    Sources,
     StepDataset,
-    ahead,
     make_loader,
     tokenize,
 )
 from dalr_scale.data.stream.order import StreamPlan
+from dalr_scale.data.stream.prefetch import prefetch
 from dalr_scale.data.stream.source import Source
 from dalr_scale.errors import UserError
 
@@ -95,7 +97,8 @@ def loader_of(sources: tuple[Source, Source], **changes: object):
         "max_length": 8,
         "num_workers": 0,
     } | changes
-    return make_loader(settings.pop("plan", plan), *sources, small_tokenizer(), **settings)
+    plan = settings.pop("plan", plan)
+    return make_loader(plan, Sources(*sources), small_tokenizer(), LoaderOptions(**settings))
 
 
 def digest(batches: list[Batch]) -> list[str]:
@@ -181,10 +184,8 @@ def test_a_bad_last_row_and_its_copies_get_one_substitute(tmp_path: Path) -> Non
         file.write(b"#")
 
     def items(rank: int, world: int) -> list[int]:
-        loader = make_loader(
-            plan, source, None, small_tokenizer(), rank=rank, world_size=world, start_step=3,
-            total_steps=4, max_length=8, num_workers=0,
-        )  # fmt: skip
+        options = LoaderOptions(4, 8, 0, start_step=3, rank=rank, world_size=world)
+        loader = make_loader(plan, Sources(source, None), small_tokenizer(), options)
         (batch,) = loader
         assert {row.item for row in batch.bad} <= {last}
         return batch.item_ids.tolist()
@@ -242,10 +243,8 @@ def test_one_shard_serves_any_number_of_ranks(tmp_path: Path) -> None:
     plan = StreamPlan(seed=1, global_batch=8, pair_items=source.num_items)
     seen: list[int] = []
     for rank in range(4):
-        loader = make_loader(
-            plan, None, source, small_tokenizer(), rank=rank, world_size=4,
-            start_step=0, total_steps=2, max_length=8, num_workers=0,
-        )  # fmt: skip
+        options = LoaderOptions(2, 8, 0, rank=rank, world_size=4)
+        loader = make_loader(plan, Sources(None, source), small_tokenizer(), options)
         batches = list(loader)
         assert [len(batch.sentences) for batch in batches] == [2, 2]
         seen += [item for batch in batches for item in batch.item_ids.tolist()]
@@ -272,14 +271,9 @@ def test_impossible_settings_are_refused(sources) -> None:
     with pytest.raises(UserError, match="padding token"):
         make_loader(
             plan_of(*sources, seed=3, global_batch=12),
-            *sources,
+            Sources(*sources),
             without,
-            rank=0,
-            world_size=1,
-            start_step=0,
-            total_steps=1,
-            max_length=8,
-            num_workers=0,
+            LoaderOptions(total_steps=1, max_length=8, num_workers=0),
         )
 
 
@@ -296,15 +290,9 @@ def test_errors_of_workers_arrive_as_one_sentence(workers: int, tmp_path: Path) 
         list(
             make_loader(
                 plan_of(None, source, seed=1, global_batch=20),
-                None,
-                source,
+                Sources(None, source),
                 small_tokenizer(),
-                rank=0,
-                world_size=1,
-                start_step=0,
-                total_steps=5,
-                max_length=8,
-                num_workers=workers,
+                LoaderOptions(total_steps=5, max_length=8, num_workers=workers),
             )
         )
     assert str(raised.value).startswith(f"{shard}: line 3 of sample 'pairs0001' differs")
@@ -317,7 +305,8 @@ def to_tensor(image: Image.Image) -> torch.Tensor:
 
 def image_dataset(source: Source) -> StepDataset:
     plan = plan_of(None, source, seed=1, global_batch=source.num_items)
-    return StepDataset(plan, None, source, small_tokenizer(), 8, 0, 1, 1, image_transform=to_tensor)
+    options = LoaderOptions(1, 8, 0, image_transform=to_tensor)
+    return StepDataset(plan, Sources(None, source), small_tokenizer(), options)
 
 
 def test_pictures_are_decoded_in_the_worker(tmp_path: Path) -> None:
@@ -426,7 +415,7 @@ def test_batches_are_received_before_they_are_asked_for() -> None:
             yield number
         raise UserError("the fifth is broken")
 
-    received = ahead(items(), 2)
+    received = prefetch(items(), 2)
     assert next(received) == 0
     for _ in range(3):
         assert arrived.acquire(timeout=30)
@@ -434,7 +423,7 @@ def test_batches_are_received_before_they_are_asked_for() -> None:
     assert [next(received) for _ in range(3)] == [1, 2, 3]
     with pytest.raises(UserError, match="the fifth"):
         next(received)
-    assert list(ahead(iter("abc"), 1)) == list("abc")
+    assert list(prefetch(iter("abc"), 1)) == list("abc")
 
 
 def test_a_long_wait_for_a_batch_is_said(
@@ -447,9 +436,9 @@ def test_a_long_wait_for_a_batch_is_said(
         come.wait(30)
         yield 1
 
-    received = ahead(items(), 1)
+    received = prefetch(items(), 1)
     assert next(received) == 0 and not caplog.text
-    monkeypatch.setattr(loader_module, "_WARN_AFTER", 0.05)
+    monkeypatch.setattr(prefetch_module, "_WARN_AFTER", 0.05)
     threading.Timer(0.3, come.set).start()
     assert next(received) == 1
     assert "slow storage" in caplog.text

@@ -17,7 +17,7 @@ from dalr_scale.data.stream import order as order_module
 from dalr_scale.data.stream.augment import Augment, sample_rng
 from dalr_scale.data.stream.bad_rows import BadRows
 from dalr_scale.data.stream.batch import BadRow, Batch
-from dalr_scale.data.stream.loader import make_loader
+from dalr_scale.data.stream.loader import LoaderOptions, Sources, make_loader
 from dalr_scale.data.stream.order import Part, StreamPlan, epoch_order, share_rows
 from dalr_scale.data.stream.source import Source
 from dalr_scale.errors import UserError
@@ -139,13 +139,9 @@ def broken(tmp_path: Path) -> Source:
 
 def batches(source: Source, rank: int = 0, world: int = 1, **options: object) -> list[Batch]:
     plan = StreamPlan(seed=1, global_batch=8, pair_items=40)
-    settings_: dict = {"num_workers": 0, "start_step": 0} | options
-    return list(
-        make_loader(
-            plan, None, source, small_tokenizer(), rank=rank, world_size=world,
-            total_steps=10, max_length=8, image_transform=to_tensor, **settings_,
-        )
-    )  # fmt: skip
+    settings_: dict = {"num_workers": 0, "image_transform": to_tensor} | options
+    chosen = LoaderOptions(10, 8, rank=rank, world_size=world, **settings_)
+    return list(make_loader(plan, Sources(None, source), small_tokenizer(), chosen))
 
 
 def test_bad_rows_are_stood_in_for_alike_at_any_number_of_ranks(broken: Source) -> None:

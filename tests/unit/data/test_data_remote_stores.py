@@ -17,7 +17,7 @@ import pytest
 from shard_tools import write_pairs
 
 from dalr_scale.data.shards import remote as remote_module
-from dalr_scale.data.shards.index import ensure_index
+from dalr_scale.data.shards.indexing import ensure_index
 from dalr_scale.data.shards.remote import RemoteShards
 from dalr_scale.errors import UserError
 

@@ -19,8 +19,9 @@ from dalr_scale.data.shards.features_store import (
     open_features,
     write_features,
 )
-from dalr_scale.data.shards.index import ensure_index
+from dalr_scale.data.shards.indexing import ensure_index
 from dalr_scale.data.shards.writer import write_text_shards
+from dalr_scale.data.stream import open_shard as open_shard_module
 from dalr_scale.data.stream import source as source_module
 from dalr_scale.data.stream.source import Source
 from dalr_scale.errors import UserError
@@ -112,8 +113,8 @@ def test_features_are_joined_by_sample_item_and_token(tmp_path: Path) -> None:
     ids = np.random.default_rng(1).permutation(35)[:16]
     records = source.read(ids)
     assert records.features["image"].dtype == np.float32
-    assert records.tokens is not None
-    tokens, mask = records.tokens
+    assert records.token_features is not None
+    tokens, mask = records.token_features
     assert tokens.shape == (16, int(mask.sum(1).max()), 2)
     for row, (item, text) in enumerate(zip(ids, records.sentences, strict=True)):
         image, line = int(text.rsplit(" ", 1)[1]), int(text.split()[2])
@@ -174,7 +175,7 @@ def test_a_file_system_that_fails_is_asked_again(tmp_path: Path, monkeypatch, ca
     monkeypatch.setattr(source_module, "_RETRY_SECONDS", (0.0, 0.0))
     shards = write_pairs(tmp_path, 6, per_shard=3)
     source = Source(shards)
-    read, failures = source_module.read_exactly, []
+    read, failures = open_shard_module.read_exactly, []
 
     def stumble(descriptor: int, size: int, offset: int) -> bytes:
         if len(failures) < limit:
@@ -182,13 +183,13 @@ def test_a_file_system_that_fails_is_asked_again(tmp_path: Path, monkeypatch, ca
             raise OSError(5, "Input/output error")
         return read(descriptor, size, offset)
 
-    monkeypatch.setattr(source_module, "read_exactly", stumble)
+    monkeypatch.setattr(open_shard_module, "read_exactly", stumble)
     limit = 2
     assert len(source.read(np.arange(30)).sentences) == 30
     assert caplog.text.count("trying again") == 2
     failures.clear()
     limit = 3
-    with pytest.raises(UserError, match=r"Input/output error\) after 3 tries; bring it back"):
+    with pytest.raises(UserError, match=r"Input/output error\) after 3 tries; restore it"):
         source.read(np.arange(30))
 
 

@@ -42,7 +42,7 @@ from dalr_scale.data.shards.files import (
 from dalr_scale.errors import UserError
 from dalr_scale.run.files import process_name
 
-_log = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 
 def ensure_index(shard: Path, *, deep: bool = False) -> IndexFile:
@@ -60,14 +60,14 @@ def ensure_index(shard: Path, *, deep: bool = False) -> IndexFile:
     if found is not None and found.header.deep >= deep:
         return found
     if found is None and index_path(shard).exists():
-        _log.warning("%s: the index is damaged or older than the shard; building it again", shard)
+        log.warning("%s: the index is damaged or older than the shard; building it again", shard)
     header, blob = build_index(shard, deep=deep)
     if header.quarantined:
-        _log.warning("%s: %d lines or samples are quarantined", shard, header.quarantined)
+        log.warning("%s: %d lines or samples are quarantined", shard, header.quarantined)
     try:
         write_index(shard, blob)
     except OSError as error:
-        _log.warning("%s: the index is kept in memory only (%s)", shard, error.strerror)
+        log.warning("%s: the index is kept in memory only (%s)", shard, error.strerror)
         return IndexFile(shard, header, blob)
     return IndexFile(shard, header)
 
