@@ -309,14 +309,14 @@ def test_the_memory_of_a_loss_pass_is_linear_in_its_rows(preset: str, tiny_data:
 def test_control_a_matrix_of_all_pairs_is_not_linear(
     model: DalrModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain = dalr.text_terms
+    plain = dalr.batch_loss
 
-    def keeping_all_pairs(rows, cols, *args, **options):
-        terms = plain(rows, cols, *args, **options)
-        pairs = (rows.z1 @ cols.z2.T).exp()  # in the graph until the backward pass
-        return dataclasses.replace(terms, total=terms.total + 0.0 * pairs.sum())
+    def keeping_all_pairs(objective, batch):
+        found = plain(objective, batch)
+        pairs = (batch.rows.z1 @ batch.cols.z2.T).exp()  # in the graph until the backward pass
+        return dataclasses.replace(found, total=found.total + 0.0 * pairs.sum())
 
-    monkeypatch.setattr(dalr, "text_terms", keeping_all_pairs)
+    monkeypatch.setattr(dalr, "batch_loss", keeping_all_pairs)
     predicted, measured = row_costs(model)
     assert measured > 1.2 * predicted
 
