@@ -8,15 +8,14 @@ import os
 import re
 import shlex
 import shutil
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 
+import launching
 import numpy as np
 import open_clip
 import pytest
 import torch
-from launching import accelerate
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -95,11 +94,14 @@ def write_models(directory: Path) -> None:
 def train(words: list[str], directory: Path) -> str:
     """Runs the README's launch line with one process of this interpreter."""
     arguments = words[words.index("dalr_scale.train") + 1 :]
-    command = [sys.executable, "-m", "dalr_scale.train", *arguments, *SMALL]
-    environment = os.environ | {"DALR_DATA": str(directory / "DATA"), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    done = launching.train(
+        [*arguments, *SMALL],
+        directory / "train.log",
+        environment={"DALR_DATA": str(directory / "DATA")},
+        setup=partial(os.chdir, directory),
+    )
+    assert done.codes == (0,), done.output
+    return done.output
 
 
 def check_several_processes(directory: Path) -> None:
@@ -119,7 +121,7 @@ def check_several_processes(directory: Path) -> None:
         "simcse",
         *teacher,
     )
-    found = accelerate("--use_deepspeed", "--num_processes=2", *words)
+    found = launching.accelerate("--use_deepspeed", "--num_processes=2", *words)
     assert found.returncode == 0, found.stdout[-4000:]
     assert found.stdout.count("1 feature shards written, set 'simcse'") == 2
     written = sorted(again.rglob("*.simcse.features.tar"))

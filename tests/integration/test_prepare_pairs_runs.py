@@ -153,7 +153,7 @@ def test_a_killed_run_leaves_no_shard_and_can_be_repeated(
     arguments = [str(images), "--captions", str(captions), "--output", str(tmp_path / "o")]
     script = (
         "import sys, time\n"
-        "from dalr_scale.data import prepare_pairs\n"
+        "from dalr_scale.data.prepare import pairs as prepare_pairs\n"
         "check = prepare_pairs.check_image\n"
         "prepare_pairs._CHUNK = 4\n"
         "prepare_pairs.check_image = lambda data: (time.sleep(0.2), check(data))[1]\n"

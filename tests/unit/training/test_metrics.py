@@ -14,6 +14,7 @@ import pytest
 from common import curves
 from hypothesis import given
 from hypothesis import strategies as st
+from tensorboard.summary.writer import event_file_writer
 
 from dalr_scale.eval.unit import read_scores
 from dalr_scale.training.metrics import Meter, RunLog, drop_later_records, format_table, logging_to
@@ -180,6 +181,15 @@ def test_other_ranks_write_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+@pytest.fixture
+def first_writers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """TensorBoard numbers the writers of a process in their file names, and reads them by name.
+
+    In one second the tenth file would therefore be read before the ninth.
+    """
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
+
+
 def run_until(run: Path, last: int, start_step: int = 0, *, finished: bool = False) -> None:
     """Steps up to `last` of 4, text and paired in turn, as the trainer reports them."""
     options = {"rank": 0, "total_steps": 4, "console": io.StringIO(), "clock": Clock()}
@@ -228,6 +238,7 @@ INTERRUPTIONS = {
 }
 
 
+@pytest.mark.usefixtures("first_writers")
 @pytest.mark.parametrize("attempts", INTERRUPTIONS.values(), ids=INTERRUPTIONS)
 def test_interrupted_runs_report_what_an_uninterrupted_one_does(
     tmp_path: Path, attempts: list[tuple[int, int, bool]]
@@ -239,6 +250,7 @@ def test_interrupted_runs_report_what_an_uninterrupted_one_does(
     assert curves(tmp_path / "parts") == curves(tmp_path / "whole")
 
 
+@pytest.mark.usefixtures("first_writers")
 def test_control_a_log_that_only_appends_would_double_points(tmp_path: Path) -> None:
     run_until(tmp_path, 3)
     with mock.patch("torch.utils.tensorboard.SummaryWriter", unpurged):
