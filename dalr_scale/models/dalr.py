@@ -264,7 +264,7 @@ EARLY_COLUMNS = ("z2", "u", "u_caption")
 def teacher_columns(teachers: TeacherBatch, needs: Needs) -> dict[str, Tensor]:
     """The frozen columns of this rank's rows; they can be gathered before a sentence is encoded.
 
-    Tokens are not among them: they stay where they are (``dalr_kernels.eager.stationary``).
+    Tokens are not among them: they stay where they are (``dalr_kernels.eager.global_to_local``).
     """
     columns = {"ids": teachers.ids}
     columns |= {f"text{k}": e for k, e in enumerate(teachers.text if needs.text else ())}
