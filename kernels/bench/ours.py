@@ -40,11 +40,11 @@ def loss(problem: Problem, **how: Any) -> Callable[[], Tensor]:
     if problem.name in OBJECTIVES:
         return lambda: _objective(problem, how)
     if problem.name == "triple":
-        return lambda: shared_pass(problem, how)
+        return lambda: shared_call(problem, how)
     return lambda: separate_losses(problem, **how)
 
 
-def shared_pass(problem: Problem, how: dict[str, Any]) -> Tensor:
+def shared_call(problem: Problem, how: dict[str, Any]) -> Tensor:
     """The three losses in one call, S and T made once."""
     teacher = problem.teacher
     info, divergence, ranking = WEIGHTS
