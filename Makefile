@@ -18,7 +18,7 @@ WORKERS ?= 2
 
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help train test soak flickr8k lint style env clean versions gpu gpu-batch gpu-test gpu-wheels kernels-bench slurm-test data-bench batch-bench
+.PHONY: help train test soak flickr8k lint env clean versions gpu gpu-batch gpu-test gpu-wheels kernels-bench slurm-test data-bench batch-bench
 
 help:
 	@echo "make train   the main job: quickstart data, teachers, DALR student, table ($(VENV) is made first)"
@@ -28,7 +28,7 @@ help:
 	@echo "make flickr8k  the README's real-data table (DALR_DATA=FOLDER; about an hour on 2 cores)"
 	@echo "make data-bench  the loader against stock WebDataset, and its other goals (minutes)"
 	@echo "make batch-bench  memory and time of the global batch on one process (minutes to hours)"
-	@echo "make lint    ruff and pyright"
+	@echo "make lint    style, import rules and types: what CI and the pre-commit hook run first"
 	@echo "make gpu-test  all tests that need a GPU; make gpu: all GPU benchmarks (< 9 minutes each;"
 	@echo "             PYTHON=python3 takes that interpreter as it is and fetches nothing)"
 	@echo "make gpu-batch  the largest global batch that one GPU trains (< 9 minutes)"
@@ -92,11 +92,12 @@ data-bench: $(STAMP) versions
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev,bench]"
 	$(BIN)/python benchmarks/loader.py $(ARGS)
 
-lint: style
-	$(BIN)/pyright --pythonpath $(BIN)/python
-
-style: $(STAMP)
-	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+# What CI and the pre-commit hook run before anything else.
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	PYTHONPATH=.:kernels $(BIN)/lint-imports --no-logo
+	$(BIN)/basedpyright --pythonpath $(BIN)/python
 
 env: $(STAMP)
 
@@ -114,4 +115,4 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $(STAMP)
 
 clean:
-	rm -rf build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf build *.egg-info .pytest_cache .ruff_cache .import_linter_cache .hypothesis

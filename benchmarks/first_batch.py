@@ -15,10 +15,10 @@ import torch
 
 from dalr_scale.data.shards.features_store import write_features
 from dalr_scale.data.shards.files import expand_shards
-from dalr_scale.data.shards.index import ensure_index
-from dalr_scale.data.shards.token_store import Encoding, write_tokens
+from dalr_scale.data.shards.indexing import ensure_index
+from dalr_scale.data.shards.token_id_store import Encoding, write_token_ids
 from dalr_scale.data.shards.writer import write_text_shards
-from dalr_scale.data.stream.loader import make_loader
+from dalr_scale.data.stream.loader import LoaderOptions, Sources, make_loader
 from dalr_scale.data.stream.order import StreamPlan
 from dalr_scale.data.stream.source import Source
 from dalr_scale.models.tokenizer import load_tokenizer
@@ -27,51 +27,49 @@ from dalr_scale.teachers.models import tokenizer_hash
 ROWS, WIDTH, BATCH = 100, 16, 256
 
 
-def write(folder: Path, shards: int) -> None:
+def write(directory: Path, shards: int) -> None:
     """Shards of 100 sentences, each with its index, one feature set and its token ids."""
-    if (folder / "done").exists():
+    if (directory / "done").exists():
         return
     sentences = (f"a w{n % 499} w{n % 7} w{n}" for n in range(shards * ROWS))
     paths = write_text_shards(
-        sentences, folder, "text", per_member=ROWS, members_per_shard=1, overwrite=True
+        sentences, directory, "text", per_member=ROWS, members_per_shard=1, overwrite=True
     )
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", *(f"w{n}" for n in range(500))]
-    (folder / "vocab.txt").write_text("\n".join(words) + "\n")
+    (directory / "vocab.txt").write_text("\n".join(words) + "\n")
     with ProcessPoolExecutor() as pool:
-        list(pool.map(_write_beside, paths, chunksize=100))
-    (folder / "done").touch()
+        list(pool.map(_write_companions, paths, chunksize=100))
+    (directory / "done").touch()
 
 
-def _write_beside(path: Path) -> None:
+def _write_companions(path: Path) -> None:
     ensure_index(path)
     values = np.random.default_rng(0).normal(size=(ROWS, WIDTH))
     write_features(path, "clip", values, level="item", manifest_extra={})
     lines = Source([path]).read(np.arange(ROWS)).sentences
     tokenizer, sha256 = _tokenizer(path.parent)
-    write_tokens(path, lines, tokenizer, sha256)
+    write_token_ids(path, lines, tokenizer, sha256)
 
 
 @lru_cache(maxsize=1)
-def _tokenizer(folder: Path) -> tuple[Any, str]:
-    tokenizer = load_tokenizer(folder / "vocab.txt")
+def _tokenizer(directory: Path) -> tuple[Any, str]:
+    tokenizer = load_tokenizer(directory / "vocab.txt")
     return tokenizer, tokenizer_hash(tokenizer)
 
 
-def read(folder: Path) -> None:
+def read(directory: Path) -> None:
     """Print the seconds of each part as JSON."""
     torch.set_num_threads(1)
-    tokenizer, sha256 = _tokenizer(folder)
+    tokenizer, sha256 = _tokenizer(directory)
     started = time.perf_counter()
-    paths = expand_shards([str(folder / "text-*.tar")])
+    paths = expand_shards([str(directory / "text-*.tar")])
     listed = time.perf_counter()
     source = Source(paths, features={"text0": "clip"})
-    source.use_ids(Encoding(sha256, 32, tokenizer.pad_token_id))
+    source.use_token_ids(Encoding(sha256, 32, tokenizer.pad_token_id))
     opened = time.perf_counter()
     plan = StreamPlan(seed=1, global_batch=BATCH, text_items=source.num_items)
-    loader = make_loader(
-        plan, source, None, tokenizer, rank=0, world_size=1, start_step=0,
-        total_steps=plan.n_text, max_length=32, num_workers=1, with_text=False,
-    )  # fmt: skip
+    options = LoaderOptions(plan.n_text, max_length=32, num_workers=1, with_text=False)
+    loader = make_loader(plan, Sources(source, None), tokenizer, options)
     batch = next(iter(loader))
     ended = time.perf_counter()
     assert batch.features["text0"].shape == (BATCH, WIDTH)

@@ -1,6 +1,6 @@
 """The loader against a stock WebDataset pipeline, and what else users wait for.
 
-    make data-bench [ARGS="--data FOLDER --parts throughput first order prepare stall"]
+    make data-bench [ARGS="--data DIRECTORY --parts throughput first order prepare stall"]
 
 Everything runs in one go on this machine: samples/s per core of equal batches, time to the first
 batch of 10,000 shards, memory of 100 million rows, preparing and indexing, and the share of a real
@@ -60,7 +60,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, default=os.environ.get("DALR_DATA"))
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
-    parser.add_argument("--work", type=Path, help="folder for shards; kept (default: temporary)")
+    parser.add_argument("--work", type=Path, help="directory for shards; kept (default: temporary)")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--note", help="what a reader should know about this host")
     args = parser.parse_args()
@@ -79,8 +79,8 @@ def main() -> None:
             write_results(record, args.results)
 
 
-def _previous(folder: Path) -> Record:
-    path = folder / "loader.json"
+def _previous(directory: Path) -> Record:
+    path = directory / "loader.json"
     return json.loads(path.read_text()) if path.exists() else {}
 
 
@@ -91,7 +91,7 @@ def host() -> str:
 
 
 def _kind(data: Path | None) -> str:
-    return "Flickr8k and Wikipedia sentences" if data else "drawn pictures and sentences"
+    return "Flickr8k and Wikipedia sentences" if data else "drawn images and sentences"
 
 
 # -- samples per second -----------------------------------------------------------------------
@@ -104,36 +104,36 @@ def throughput(work: Path, data: Path | None) -> Record:
 
 
 def _cases(work: Path, data: Path | None) -> Iterator[Case]:
-    folder = work / "throughput"
-    vocabulary = _write_data(folder, data)  # made anew in a kept folder too
+    directory = work / "throughput"
+    vocabulary = _write_data(directory, data)  # created again in an existing directory too
     tokenizer = load_tokenizer(vocabulary)
     sha256 = tokenizer_hash(tokenizer)
-    store_ids(sorted(folder.glob("*-??????.tar")), tokenizer, sha256)
-    yield feature_case(folder, tokenizer, sha256, BATCH)
-    yield text_case(folder, tokenizer, sha256, BATCH)
-    yield image_case(folder, tokenizer, sha256, BATCH)
+    store_ids(sorted(directory.glob("*-??????.tar")), tokenizer, sha256)
+    yield feature_case(directory, tokenizer, sha256, BATCH)
+    yield text_case(directory, tokenizer, sha256, BATCH)
+    yield image_case(directory, tokenizer, sha256, BATCH)
 
 
-def _write_data(folder: Path, data: Path | None) -> Path:
+def _write_data(directory: Path, data: Path | None) -> Path:
     """Shards of pairs with features and of sentences; returns the vocabulary."""
-    shutil.rmtree(folder, ignore_errors=True)
+    shutil.rmtree(directory, ignore_errors=True)
     if data is None:
-        write_shards(folder, *draw_samples(4000))
-        draw_text(folder, 60_000)
-        return _write_vocabulary(folder)
+        write_shards(directory, *draw_samples(4000))
+        draw_text(directory, 60_000)
+        return _write_vocabulary(directory)
     flickr = data / "flickr8k"
-    captions = ["--captions", flickr / "captions.txt", "--output", folder]
+    captions = ["--captions", flickr / "captions.txt", "--output", directory]
     command("prepare", flickr / "images.tar", *captions)
     features = flickr / "mobilenet_v1_1024.npz"
-    command("features", folder, "--name", "clip", "--from-npz", features, "--quiet")
+    command("features", directory, "--name", "clip", "--from-npz", features, "--quiet")
     text = data / "wiki" / "wiki_en_sentences_1m.txt.xz"
-    command("prepare", text, "--limit", 60_000, "--output", folder)
+    command("prepare", text, "--limit", 60_000, "--output", directory)
     return data / "tokenizers" / "bert-base-uncased" / "vocab.txt"
 
 
-def _write_vocabulary(folder: Path) -> Path:
+def _write_vocabulary(directory: Path) -> Path:
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{n}" for n in range(500)), "a"]
-    path = folder / "vocab.txt"
+    path = directory / "vocab.txt"
     path.write_text("\n".join(words) + "\n")
     return path
 
@@ -178,9 +178,9 @@ def _rate(case: Case, batches: Iterator[Any], *, cpu: bool) -> float:
 
 def first(work: Path, data: Path | None) -> Record:
     """Seconds from a list of 10,000 indexed shards to the first batch, in a new process."""
-    folder = work / "first"
-    python("first_batch.py", "write", folder, FIRST_SHARDS)
-    found = [json.loads(python("first_batch.py", "read", folder)) for _ in range(3)]
+    directory = work / "first"
+    python("first_batch.py", "write", directory, FIRST_SHARDS)
+    found = [json.loads(python("first_batch.py", "read", directory)) for _ in range(3)]
     return {"shards": FIRST_SHARDS, **found[0], "seconds": [f["seconds"] for f in found]}
 
 
@@ -204,12 +204,12 @@ def prepare(work: Path, data: Path | None) -> Record:
     """Seconds to prepare and to index Flickr8k with the project's commands."""
     if data is None:
         return {"skipped": "needs DALR_DATA"}
-    flickr, folder = data / "flickr8k", work / "prepared"
-    captions = ["--captions", flickr / "captions.txt", "--output", folder, "--overwrite"]
+    flickr, directory = data / "flickr8k", work / "prepared"
+    captions = ["--captions", flickr / "captions.txt", "--output", directory, "--overwrite"]
     prepared = command("prepare", flickr / "images.tar", *captions)
-    for path in folder.glob("*.idx"):
+    for path in directory.glob("*.idx"):
         path.unlink()
-    return {"prepare_seconds": prepared, "index_seconds": command("index", folder)}
+    return {"prepare_seconds": prepared, "index_seconds": command("index", directory)}
 
 
 def stall(work: Path, data: Path | None) -> Record:
@@ -225,7 +225,7 @@ def stall(work: Path, data: Path | None) -> Record:
 
 
 def _write_recipe_data(shards: Path, data: Path) -> None:
-    """The recipe's shards and features, of fewer pictures and sentences."""
+    """The recipe's shards and features, of fewer images and sentences."""
     flickr, wiki = shards / "flickr8k", shards / "wiki"
     source = data / "flickr8k"
     if not wiki.exists():  # features that are there already are skipped below
@@ -288,14 +288,14 @@ def python(script: str, *words: Any) -> str:
     return done.stdout
 
 
-def write_results(record: Record, folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "loader.json").write_text(json.dumps(record, indent=1) + "\n")
+def write_results(record: Record, directory: Path) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "loader.json").write_text(json.dumps(record, indent=1) + "\n")
     text = table(record)
-    (folder / "loader.md").write_text(text)
+    (directory / "loader.md").write_text(text)
     print(text)
     if "throughput" in record:
-        plot(record, folder / "loader.png")
+        plot(record, directory / "loader.png")
 
 
 def table(record: Record) -> str:

@@ -15,11 +15,11 @@ import webdataset as wds
 from PIL import Image
 
 from dalr_scale.data.shards.features_store import write_features
-from dalr_scale.data.shards.index import ensure_index
-from dalr_scale.data.shards.token_store import Encoding, write_tokens
+from dalr_scale.data.shards.indexing import ensure_index
+from dalr_scale.data.shards.token_id_store import Encoding, write_token_ids
 from dalr_scale.data.shards.writer import ShardSetWriter, write_text_shards
 from dalr_scale.data.stream.batch import Batch
-from dalr_scale.data.stream.loader import make_loader
+from dalr_scale.data.stream.loader import LoaderOptions, Sources, make_loader
 from dalr_scale.data.stream.order import StreamPlan
 from dalr_scale.data.stream.source import Source
 
@@ -48,12 +48,14 @@ class Case:
     stock: Callable[[int], Iterator[Tensors]]
 
 
-def write_shards(folder: Path, samples: Sequence[tuple[bytes, list[str]]], features: Any) -> None:
-    """Write pictures with captions and their features the way ``prepare`` and ``features`` do."""
-    with ShardSetWriter(folder, "pairs", samples_per_shard=1000) as writer:
-        for number, (picture, captions) in enumerate(samples):
+def write_shards(
+    directory: Path, samples: Sequence[tuple[bytes, list[str]]], features: Any
+) -> None:
+    """Write images with captions and their features the way ``prepare`` and ``features`` do."""
+    with ShardSetWriter(directory, "pairs", samples_per_shard=1000) as writer:
+        for number, (image, captions) in enumerate(samples):
             text = "".join(f"{line}\n" for line in captions)
-            writer.write(f"{number:06d}", {"jpg": picture, "txt": text.encode()})
+            writer.write(f"{number:06d}", {"jpg": image, "txt": text.encode()})
     done = 0
     for shard in writer.shards:
         rows = ensure_index(shard).header.samples
@@ -67,15 +69,17 @@ def store_ids(shards: Sequence[Path], tokenizer: Any, sha256: str) -> None:
     """The token ids beside the shards, as ``dalr-scale tokens`` writes them."""
     for shard in shards:
         source = Source([shard])
-        write_tokens(shard, source.read(np.arange(source.num_items)).sentences, tokenizer, sha256)
+        write_token_ids(
+            shard, source.read(np.arange(source.num_items)).sentences, tokenizer, sha256
+        )
 
 
-def feature_case(folder: Path, tokenizer: Any, sha256: str, batch: int) -> Case:
+def feature_case(directory: Path, tokenizer: Any, sha256: str, batch: int) -> Case:
     """Token ids and a float16 feature per caption."""
-    shards = sorted(folder.glob("pairs-??????.tar"))
+    shards = sorted(directory.glob("pairs-??????.tar"))
     source = Source(shards, features={"image": "clip"})
-    source.use_ids(Encoding(sha256, MAX_LENGTH, tokenizer.pad_token_id))
-    stock = _write_stock(folder / "stock-features", _items(source, with_features=True))
+    source.use_token_ids(Encoding(sha256, MAX_LENGTH, tokenizer.pad_token_id))
+    stock = _write_stock(directory / "stock-features", _items(source, with_features=True))
 
     def tensors(batch: Batch) -> Tensors:
         return batch.input_ids, batch.attention_mask, batch.features["image"]
@@ -89,11 +93,11 @@ def feature_case(folder: Path, tokenizer: Any, sha256: str, batch: int) -> Case:
     )
 
 
-def text_case(folder: Path, tokenizer: Any, sha256: str, batch: int) -> Case:
+def text_case(directory: Path, tokenizer: Any, sha256: str, batch: int) -> Case:
     """Token ids of sentences."""
-    source = Source(sorted(folder.glob("text-??????.tar")))
-    source.use_ids(Encoding(sha256, MAX_LENGTH, tokenizer.pad_token_id))
-    stock = _write_stock(folder / "stock-text", _items(source, with_features=False))
+    source = Source(sorted(directory.glob("text-??????.tar")))
+    source.use_token_ids(Encoding(sha256, MAX_LENGTH, tokenizer.pad_token_id))
+    stock = _write_stock(directory / "stock-text", _items(source, with_features=False))
 
     def tensors(batch: Batch) -> Tensors:
         return batch.input_ids, batch.attention_mask
@@ -107,20 +111,20 @@ def text_case(folder: Path, tokenizer: Any, sha256: str, batch: int) -> Case:
     )
 
 
-def image_case(folder: Path, tokenizer: Any, sha256: str, batch: int) -> Case:
-    """Token ids and a decoded picture per caption; one caption of each picture."""
-    pictures = folder / "single"
-    every = Source(sorted(folder.glob("pairs-??????.tar")), with_images=True)
+def image_case(directory: Path, tokenizer: Any, sha256: str, batch: int) -> Case:
+    """Token ids and a decoded image per caption; one caption of each image."""
+    images = directory / "single"
+    every = Source(sorted(directory.glob("pairs-??????.tar")), with_images=True)
     first = np.flatnonzero(np.diff(every.read(np.arange(every.num_items)).image_ids, prepend=-1))
     records = every.read(first)
     assert records.images is not None
-    with ShardSetWriter(pictures, "pairs", samples_per_shard=1000, overwrite=True) as writer:
+    with ShardSetWriter(images, "pairs", samples_per_shard=1000, overwrite=True) as writer:
         for number, (text, data) in enumerate(zip(records.sentences, records.images, strict=True)):
             writer.write(f"{number:06d}", {"jpg": data, "txt": text.encode()})
     store_ids(writer.shards, tokenizer, sha256)
     source = Source(writer.shards, with_images=True)
-    source.use_ids(Encoding(sha256, MAX_LENGTH, tokenizer.pad_token_id))
-    stock = _write_stock(folder / "stock-images", _items(source, with_features=False))
+    source.use_token_ids(Encoding(sha256, MAX_LENGTH, tokenizer.pad_token_id))
+    stock = _write_stock(directory / "stock-images", _items(source, with_features=False))
 
     def tensors(batch: Batch) -> Tensors:
         assert batch.images is not None
@@ -135,9 +139,9 @@ def image_case(folder: Path, tokenizer: Any, sha256: str, batch: int) -> Case:
     )
 
 
-def to_tensor(picture: Image.Image) -> torch.Tensor:
+def to_tensor(image: Image.Image) -> torch.Tensor:
     """The decoding that both sides share after the JPEG itself: 224 x 224, float32."""
-    pixels = np.asarray(picture.resize((SIDE, SIDE), Image.Resampling.BICUBIC), np.float32)
+    pixels = np.asarray(image.resize((SIDE, SIDE), Image.Resampling.BICUBIC), np.float32)
     return torch.from_numpy(pixels).permute(2, 0, 1) / 255
 
 
@@ -158,10 +162,10 @@ def _items(source: Source, *, with_features: bool) -> Iterator[dict[str, bytes]]
     for start in range(0, len(order), 512):
         ids = order[start : start + 512]
         records = source.read(ids)
-        assert records.encoded is not None
+        assert records.token_ids is not None
         for row in range(len(ids)):
-            length = int(records.encoded[1][row].sum())
-            members = {"ids.npy": _npy(records.encoded[0][row, :length].astype(np.uint16))}
+            length = int(records.token_ids[1][row].sum())
+            members = {"ids.npy": _npy(records.token_ids[0][row, :length].astype(np.uint16))}
             if with_features:
                 members["feat.npy"] = _npy(records.features["image"][row].astype(np.float16))
             if records.images is not None:
@@ -175,13 +179,13 @@ def _npy(array: np.ndarray) -> bytes:
     return stream.getvalue()
 
 
-def _write_stock(folder: Path, items: Iterator[dict[str, bytes]]) -> list[str]:
-    folder.mkdir(parents=True, exist_ok=True)
-    pattern = str(folder / "stock-%06d.tar")
+def _write_stock(directory: Path, items: Iterator[dict[str, bytes]]) -> list[str]:
+    directory.mkdir(parents=True, exist_ok=True)
+    pattern = str(directory / "stock-%06d.tar")
     with wds.ShardWriter(pattern, maxcount=5000, verbose=0) as writer:
         for number, members in enumerate(items):
             writer.write({"__key__": f"{number:08d}", **members})
-    return sorted(map(str, folder.glob("stock-*.tar")))
+    return sorted(map(str, directory.glob("stock-*.tar")))
 
 
 def _ours(
@@ -201,20 +205,14 @@ def _ours(
     )
 
     def stream(workers: int) -> Iterator[Tensors]:
-        loader = make_loader(
-            plan,
-            text,
-            pairs,
-            tokenizer,
-            rank=0,
-            world_size=1,
-            start_step=0,
+        options = LoaderOptions(
             total_steps=plan.steps_per_epoch,
             max_length=MAX_LENGTH,
             num_workers=workers,
             image_transform=transform,
             with_text=False,
         )
+        loader = make_loader(plan, Sources(text, pairs), tokenizer, options)
         return map(tensors, loader)
 
     return stream
@@ -232,7 +230,7 @@ def _stock(
             ids[number, : len(row)] = row
             mask[number, : len(row)] = 1
         rest = [
-            torch.stack([to_tensor(picture) for picture in column])
+            torch.stack([to_tensor(image) for image in column])
             if name == "jpg"
             else torch.from_numpy(np.stack(column).astype(np.float32))
             for name, column in zip(members[1:], columns[1:], strict=True)
@@ -253,7 +251,7 @@ def _stock(
 
 
 def draw_samples(count: int) -> tuple[list[tuple[bytes, list[str]]], np.ndarray]:
-    """Pictures, five captions each and features, for a run without real data."""
+    """Images, five captions each and features, for a run without real data."""
     rng = np.random.default_rng(0)
     words = np.array([f"w{number}" for number in range(500)])
     samples = []
@@ -266,10 +264,10 @@ def draw_samples(count: int) -> tuple[list[tuple[bytes, list[str]]], np.ndarray]
     return samples, rng.normal(size=(count, WIDTH)).astype(np.float16)
 
 
-def draw_text(folder: Path, count: int) -> None:
+def draw_text(directory: Path, count: int) -> None:
     """Sentences for a run without real data."""
     rng = np.random.default_rng(1)
     words = np.array([f"w{number}" for number in range(500)])
     write_text_shards(
-        (" ".join(rng.choice(words, rng.integers(8, 30))) for _ in range(count)), folder, "text"
+        (" ".join(rng.choice(words, rng.integers(8, 30))) for _ in range(count)), directory, "text"
     )

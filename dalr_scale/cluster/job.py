@@ -30,7 +30,8 @@ from typing import Any, Literal
 from dalr_scale.errors import UserError
 from dalr_scale.process import run_command
 from dalr_scale.run.failure import first_failure
-from dalr_scale.run.state import job_identity, read_status, write_durably, write_status
+from dalr_scale.run.files import write_durably
+from dalr_scale.run.status import job_identity, read_status, write_status
 
 MAX_FRUITLESS_RESTARTS = 3
 Verdict = Literal["requeue", "leave", "give-up"]

@@ -18,7 +18,7 @@ from dalr_scale.config.arguments import configuration
 from dalr_scale.config.limits import check_arithmetic
 from dalr_scale.errors import UserError
 from dalr_scale.run.failure import node_name
-from dalr_scale.run.state import process_name
+from dalr_scale.run.files import process_name
 from dalr_scale.versions import versions
 
 __all__ = ["NodeReport", "examine", "node_name"]
@@ -62,7 +62,7 @@ def examine(
     try:
         config = configuration(training)
         run_dir = run_dir or config.run_dir
-        check_arithmetic(config, nodes * processes)
+        check_arithmetic(config.batch, nodes * processes)
         report.shards, report.facts["the list of shards"] = _shards(config)
     except UserError as error:
         report.problems.append(str(error))

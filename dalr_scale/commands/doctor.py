@@ -20,7 +20,8 @@ from pathlib import Path
 from dalr_scale.cluster.node_report import NodeReport, examine, node_name
 from dalr_scale.cluster.rendezvous import Attendance, answer_call, call_roll
 from dalr_scale.errors import UserError
-from dalr_scale.run.state import job_identity, write_durably
+from dalr_scale.run.files import write_durably
+from dalr_scale.run.status import job_identity
 
 MAX_CLOCK_SKEW = 2.0  # seconds; the order of the nodes' log lines depends on it
 PATIENCE = 40.0  # seconds for the slowest node; a failing check must end the job within a minute

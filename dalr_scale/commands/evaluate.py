@@ -10,7 +10,7 @@ from pathlib import Path
 from dalr_scale.errors import UserError
 from dalr_scale.eval.graded import load_graded, score_graded, score_lexical
 from dalr_scale.eval.sts import MAIN_TASKS, TASKS, percent, score_tasks
-from dalr_scale.models import directories as folders
+from dalr_scale.models import directories
 from dalr_scale.models.encoder import POOLERS, SentenceEncoder, make_encode_fn
 from dalr_scale.teachers.extract import default_device
 
@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(f"{args.json} exists; name another file or pass --overwrite")
     root = data_root(args.data) if tasks else Path()
     graded = [load_graded(path) for path in args.graded or ()]
-    encoder = SentenceEncoder.from_folder(folders.run_encoder(args.model), args.pooler)
+    encoder = SentenceEncoder.from_directory(directories.run_encoder(args.model), args.pooler)
     encoder.to(args.device or default_device()).eval()
     encode = make_encode_fn(
         encoder,
@@ -55,13 +55,13 @@ def _parser() -> argparse.ArgumentParser:
         description="Spearman correlation x 100 of cosine similarities and gold scores.",
     )
     add = parser.add_argument
-    add("model", help="model folder, run folder (its best encoder) or package:NAME/SUB")
-    add("--data", type=Path, help=f"folder with STS/ and SICK/ (default: ${DATA_VARIABLE})")
+    add("model", help="model directory, run directory (its best encoder) or package:NAME/SUB")
+    add("--data", type=Path, help=f"directory with STS/ and SICK/ (default: ${DATA_VARIABLE})")
     add("--tasks", nargs="+", metavar="TASK", help=f"from {', '.join(TASKS)} (default: the seven)")
     add("--graded", nargs="+", type=Path, metavar="FILE", help='lines {"a":, "b":, "score":}')
     add("--json", type=Path, metavar="FILE", help="write task name to score")
     add("--overwrite", action="store_true", help="replace an existing --json file")
-    add("--pooler", choices=POOLERS, help="for folders that do not state their pooling")
+    add("--pooler", choices=POOLERS, help="for directories that do not state their pooling")
     add("--batch-size", type=int, default=128, help="sentences per forward pass (default 128)")
     add("--max-length", type=int, help="tokens kept of a sentence (default: all that fit)")
     add("--device", help="cpu, cuda, cuda:1 ... (default: a GPU where there is one)")
@@ -70,16 +70,16 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def data_root(given: Path | None) -> Path:
-    """The folder given, else $DALR_DATA; see `load_sts` for what it holds.
+    """The directory given, else $DALR_DATA; see `load_sts` for what it holds.
 
     Raises:
-        UserError: neither is set, or the folder does not exist.
+        UserError: neither is set, or the directory does not exist.
     """
     root = given or (Path(os.environ[DATA_VARIABLE]) if os.environ.get(DATA_VARIABLE) else None)
     if root is None:
-        raise UserError(f"name the folder with STS/ and SICK/ by --data or ${DATA_VARIABLE}")
+        raise UserError(f"name the directory with STS/ and SICK/ by --data or ${DATA_VARIABLE}")
     if not root.is_dir():
-        raise UserError(f"{root} is not a folder; --data names the one with STS/ and SICK/")
+        raise UserError(f"{root} is not a directory; --data names the one with STS/ and SICK/")
     return root
 
 

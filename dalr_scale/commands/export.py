@@ -1,8 +1,8 @@
-"""`dalr-scale export`: a run's encoder as a folder for other tools.
+"""`dalr-scale export`: a run's encoder as a directory for other tools.
 
-The folder loads with `transformers.AutoModel`, with `sentence_transformers.SentenceTransformer` and
-with `SentenceEncoder.from_folder`, and gives the same embeddings in all three. It appears complete
-or not at all.
+The directory loads with `transformers.AutoModel`, with `sentence_transformers.SentenceTransformer`
+and with `SentenceEncoder.from_directory`, and gives the same embeddings in all three. It appears
+complete or not at all.
 """
 
 import argparse
@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from dalr_scale.eval.unit import read_scores
-from dalr_scale.models import directories as folders
+from dalr_scale.models import directories
 from dalr_scale.models.encoder import POOLERS, SentenceEncoder
 
 
@@ -19,14 +19,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns 0."""
     parser = argparse.ArgumentParser(
         prog="dalr-scale export",
-        description="Write a run's encoder as a Hugging Face and sentence-transformers folder.",
+        description="Write a run's encoder as a Hugging Face and sentence-transformers directory.",
     )
     add = parser.add_argument
-    add("run", help="run folder, model folder, or package:NAME/SUB")
-    add("--output", required=True, type=Path, help="folder to write")
+    add("run", help="run directory, model directory, or package:NAME/SUB")
+    add("--output", required=True, type=Path, help="directory to write")
     add("--which", choices=("best", "final"), help="encoder of the run (default: best)")
-    add("--pooler", choices=POOLERS, help="for model folders that do not state their pooling")
-    add("--overwrite", action="store_true", help="replace an existing folder")
+    add("--pooler", choices=POOLERS, help="for model directories that do not state their pooling")
+    add("--overwrite", action="store_true", help="replace an existing directory")
     args = parser.parse_args(argv)
     export(args.run, args.output, which=args.which, pooler=args.pooler, overwrite=args.overwrite)
     print(f"{args.output} loads with AutoModel and SentenceTransformer", file=sys.stderr)
@@ -46,19 +46,21 @@ def export(
     Every weight is compared with the shape the configuration asks for and must be finite.
 
     Args:
-        run: run folder, or a model folder.
-        output: folder to write.
+        run: run directory, or a model directory.
+        output: directory to write.
         which: `best` or `final` encoder of a run; by default the best.
-        pooler: only for folders that do not state their pooling.
+        pooler: only for directories that do not state their pooling.
         overwrite: replace `output`.
 
     Raises:
         UserError: nothing to export, damaged weights, or `output` exists.
     """
-    folders.check_free(output, overwrite=overwrite)
-    source = folders.run_encoder(run, which)
-    encoder = SentenceEncoder.from_folder(source, pooler)
-    facts = folders.own_facts(folders.read_json(folders.transformer_folder(source) / "config.json"))
+    directories.check_free(output, overwrite=overwrite)
+    source = directories.run_encoder(run, which)
+    encoder = SentenceEncoder.from_directory(source, pooler)
+    facts = directories.own_facts(
+        directories.read_json(directories.transformer_directory(source) / "config.json")
+    )
     encoder.base = str(facts.get("base") or encoder.base)
     known = facts.get("scores")
     scores = dict(known) if isinstance(known, dict) else {}

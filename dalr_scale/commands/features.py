@@ -56,19 +56,19 @@ def _parser() -> argparse.ArgumentParser:
         "dalr_scale features ...",
     )
     add = parser.add_argument
-    add("shards", nargs="+", help="shard files, folders, globs or brace ranges")
+    add("shards", nargs="+", help="shard files, directories, globs or brace ranges")
     add("--name", required=True, help="name of the feature set, as configurations refer to it")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument(
         "--image-teacher",
         metavar="PATH",
-        help="open_clip folder, ARCH@FILE.safetensors or ARCH@TAG",
+        help="open_clip directory, ARCH@FILE.safetensors or ARCH@TAG",
     )
     what.add_argument(
         "--caption-teacher", metavar="PATH", help="open_clip model whose text tower reads captions"
     )
     what.add_argument(
-        "--text-teacher", metavar="PATH", help="Hugging Face folder or package:NAME/SUB"
+        "--text-teacher", metavar="PATH", help="Hugging Face directory or package:NAME/SUB"
     )
     what.add_argument("--from-npz", metavar="FILE", type=Path, help="arrays feat [n, d], names [n]")
     add("--pooler", choices=("cls_before_pooler", "cls", "mean"), help="pooler of --text-teacher")

@@ -11,10 +11,10 @@ from tqdm import tqdm
 
 from dalr_scale.data.shards.features_store import feature_names, open_features
 from dalr_scale.data.shards.files import TOKENS_SUFFIX, expand_shards
-from dalr_scale.data.shards.index import check_shard, ensure_index
 from dalr_scale.data.shards.index_file import IndexHeader, current_index, index_path, read_header
+from dalr_scale.data.shards.indexing import check_shard, ensure_index
 from dalr_scale.data.shards.packed import PackedTar
-from dalr_scale.data.shards.token_store import TOKEN_ARRAYS, open_tokens, verify_tokens
+from dalr_scale.data.shards.token_id_store import TOKEN_ID_ARRAYS, open_token_ids, verify_token_ids
 from dalr_scale.errors import UserError
 
 _SHOWN = 20
@@ -26,14 +26,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="dalr-scale index",
         description="Build the index beside each shard where it is missing or out of date.",
     )
-    parser.add_argument("shards", nargs="+", help="shard files, folders, globs or brace ranges")
+    parser.add_argument("shards", nargs="+", help="shard files, directories, globs or brace ranges")
     parser.add_argument(
         "--check",
         action="store_true",
         help="write nothing; read every byte and compare it with the index and the feature sums",
     )
     parser.add_argument(
-        "--deep", action="store_true", help="decode every picture; set aside those that cannot be"
+        "--deep",
+        action="store_true",
+        help="decode every image; quarantine those that cannot be decoded",
     )
     args = parser.parse_args(argv)
     shards = expand_shards(args.shards)
@@ -49,21 +51,21 @@ def _build(shards: list[Path], deep: bool) -> int:
             state = "up to date"
         rows.append((shard, state, ensure_index(shard, deep=deep).header))
     _print_table(rows)
-    _print_quarantine([row[0] for row in rows if row[2].aside])
+    _print_quarantine([row[0] for row in rows if row[2].quarantined])
     return 0
 
 
 def _print_quarantine(shards: list[Path]) -> None:
     found = [line for shard in shards for line in ensure_index(shard).load().quarantine()]
     for line in found[:_SHOWN]:
-        print(f"set aside: {line}")
+        print(f"quarantined: {line}")
     if len(found) > _SHOWN:
-        print(f"set aside: ... and {len(found) - _SHOWN} more")
+        print(f"quarantined: ... and {len(found) - _SHOWN} more")
 
 
 def _print_table(rows: list[tuple[Path, str, IndexHeader]]) -> None:
     width = max(len(row[0].name) for row in rows)
-    print(f"{'shard':<{width}}  {'samples':>9}  {'pictures':>9}  {'items':>11}  {'MB':>9}  index")
+    print(f"{'shard':<{width}}  {'samples':>9}  {'images':>9}  {'items':>11}  {'MB':>9}  index")
     for shard, state, header in rows:
         features = ", ".join(feature_names(shard))
         print(
@@ -102,10 +104,10 @@ def _token_faults(shard: Path) -> list[str]:
     faults = []
     for path in sorted(shard.parent.glob(f"{glob.escape(shard.stem)}.ids-*{TOKENS_SUFFIX}")):
         try:
-            sha256 = PackedTar(path, TOKEN_ARRAYS, "remove it").manifest.get("tokenizer_sha256")
-            table = open_tokens(shard, str(sha256), read_header(index_path(shard)))
+            sha256 = PackedTar(path, TOKEN_ID_ARRAYS, "remove it").manifest.get("tokenizer_sha256")
+            table = open_token_ids(shard, str(sha256), read_header(index_path(shard)))
             if table is not None:
-                verify_tokens(table)
+                verify_token_ids(table)
         except UserError as error:
             faults.append(str(error))
     return faults

@@ -1,6 +1,6 @@
-"""``dalr-scale prepare``: raw pictures, captions and text to WebDataset shards.
+"""``dalr-scale prepare``: raw images, captions and text to WebDataset shards.
 
-Pictures with captions:
+Images with captions:
 
     dalr-scale prepare images/ --captions captions.csv --output shards/
 
@@ -16,7 +16,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from dalr_scale.data.prepare.pairs import PairOptions, list_pictures, prepare_pairs
+from dalr_scale.data.prepare.pairs import PairOptions, list_images, prepare_pairs
 from dalr_scale.data.prepare.report import Report
 from dalr_scale.data.prepare.text import is_text_file, prepare_text
 from dalr_scale.errors import UserError
@@ -35,17 +35,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="dalr-scale prepare",
-        description="Write pictures with captions, or text, to WebDataset shards and index them. "
+        description="Write images with captions, or text, to WebDataset shards and index them. "
         "img2dataset shards (jpg, txt, json) need no preparation.",
     )
     parser.add_argument(
         "source",
         nargs="+",
         type=Path,
-        help="with --captions: folders or tars of JPEG, PNG or WebP pictures; without: text files "
-        "with one sentence a line (.txt, .jsonl, also .gz, .xz, .zst) or folders of them",
+        help="with --captions: directories or tars of JPEG, PNG or WebP images; without: text "
+        "files with one sentence a line (.txt, .jsonl, also .gz, .xz, .zst) or directories of them",
     )
-    parser.add_argument("--output", required=True, type=Path, help="folder for the shards")
+    parser.add_argument("--output", required=True, type=Path, help="directory for the shards")
     parser.add_argument(
         "--captions",
         type=Path,
@@ -59,13 +59,13 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help="take these splits of a Karpathy file as one set (default: a set for each split)",
     )
-    parser.add_argument("--images", type=Path, help="file naming the only pictures to take")
-    parser.add_argument("--exclude", type=Path, help="file naming pictures to leave out")
+    parser.add_argument("--images", type=Path, help="file naming the only images to take")
+    parser.add_argument("--exclude", type=Path, help="file naming images to leave out")
     parser.add_argument("--prefix", help="start of the shard names (default: pairs or text)")
     parser.add_argument(
         "--samples-per-shard",
         type=_positive,
-        help=f"pictures in a shard (default {_PAIRS_PER_SHARD}), or blocks of 1,024 sentences "
+        help=f"images in a shard (default {_PAIRS_PER_SHARD}), or blocks of 1,024 sentences "
         f"(default {_TEXT_MEMBERS_PER_SHARD})",
     )
     parser.add_argument("--limit", type=_positive, help="take at most so many")
@@ -91,10 +91,10 @@ def _positive(text: str) -> int:
 def _prepare(args: argparse.Namespace) -> Report:
     for source in args.source:
         if not source.exists():
-            raise UserError(f"{source}: no such file or folder; check the path")
+            raise UserError(f"{source}: no such file or directory; check the path")
     if args.captions is None:
         if args.images or args.exclude or args.split:
-            raise UserError("--images, --exclude and --split choose pictures; give --captions too")
+            raise UserError("--images, --exclude and --split choose images; give --captions too")
         return prepare_text(
             _text_files(args.source),
             args.output,
@@ -118,29 +118,29 @@ def _prepare(args: argparse.Namespace) -> Report:
 
 
 def _text_files(sources: Sequence[Path]) -> list[Path]:
-    """Return the text files among the sources; pictures without captions are refused."""
+    """Return the text files among the sources; images without captions are refused."""
     files: list[Path] = []
     for source in sources:
         if source.is_dir():
             inside = sorted(path for path in source.iterdir() if is_text_file(path))
-            if not inside or _has_pictures(source):
+            if not inside or _has_images(source):
                 raise UserError(
-                    f"{source}: has pictures or no text file (.txt, .jsonl, .gz, .xz, .zst); "
-                    "for pictures give their captions with --captions FILE"
+                    f"{source}: has images or no text file (.txt, .jsonl, .gz, .xz, .zst); "
+                    "for images give their captions with --captions FILE"
                 )
             files += inside
         elif is_text_file(source):
             files.append(source)
         else:
             raise UserError(
-                f"{source}: is no text file (.txt, .jsonl, .gz, .xz, .zst); for pictures give "
+                f"{source}: is no text file (.txt, .jsonl, .gz, .xz, .zst); for images give "
                 "their captions with --captions FILE; finished shards only need dalr-scale index"
             )
     return files
 
 
-def _has_pictures(folder: Path) -> bool:
+def _has_images(directory: Path) -> bool:
     try:
-        return bool(list_pictures([folder]))
+        return bool(list_images([directory]))
     except UserError:
         return False

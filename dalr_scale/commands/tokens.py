@@ -16,7 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from dalr_scale.data.shards.files import expand_shards
-from dalr_scale.data.shards.token_store import open_tokens, write_tokens
+from dalr_scale.data.shards.token_id_store import open_token_ids, write_token_ids
 from dalr_scale.data.stream.source import Source
 from dalr_scale.distributed.world import refuse_single_process
 from dalr_scale.errors import UserError
@@ -30,9 +30,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="dalr-scale tokens",
         description="Store the token ids of every caption and sentence beside the shards.",
     )
-    parser.add_argument("shards", nargs="+", help="shard files, folders, globs or brace ranges")
+    parser.add_argument("shards", nargs="+", help="shard files, directories, globs or brace ranges")
     parser.add_argument(
-        "--tokenizer", required=True, help="the student's tokenizer: a folder or a vocab.txt"
+        "--tokenizer", required=True, help="the student's tokenizer: a directory or a vocab.txt"
     )
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     args = parser.parse_args(argv)
@@ -54,14 +54,14 @@ def _store(shards: Sequence[Path], tokenizer_path: str, quiet: bool) -> int:
         if not _is_there(shard, sha256):
             source = Source([shard])
             sentences = source.read(np.arange(source.num_items)).sentences
-            write_tokens(shard, sentences, tokenizer, sha256)
+            write_token_ids(shard, sentences, tokenizer, sha256)
             written += 1
     return written
 
 
 def _is_there(shard: Path, sha256: str) -> bool:
-    """Whether sound ids of this state of the shard are there; others are made anew."""
+    """Whether sound ids of this state of the shard are there; others are created again."""
     try:
-        return open_tokens(shard, sha256) is not None
+        return open_token_ids(shard, sha256) is not None
     except UserError:
         return False

@@ -19,7 +19,7 @@ def configuration(argv: Sequence[str] | None = None) -> Config:
         allow_abbrev=False,
     )
     parser.add_argument(
-        "--config", help="recipe name, TOML file or run folder (default quickstart)"
+        "--config", help="recipe name, TOML file or run directory (default quickstart)"
     )
     options, overrides = parser.parse_known_args(argv)
     return load_config(options.config, overrides)

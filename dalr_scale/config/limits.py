@@ -1,6 +1,7 @@
-"""The allowed range of every number in a configuration, and what the ranks can share.
+"""The allowed range of every number in a configuration, and the rows of a rank.
 
-A wrong number is refused when the configuration is read, before any process waits for another.
+A number out of range is refused when the configuration is read, before any process waits for
+another.
 """
 
 from __future__ import annotations
@@ -9,8 +10,9 @@ import dataclasses
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import cast
 
+from dalr_scale.config.schema import BatchConfig, Config
 from dalr_scale.errors import UserError
 
 
@@ -37,8 +39,8 @@ def _digits(number: float) -> str:
     return str(number) if isinstance(number, int) else f"{number:g}"
 
 
-def shown(value: Any) -> str:
-    """A value for a message, cut where it is long."""
+def shown(value: object) -> str:
+    """A value for a message, truncated to 80 characters."""
     try:
         text = repr(value)
     except ValueError:  # Python does not print integers of thousands of digits
@@ -114,20 +116,15 @@ RANGES = {
     "save.keep": Range(2, MANY),
     "log.every": COUNT,
 }
-LENGTHS = {"optim.betas": 2}
 
 
-def check_ranges(config: Any) -> None:
+def check_ranges(config: Config) -> None:
     """Refuses the first number of a configuration that is out of its range.
 
     Raises:
         UserError: naming the key, the value and the range.
     """
-    for name, value in _entries(config):
-        if name in LENGTHS and len(value) != LENGTHS[name]:
-            raise UserError(f"{name} has {len(value)} entries; it needs {LENGTHS[name]}")
-        if name not in RANGES:
-            continue
+    for name, value in _numbers(config):
         for number in value if isinstance(value, tuple) else (value,):
             if number not in RANGES[name]:
                 raise UserError(
@@ -135,15 +132,15 @@ def check_ranges(config: Any) -> None:
                 )
 
 
-def check_arithmetic(config: Any, world_size: int) -> int:
-    """Rows of a rank's share of the global batch.
+def check_arithmetic(batch: BatchConfig, world_size: int) -> int:
+    """Rows of the global batch on each rank.
 
     Raises:
         UserError: one line with the numbers of an impossible share.
     """
-    size, micro = config.batch.global_size, config.batch.micro_size
+    size, micro = batch.global_size, batch.micro_size
     if size < 2:
-        raise UserError(f"batch.global_size = {size}: a contrast needs at least 2 rows")
+        raise UserError(f"batch.global_size = {size}: a contrastive loss needs at least 2 rows")
     if size % world_size:
         raise UserError(
             f"batch.global_size = {size} cannot be cut into equal shares for {world_size} ranks; "
@@ -158,8 +155,11 @@ def check_arithmetic(config: Any, world_size: int) -> int:
     return rows
 
 
-def _entries(config: Any) -> Iterator[tuple[str, Any]]:
+def _numbers(config: Config) -> Iterator[tuple[str, float | tuple[float, ...]]]:
+    """The values of all keys that have a range."""
     for section in dataclasses.fields(config):
         entries = getattr(config, section.name)
         for entry in dataclasses.fields(entries):
-            yield f"{section.name}.{entry.name}", getattr(entries, entry.name)
+            name = f"{section.name}.{entry.name}"
+            if name in RANGES:
+                yield name, cast("float | tuple[float, ...]", getattr(entries, entry.name))

@@ -1,29 +1,52 @@
-"""The schema of a run: one frozen dataclass a section, every key with the sentence of its help."""
+"""The schema of a run: one frozen dataclass a section, every key with the sentence of its help.
+
+The annotation of a key is its allowed type, at run time too: `loading` checks values against it,
+`json_schema` and ``--help`` print it. Ranges of numbers are in `limits`.
+"""
 
 from __future__ import annotations
 
+import copy
+import functools
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias, TypeVar
 
 from dalr_scale.errors import UserError
 
+T = TypeVar("T")
 
-def opt(default: Any, text: str) -> Any:
-    """A field with a default and the sentence that ``--help`` and the docs print for it."""
-    if isinstance(default, dict):
-        return field(default_factory=lambda: dict(default), metadata={"help": text})
+# A table whose keys another library defines: transformers' configuration, a builder's options.
+FreeTable: TypeAlias = dict[str, Any]
+Pooler = Literal["cls_before_pooler", "cls", "mean"]
+StsTask = Literal[
+    "STS12", "STS13", "STS14", "STS15", "STS16", "STS-B", "STS-B-dev", "SICK-R", "SICK-R-dev"
+]
+Scheme = Literal["https", "http", "s3", "gs", "hf", "memory"]
+
+
+def opt(default: T, text: str) -> T:
+    """A field with a default and the sentence that ``--help`` and the docs print for it.
+
+    Of a table, every configuration gets its own copy.
+    """
+    copied = functools.partial(copy.copy, default)
+    if isinstance(default, Mapping):
+        return field(default_factory=copied, metadata={"help": text})
     return field(default=default, metadata={"help": text})
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    name: str = opt("run", "name of the run; the default folder is runs/NAME")
-    dir: str = opt("", "run folder; empty: runs/NAME")
+    """Identity of the run and the limits of its start."""
+
+    name: str = opt("run", "name of the run; the default directory is runs/NAME")
+    dir: str = opt("", "run directory; empty: runs/NAME")
     seed: int = opt(1, "seed of the order, the initialisation and every random draw")
     from_scratch: bool = opt(
-        False, "start again although the run folder holds a run (the old one is moved aside)"
+        False, "start again although the run directory holds a run (the old one is moved aside)"
     )
     allow_change: bool = opt(
         False, "resume although versions, settings or files that change the result differ"
@@ -34,15 +57,21 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    root: str = opt("", "folder of raw and evaluation data; empty: environment variable DALR_DATA")
-    shards: str = opt("shards", "folder of prepared shards; {shards} in other paths")
+    """Shards, their order, and the loader."""
+
+    root: str = opt(
+        "", "directory of raw and evaluation data; empty: environment variable DALR_DATA"
+    )
+    shards: str = opt("shards", "directory of prepared shards; {shards} in other paths")
     builder: Literal["none", "quickstart"] = opt(
         "none", "'quickstart' draws the data and trains the teachers first"
     )
-    builder_options: dict[str, Any] = opt({}, "settings of the builder (QuickstartSpec)")
-    pairs: tuple[str, ...] = opt((), "shards of captioned pictures (paths, globs, braces)")
-    text: tuple[str, ...] = opt((), "shards of sentences without pictures")
-    tokenizer: str = opt("", "folder or vocab.txt of the student's tokenizer; empty: the encoder's")
+    builder_options: FreeTable = opt({}, "settings of the builder (QuickstartSpec)")
+    pairs: tuple[str, ...] = opt((), "shards of captioned images (paths, globs, braces)")
+    text: tuple[str, ...] = opt((), "shards of sentences without images")
+    tokenizer: str = opt(
+        "", "directory or vocab.txt of the student's tokenizer; empty: the encoder's"
+    )
     pair_fraction: float = opt(
         0.0, "share of paired batches, in place of objective.alternation; 0: off"
     )
@@ -56,27 +85,31 @@ class DataConfig:
         0.01, "stop when more than this share of a stream's items cannot be used"
     )
     crop_area: float = opt(
-        1.0, "pictures read online: smallest share of the area that a random crop keeps; 1: off"
+        1.0, "images read online: smallest share of the area that a random crop keeps; 1: off"
     )
-    flip: float = opt(0.0, "pictures read online: probability of the mirror image")
-    remote: tuple[str, ...] = opt((), "URL schemes that shards may have: https, s3, hf, ...")
-    cache: str = opt("", "folder for remote shards; empty: ~/.cache/dalr_scale")
+    flip: float = opt(0.0, "images read online: probability of the mirror image")
+    remote: tuple[Scheme, ...] = opt((), "URL schemes that shards may have")
+    cache: str = opt("", "directory for remote shards; empty: ~/.cache/dalr_scale")
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    encoder: str = opt("", "Hugging Face folder or name; empty: from scratch from `architecture`")
-    architecture: dict[str, Any] = opt({}, "configuration of a new encoder (model_type, ...)")
-    pooler: Literal["", "cls_before_pooler", "cls", "mean"] = opt(
+    """The student: encoder, pooler and heads."""
+
+    encoder: str = opt(
+        "", "Hugging Face directory or name; empty: from scratch from `architecture`"
+    )
+    architecture: FreeTable = opt({}, "configuration of a new encoder (model_type, ...)")
+    pooler: Literal["", Pooler] = opt(
         "", "token states to the sentence state h; empty: the encoder directory's own, mean if new"
     )
-    grounding_width: int = opt(256, "width P of the shared picture-text space")
+    grounding_width: int = opt(256, "width P of the shared image-text space")
     consistency_width: int = opt(256, "output width of the consistency module's aligners")
     head_init_std: float = opt(0.02, "standard deviation of the sentence head's weights")
     activation_checkpointing: bool = opt(False, "recompute activations in the backward pass")
 
 
-def new_encoder_pooler(model: ModelConfig) -> str:
+def new_encoder_pooler(model: ModelConfig) -> Pooler:
     """The pooler of an encoder from scratch: as configured, else the mean of the token states.
 
     An untrained encoder's first state hardly depends on the sentence: all sentences get one vector,
@@ -87,12 +120,16 @@ def new_encoder_pooler(model: ModelConfig) -> str:
 
 @dataclass(frozen=True)
 class TeachersConfig:
-    image: str = opt("", "picture features V: 'features:NAME' or 'open_clip:FOLDER'")
+    """Frozen teachers: stored features or models."""
+
+    image: str = opt("", "image features V: 'features:NAME' or 'open_clip:DIRECTORY'")
     caption: str = opt("", "caption features of the same space (KDMCSE): as `image`")
     text: tuple[str, ...] = opt(
-        (), "sentence teachers e_k: 'features:NAME', 'hf:FOLDER' or 'open_clip:FOLDER'"
+        (), "sentence teachers e_k: 'features:NAME', 'hf:DIRECTORY' or 'open_clip:DIRECTORY'"
     )
-    text_poolers: tuple[str, ...] = opt((), "pooler of each 'hf:' text teacher")
+    text_poolers: tuple[Literal["", Pooler], ...] = opt(
+        (), "pooler of each entry of `text`; empty for all but 'hf:'"
+    )
     text_weights: tuple[float, ...] = opt(
         (), "mixing weights alpha_k; empty: 0.33, 0.67 for two teachers, else equal"
     )
@@ -103,50 +140,45 @@ class TeachersConfig:
     )
 
 
+# The objective. Each group of keys is a class, and `ObjectiveConfig` is all of them: keys stay flat
+# (``objective.rank_weight``), and a term takes the one group that it reads.
+
+
 @dataclass(frozen=True)
-class ObjectiveConfig:
-    """Every quantity in which the presets differ, and the temperatures they share."""
+class PresetConfig:
+    """Preset: where every other key of this section starts from."""
 
     preset: str = opt("dalr", "simcse, mcse, kdmcse, dalr-reference or dalr")
+
+
+@dataclass(frozen=True)
+class SimilarityConfig:
+    """Text-text similarities: read by several terms."""
+
     temperature: float = opt(0.05, "tau of text-text similarities")
-    vl_temperature: float = opt(0.05, "tau of picture-text similarities")
     margin: float = opt(0.2, "angular margin m1 of L_con, radians")
-    vl_margin: float = opt(0.2, "angular margin m2 of L_xce, radians")
-    margin_in_text_batches: bool = opt(True, "keep m1 in batches without pictures")
-    cross_weight: float = opt(0.1, "lambda, weight of the cross-modal group")
-    intra_weight: float = opt(0.2, "mu, weight of the intra-modal group")
-    consistency_weight: float = opt(1.0, "w_cons of L_cons")
-    cross_kl_weight: float = opt(1.0, "w_cma of L_CMA")
-    image_weight: float = opt(1.0, "w_v of L_xce with pictures as columns")
-    caption_weight: float = opt(0.0, "w_t of L_xce with CLIP captions as columns (KDMCSE)")
-    intra_kl_weight: float = opt(1.0, "w_ima of L_IMA")
-    rank_weight: float = opt(1.0, "gamma of L_rank")
-    g2l_weight: float = opt(1.0, "w_g2l of L_g2l")
-    soft_labels: Literal["none", "image", "caption", "consistency"] = opt(
-        "consistency", "what softens the margin of the picture branch"
-    )
-    caption_soft_labels: Literal["none", "image", "caption", "consistency"] = opt(
-        "none", "what softens the margin of the caption branch"
-    )
-    clamp_soft_labels: bool = opt(True, "clamp soft labels to [0, 1]")
-    false_negative_threshold: float = opt(
-        0.0, "drop negatives whose caption-picture cosine exceeds this (KDMCSE option); 0: off"
-    )
+
+
+@dataclass(frozen=True)
+class NegativesConfig:
+    """Negatives."""
+
     same_image: Literal["keep", "mask"] = opt(
-        "mask", "captions of the same picture: negatives, or out of the denominators"
+        "mask", "captions of the same image: negatives, or out of the denominators"
     )
-    unmatched: Literal["roll", "shift"] = opt(
-        "shift", "unmatched picture of L_cons: five rows earlier, or a random shift"
-    )
-    cross_kl_student: Literal["margin", "cosine"] = opt("cosine", "student matrix of L_CMA")
-    intra_kl_student: Literal["margin", "cosine"] = opt("cosine", "student matrix of L_IMA")
-    kl_student_temperature: float = opt(0.45, "student temperature of both KLs")
-    kl_teacher_temperature: float = opt(0.5, "teacher temperature of both KLs")
-    rank_loss: Literal["listmle", "listnet"] = opt("listmle", "form of L_rank")
-    rank_student: Literal["margin", "cosine"] = opt("cosine", "student matrix of L_rank")
-    rank_teacher_temperature: float = opt(0.05, "tau_2 of the ranking list R")
-    listmle_reduction: Literal["sum", "mean"] = opt("mean", "over the list, in ListMLE")
-    listmle_eps: float = opt(0.0, "constant inside ListMLE's logarithm")
+
+
+@dataclass(frozen=True)
+class ContrastiveConfig(SimilarityConfig, NegativesConfig):
+    """Contrastive loss L_con."""
+
+    margin_in_text_batches: bool = opt(True, "keep m1 in batches without images")
+
+
+@dataclass(frozen=True)
+class TextTeacherConfig:
+    """Sentence teachers: S_TT, read by L_CMA, L_IMA and L_rank."""
+
     teacher_mix: Literal["features", "similarities"] = opt(
         "similarities", "what two text teachers mix for S_TT"
     )
@@ -158,9 +190,99 @@ class ObjectiveConfig:
     teacher_tokenizer: Literal["must_match", "retokenise"] = opt(
         "retokenise", "a teacher whose vocabulary differs: refuse, or use its own tokenizer"
     )
-    image_projection: Literal["identity", "learned"] = opt(
-        "learned", "z_1 against picture features of another width: refuse, or a learned projection"
+
+
+@dataclass(frozen=True)
+class DivergenceConfig(SimilarityConfig):
+    """Alignment by KL divergence: read by L_CMA and L_IMA."""
+
+    kl_student_temperature: float = opt(0.45, "student temperature of both KLs")
+    kl_teacher_temperature: float = opt(0.5, "teacher temperature of both KLs")
+
+
+@dataclass(frozen=True)
+class CrossModalConfig:
+    """Cross-modal group."""
+
+    cross_weight: float = opt(0.1, "lambda, weight of the cross-modal group")
+
+
+@dataclass(frozen=True)
+class BranchConfig(CrossModalConfig, NegativesConfig):
+    """Cross-modal group, L_xce: InfoNCE of texts against images and against CLIP captions."""
+
+    image_weight: float = opt(1.0, "w_v of L_xce with images as columns")
+    caption_weight: float = opt(0.0, "w_t of L_xce with CLIP captions as columns (KDMCSE)")
+    vl_temperature: float = opt(0.05, "tau of image-text similarities")
+    vl_margin: float = opt(0.2, "angular margin m2 of L_xce, radians")
+    soft_labels: Literal["none", "image", "caption", "consistency"] = opt(
+        "consistency", "what softens the margin of the image branch"
     )
+    caption_soft_labels: Literal["none", "image", "caption", "consistency"] = opt(
+        "none", "what softens the margin of the caption branch"
+    )
+    clamp_soft_labels: bool = opt(True, "clamp soft labels to [0, 1]")
+    false_negative_threshold: float = opt(
+        0.0, "drop negatives whose caption-image cosine exceeds this (KDMCSE option); 0: off"
+    )
+
+
+@dataclass(frozen=True)
+class ConsistencyConfig(CrossModalConfig):
+    """Cross-modal group, L_cons: the auxiliary task whose cosines are soft labels."""
+
+    consistency_weight: float = opt(1.0, "w_cons of L_cons")
+    unmatched: Literal["roll", "shift"] = opt(
+        "shift", "unmatched image of L_cons: five rows earlier, or a random shift"
+    )
+
+
+@dataclass(frozen=True)
+class CrossAlignmentConfig(CrossModalConfig, DivergenceConfig, TextTeacherConfig):
+    """Cross-modal group, L_CMA: alignment between texts and images."""
+
+    cross_kl_weight: float = opt(1.0, "w_cma of L_CMA")
+    cross_kl_student: Literal["margin", "cosine"] = opt("cosine", "student matrix of L_CMA")
+    image_projection: Literal["identity", "learned"] = opt(
+        "learned", "z_1 against image features of another width: refuse, or a learned projection"
+    )
+
+
+@dataclass(frozen=True)
+class IntraModalConfig:
+    """Intra-modal group."""
+
+    intra_weight: float = opt(0.2, "mu, weight of the intra-modal group")
+    distil_text_batches: bool = opt(
+        False, "L_IMA and L_rank in text-only batches too (needs teachers; not in the paper)"
+    )
+
+
+@dataclass(frozen=True)
+class IntraAlignmentConfig(IntraModalConfig, DivergenceConfig, TextTeacherConfig):
+    """Intra-modal group, L_IMA: alignment between both views of the texts."""
+
+    intra_kl_weight: float = opt(1.0, "w_ima of L_IMA")
+    intra_kl_student: Literal["margin", "cosine"] = opt("cosine", "student matrix of L_IMA")
+
+
+@dataclass(frozen=True)
+class RankingConfig(IntraModalConfig, SimilarityConfig, TextTeacherConfig):
+    """Intra-modal group, L_rank: ranking distillation."""
+
+    rank_weight: float = opt(1.0, "gamma of L_rank")
+    rank_loss: Literal["listmle", "listnet"] = opt("listmle", "form of L_rank")
+    rank_student: Literal["margin", "cosine"] = opt("cosine", "student matrix of L_rank")
+    rank_teacher_temperature: float = opt(0.05, "tau_2 of the ranking list R")
+    listmle_reduction: Literal["sum", "mean"] = opt("mean", "over the list, in ListMLE")
+    listmle_eps: float = opt(0.0, "constant inside ListMLE's logarithm")
+
+
+@dataclass(frozen=True)
+class GlobalToLocalConfig(IntraModalConfig, SimilarityConfig, NegativesConfig):
+    """Intra-modal group, L_g2l: global-to-local matching with the teachers' tokens."""
+
+    g2l_weight: float = opt(1.0, "w_g2l of L_g2l")
     token_projection: Literal["identity", "learned"] = opt(
         "learned", "z_1 against token features of another width: refuse, or a learned projection"
     )
@@ -171,9 +293,19 @@ class ObjectiveConfig:
         "several token teachers: mix their tokens, or sum their losses; auto: mix tokens of equal"
         " tokenizers, lengths and widths",
     )
-    distil_text_batches: bool = opt(
-        False, "L_IMA and L_rank in text-only batches too (needs teachers; not in the paper)"
-    )
+
+
+@dataclass(frozen=True)
+class AddedTermsConfig:
+    """Terms without a key of their own (see CONTRIBUTING.md)."""
+
+    terms: dict[str, float] = opt({}, "weight of each such term by its name; 0 or absent: off")
+
+
+@dataclass(frozen=True)
+class BatchOrderConfig:
+    """Order of the batches."""
+
     alternation: Literal["reference", "proportional"] = opt(
         "proportional", "how text-only and paired batches take turns"
     )
@@ -182,9 +314,28 @@ class ObjectiveConfig:
     )
 
 
+# dataclasses collect the fields of the last base first: this list is read from below
+@dataclass(frozen=True)
+class ObjectiveConfig(
+    BatchOrderConfig,
+    AddedTermsConfig,
+    GlobalToLocalConfig,
+    RankingConfig,
+    IntraAlignmentConfig,
+    CrossAlignmentConfig,
+    ConsistencyConfig,
+    BranchConfig,
+    ContrastiveConfig,
+    PresetConfig,
+):
+    """Every quantity in which the presets differ, and the temperatures they share."""
+
+
 @dataclass(frozen=True)
 class BatchConfig:
-    global_size: int = opt(128, "rows of one optimizer step over all ranks: the contrast set")
+    """The global batch and its chunks."""
+
+    global_size: int = opt(128, "rows of one optimizer step over all ranks: the effective batch")
     micro_size: int = opt(0, "rows a rank encodes at a time; 0: its whole share")
     sort_by_length: bool = opt(True, "cut chunks from the rows sorted by length: less padding")
     dropout_keys: Literal["rank", "row"] = opt(
@@ -194,16 +345,18 @@ class BatchConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
+    """Optimizer, schedule and length of the run."""
+
     lr: float = opt(2e-5, "peak learning rate")
     embedding_lr: float = opt(0.0, "learning rate of the embedding tables; 0: lr")
     weight_decay: float = opt(0.0, "decoupled weight decay (not on biases and norms)")
-    betas: tuple[float, ...] = opt((0.9, 0.999), "AdamW")
+    betas: tuple[float, float] = opt((0.9, 0.999), "AdamW")
     eps: float = opt(1e-6, "AdamW")
     clip: float = opt(1.0, "global gradient norm; 0: off")
     steps: int = opt(0, "optimizer steps; 0: from epochs")
     epochs: float = opt(
         1.0,
-        "epochs of N_text + N_pair steps, the batches of one pass over each stream; alternation "
+        "epochs of N_text + N_pair steps, the batches that read each stream once; alternation "
         "'reference' and a pair_fraction share these steps out in other proportions",
     )
     warmup: int = opt(
@@ -214,6 +367,8 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class EngineConfig:
+    """Distribution over ranks, and precision."""
+
     kind: Literal["zero1", "zero2", "zero3", "ddp"] = opt("zero2", "DeepSpeed stage, or plain DDP")
     precision: Literal["auto", "fp32", "bf16", "fp64"] = opt(
         "auto", "auto: bf16 where the accelerator has it, else fp32; fp64: ddp only"
@@ -228,18 +383,22 @@ class EngineConfig:
 
 @dataclass(frozen=True)
 class EvalConfig:
+    """Evaluations before, during and after training."""
+
     every: int = opt(125, "steps between evaluations; 0: only before and after training")
-    tasks: tuple[str, ...] = opt((), "STS tasks during training, e.g. STS-B-dev")
-    final_tasks: tuple[str, ...] = opt((), "STS tasks before and after training")
+    tasks: tuple[StsTask, ...] = opt((), "STS tasks during training, e.g. STS-B-dev")
+    final_tasks: tuple[StsTask, ...] = opt((), "STS tasks before and after training")
     graded_dev: str = opt("", "JSONL of graded pairs scored during training")
     graded_test: str = opt("", "JSONL of graded pairs scored before and after training")
-    retrieval: tuple[str, ...] = opt((), "held-out pair shards for caption-picture recall")
+    retrieval: tuple[str, ...] = opt((), "held-out pair shards for caption-image recall")
     select: str = opt("", "task whose best score keeps a checkpoint; empty: the first one")
     batch_size: int = opt(128, "sentences encoded at a time")
 
 
 @dataclass(frozen=True)
 class SaveConfig:
+    """Checkpoints."""
+
     every_steps: int = opt(0, "steps between checkpoints; 0: at the end of training only")
     every_minutes: float = opt(15.0, "minutes between checkpoints; 0: off")
     keep: int = opt(2, "valid checkpoints kept, at least 2")
@@ -248,6 +407,8 @@ class SaveConfig:
 
 @dataclass(frozen=True)
 class LogConfig:
+    """Log lines and TensorBoard."""
+
     every: int = opt(10, "steps between log lines")
     tensorboard: bool = opt(True, "write RUN/tensorboard")
 
@@ -270,13 +431,14 @@ class Config:
 
     @property
     def run_dir(self) -> Path:
+        """The run directory."""
         return Path(self.run.dir or f"runs/{self.run.name}").expanduser()
 
     def path(self, text: str) -> Path:
         """A configured path with ``{root}``, ``{shards}`` and ``~`` filled in."""
         if "{root}" in text and not self.data_root:
             raise UserError(
-                f"'{text}' needs the data folder: set --data.root or the environment "
+                f"'{text}' needs the data directory: set --data.root or the environment "
                 "variable DALR_DATA"
             )
         filled = text.replace("{shards}", self.data.shards).replace("{root}", str(self.data_root))
@@ -284,5 +446,6 @@ class Config:
 
     @property
     def data_root(self) -> Path | None:
+        """The directory of raw and evaluation data, None where none is set."""
         root = self.data.root or os.environ.get("DALR_DATA", "")
         return Path(root).expanduser() if root else None

@@ -407,7 +407,7 @@ class PlainEngine:
 
 
 @contextlib.contextmanager
-def whole_weights() -> Iterator[None]:
+def unsharded_loading() -> Iterator[None]:
     """Inside, ``from_pretrained`` gives whole models again.
 
     Accelerate leaves transformers a ZeRO-3 configuration under which every model that is loaded

@@ -1,4 +1,4 @@
-"""Semantic textual similarity in SentEval's folder layout, scored in the "all" setting.
+"""Semantic textual similarity in SentEval's directory layout, scored in the "all" setting.
 
 Protocol: the cosine of two sentence embeddings against the gold score, one Spearman correlation
 over all pairs of a task; the subsets of a year are concatenated, not averaged. Sentences are
@@ -56,7 +56,7 @@ def load_sts(root: Path, task: str) -> STSTask:
     """Read one task below `root`.
 
     Args:
-        root: folder with `STS/` and `SICK/` (SentEval's layout), or the one above, which has
+        root: directory with `STS/` and `SICK/` (SentEval's layout), or the one above, which has
             them in `senteval/`.
         task: one of `TASKS`.
 
@@ -65,8 +65,8 @@ def load_sts(root: Path, task: str) -> STSTask:
     """
     root = root / "senteval" if (root / "senteval").is_dir() else root
     if task in SUBSETS:
-        folder = root / "STS" / f"{task}-en-test"
-        rows = [row for name in SUBSETS[task] for row in _read_subset(folder, name)]
+        directory = root / "STS" / f"{task}-en-test"
+        rows = [row for name in SUBSETS[task] for row in _read_subset(directory, name)]
     elif task.startswith("STS-B") and task in _TABLES:
         rows = list(_read_table(root / _TABLES[task], score=4, first=5, header=False))
     elif task in _TABLES:
@@ -79,8 +79,8 @@ def load_sts(root: Path, task: str) -> STSTask:
     return STSTask(task, pairs, np.array([score for _, _, score in rows], dtype=np.float64))
 
 
-def _read_subset(folder: Path, name: str) -> Iterator[tuple[str, str, float]]:
-    source, gold = folder / f"STS.input.{name}.txt", folder / f"STS.gs.{name}.txt"
+def _read_subset(directory: Path, name: str) -> Iterator[tuple[str, str, float]]:
+    source, gold = directory / f"STS.input.{name}.txt", directory / f"STS.gs.{name}.txt"
     sentences, scores = _lines(source), _lines(gold)
     if len(sentences) != len(scores):
         raise UserError(f"{source} has {len(sentences)} lines, {gold} has {len(scores)}")
@@ -113,7 +113,7 @@ def _lines(path: Path) -> list[str]:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
         raise UserError(
-            f"{path} is missing; --data names the folder with STS/ and SICK/"
+            f"{path} is missing; --data names the directory with STS/ and SICK/"
         ) from error
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not readable as UTF-8 text: {error}") from error

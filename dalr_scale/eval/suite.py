@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from dalr_scale.config import Config
 from dalr_scale.data.stream.source import Source
 from dalr_scale.distributed.world import World
-from dalr_scale.engines.engine import whole_weights
+from dalr_scale.engines.engine import unsharded_loading
 from dalr_scale.errors import UserError
 from dalr_scale.eval.graded import load_graded, score_lexical
 from dalr_scale.eval.retrieval import recall_at_k
@@ -39,7 +39,7 @@ class Forward(Protocol):
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Held-out captions with the features of their pictures.
+    """Held-out captions with the features of their images.
 
     sentences: n; image [m, d_v]; caption_to_image: n row numbers into `image`.
     """
@@ -56,7 +56,7 @@ class EvaluationSuite:
     Attributes:
         tasks: scored during training; `select` names the one that chooses the best encoder.
         final_tasks: scored before and after training.
-        held_out: pairs for caption-picture recall, before and after.
+        held_out: pairs for caption-image recall, before and after.
     """
 
     tasks: tuple[STSTask, ...]
@@ -123,12 +123,12 @@ class EvaluationSuite:
         return recall_at_k(texts.float().cpu(), images.float().cpu(), owner, RECALLS)
 
 
-class FolderEngine:
+class DirectoryEngine:
     """An exported encoder in the place of an engine, to score it with the same suite."""
 
-    def __init__(self, folder: Path, device: torch.device) -> None:
-        with whole_weights():
-            self.module = SentenceEncoder.from_folder(folder).to(device)
+    def __init__(self, directory: Path, device: torch.device) -> None:
+        with unsharded_loading():
+            self.module = SentenceEncoder.from_directory(directory).to(device)
 
     def forward(self, task: str, **inputs: Any) -> Tensor:
         assert task == "encode"
@@ -173,7 +173,7 @@ def build_suite(
 
 
 def read_held_out(source: Source) -> HeldOut:
-    """All captions of a pair source and one feature row for each of its pictures."""
+    """All captions of a pair source and one feature row for each of its images."""
     records = source.read(np.arange(source.num_items))
     _, first, owner = np.unique(records.image_ids, return_index=True, return_inverse=True)
     return HeldOut(
@@ -187,7 +187,7 @@ def _sts_task(config: Config, name: str) -> STSTask:
     root = config.data_root
     if root is None:
         raise UserError(
-            f"task {name} needs the data folder: set --data.root or the environment variable "
+            f"task {name} needs the data directory: set --data.root or the environment variable "
             "DALR_DATA (it holds senteval/STS and senteval/SICK)"
         )
     return load_sts(root, name)

@@ -1,6 +1,6 @@
-"""The auxiliary consistency task: do this sentence and this picture belong together?
+"""The auxiliary consistency task: do this sentence and this image belong together?
 
-Its aligners map both sides into a space whose cosines are the soft labels of the picture branch.
+Its aligners map both sides into a space whose cosines are the soft labels of the image branch.
 Batch normalisation uses the statistics of the *global* batch, padding left out:
 ``torch.nn.SyncBatchNorm`` refuses CPU tensors in a world of several ranks, and at one rank it would
 pass silently.

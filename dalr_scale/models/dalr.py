@@ -18,20 +18,16 @@ from torch import Tensor, nn
 
 from dalr_scale.config import ModelConfig, ObjectiveConfig
 from dalr_scale.distributed.collectives import Share, gather_rows, with_gradient
+from dalr_scale.distributed.merging import ShareMerges
 from dalr_scale.errors import UserError
 from dalr_scale.models.consistency import Aligner
 from dalr_scale.models.encoder import SentenceEncoder
 from dalr_scale.models.heads import GroundingHead, SentenceHead, projection
-from dalr_scale.objective.terms import (
-    Needs,
-    Views,
-    cross_terms,
-    needs_of,
-    text_terms,
-    token_terms,
-    total_loss,
-    unmatched_rows,
-)
+from dalr_scale.objective.cons import unmatched_rows
+from dalr_scale.objective.registry import needs_of
+from dalr_scale.objective.term import Needs
+from dalr_scale.objective.total import batch_loss
+from dalr_scale.objective.views import LossBatch, Views
 
 
 @dataclass(frozen=True)
@@ -186,23 +182,17 @@ class DalrModel(nn.Module):
         share = Share.of(states.shape[1], offset, global_rows)
         rows = self._with_teachers(self._rows(states[0], states[1], teachers), teachers)
         cols = gather_views(rows, gathered or {}, spec.needs)
-        objective, weights = spec.objective, spec.text_weights
-        unmatched = unmatched_rows(objective, share.global_rows, spec.seed, step)
+        unmatched = unmatched_rows(spec.objective, share.global_rows, spec.seed, step)
         if teachers.paired and spec.needs.consistency:
             self._align(rows, cols, unmatched, share)
         if share.padded:
             rows, cols = rows.head(share.kept), cols.head(share.global_rows)
-        distil = teachers.paired or objective.distil_text_batches
-        text = text_terms(
-            rows, cols, objective, weights, share.offset, paired=teachers.paired, distil=distil
-        )
-        others: dict[str, Tensor] = {}
-        if teachers.paired and objective.cross_weight > 0:
-            others |= cross_terms(rows, cols, objective, weights, share.offset, unmatched, share)
-        if distil and objective.intra_weight > 0:
-            others |= token_terms(rows, cols, objective, spec.token_weights, share.offset, share)
-        total = total_loss(text, others, objective)
-        values = text.values | {name: value.detach() for name, value in others.items()}
+        batch = LossBatch(
+            rows, cols, share.offset, teachers.paired, spec.text_weights, spec.token_weights,
+            unmatched, ShareMerges(share),
+        )  # fmt: skip
+        found = batch_loss(spec.objective, batch)
+        total, values = found.total, found.terms
         if share.padded:
             total = total * share.weight
             values = {name: value * share.weight for name, value in values.items()}

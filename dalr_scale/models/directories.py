@@ -1,8 +1,8 @@
-"""Model folders: where a name leads, what is inside, and how a new one is written.
+"""Model directories: resolving a name, reading the pooling, writing a new directory.
 
-A model folder is what `transformers` and `sentence-transformers` both read: `config.json`, weights
-in safetensors, a tokenizer, and `modules.json` with the pooling. Weights in any other format are
-refused, because reading them unpickles code chosen by whoever wrote the file.
+A model directory can be read by `transformers` and by `sentence-transformers`: it has
+`config.json`, weights in safetensors, a tokenizer, and `modules.json` with the pooling. Weights in
+any other format are refused, because unpickling them can run code of the file's author.
 """
 
 import importlib.util
@@ -31,11 +31,11 @@ _LEGACY_MODES = {
 _MODE_TO_POOLER = {"cls": "cls_before_pooler", "mean": "mean"}
 
 
-def resolve_folder(spec: str | Path) -> Path:
-    """Turn a model name into a local folder.
+def resolve_directory(spec: str | Path) -> Path:
+    """Turn a model name into a local directory.
 
-    Accepted, in this order: `package:NAME/SUB` (a folder inside an installed Python package), an
-    existing folder, the bare name of an installed package that has a folder `model`, and a
+    Accepted, in this order: `package:NAME/SUB` (a directory inside an installed Python package), an
+    existing directory, the bare name of an installed package that has a directory `model`, and a
     Hugging Face Hub name, `org/name` or `org/name@revision`, of which only JSON, text and
     safetensors files are downloaded.
 
@@ -45,28 +45,28 @@ def resolve_folder(spec: str | Path) -> Path:
     text = str(spec)
     if text.startswith(PACKAGE_PREFIX):
         name, _, sub = text.removeprefix(PACKAGE_PREFIX).partition("/")
-        return _package_folder(name, sub or "model")
-    folder = Path(text).expanduser()
-    if folder.is_dir():
-        return folder
+        return _package_directory(name, sub or "model")
+    directory = Path(text).expanduser()
+    if directory.is_dir():
+        return directory
     if text.isidentifier() and importlib.util.find_spec(text) is not None:
-        return _package_folder(text, "model")
-    if folder.is_absolute() or text.startswith((".", "~")) or text.count("/") > 1:
-        raise UserError(f"there is no model folder {text}")
-    return _hub_folder(text)
+        return _package_directory(text, "model")
+    if directory.is_absolute() or text.startswith((".", "~")) or text.count("/") > 1:
+        raise UserError(f"there is no model directory {text}")
+    return _hub_directory(text)
 
 
-def _package_folder(name: str, sub: str) -> Path:
+def _package_directory(name: str, sub: str) -> Path:
     spec = importlib.util.find_spec(name) if name.isidentifier() else None
     if spec is None or not spec.submodule_search_locations:
         raise UserError(f"the Python package {name!r} is not installed; install it with pip")
-    folder = Path(spec.submodule_search_locations[0]) / sub
-    if not folder.is_dir():
-        raise UserError(f"the Python package {name!r} has no folder {sub!r}")
-    return folder
+    directory = Path(spec.submodule_search_locations[0]) / sub
+    if not directory.is_dir():
+        raise UserError(f"the Python package {name!r} has no directory {sub!r}")
+    return directory
 
 
-def _hub_folder(text: str) -> Path:
+def _hub_directory(text: str) -> Path:
     from huggingface_hub import snapshot_download
 
     name, _, revision = text.partition("@")
@@ -77,19 +77,21 @@ def _hub_folder(text: str) -> Path:
     except Exception as error:  # the hub client raises a dozen unrelated types
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
-            f"{text!r} is neither a folder nor a model that could be downloaded ({reason}); "
-            "give the path of a local model folder"
+            f"{text!r} is neither a directory nor a model that could be downloaded ({reason}); "
+            "give the path of a local model directory"
         ) from error
     return Path(found)
 
 
-def folder_label(folder: Path) -> str:
-    """What to call a model folder in manifests and model cards: never a full local path."""
-    folder = folder.resolve()
-    if folder.parent.name == "snapshots":  # the Hub's cache: models--org--name/snapshots/revision
-        return folder.parent.parent.name.removeprefix("models--").replace("--", "/")
-    generic = folder.name in ("model", "best", "final", "teacher")
-    return f"{folder.parent.name}/{folder.name}" if generic else folder.name
+def directory_label(directory: Path) -> str:
+    """Return the name of a model directory for manifests and model cards, never a full path."""
+    directory = directory.resolve()
+    if (
+        directory.parent.name == "snapshots"
+    ):  # the Hub's cache: models--org--name/snapshots/revision
+        return directory.parent.parent.name.removeprefix("models--").replace("--", "/")
+    generic = directory.name in ("model", "best", "final", "teacher")
+    return f"{directory.parent.name}/{directory.name}" if generic else directory.name
 
 
 def read_json(path: Path) -> Any:
@@ -102,21 +104,21 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path} is not readable JSON: {error}") from error
 
 
-def transformer_folder(folder: Path) -> Path:
-    """Return the part of a model folder that holds the transformer: the root or a subfolder."""
-    candidates = [folder]
-    for module in _modules(folder):
+def transformer_directory(directory: Path) -> Path:
+    """Return the part of a model directory that holds the transformer: the root or a subfolder."""
+    candidates = [directory]
+    for module in _modules(directory):
         if _module_class(module) == "Transformer":
-            candidates.insert(0, folder / str(module.get("path", "")))
-    candidates.append(folder / "0_Transformer")
+            candidates.insert(0, directory / str(module.get("path", "")))
+    candidates.append(directory / "0_Transformer")
     for candidate in candidates:
         if (candidate / "config.json").is_file():
             return candidate
-    raise UserError(f"{folder} has no config.json; it is not a Hugging Face model folder")
+    raise UserError(f"{directory} has no config.json; it is not a Hugging Face model directory")
 
 
-def _modules(folder: Path) -> list[dict[str, Any]]:
-    path = folder / "modules.json"
+def _modules(directory: Path) -> list[dict[str, Any]]:
+    path = directory / "modules.json"
     return read_json(path) if path.is_file() else []
 
 
@@ -124,32 +126,32 @@ def _module_class(module: Mapping[str, Any]) -> str:
     return str(module.get("type", "")).rsplit(".", 1)[-1]
 
 
-def stored_pooler(folder: Path) -> str | None:
-    """Read the pooler that a folder states about itself, or None when it states nothing.
+def stored_pooler(directory: Path) -> str | None:
+    """Return the pooler that a directory records, or None when it records none.
 
     Raises:
-        UserError: the folder states a pooling that this project does not have.
+        UserError: the recorded pooling is not supported.
     """
-    modules = _modules(folder)
+    modules = _modules(directory)
     if not modules:
         return None
     classes = [_module_class(module) for module in modules]
-    # A final normalisation changes no cosine; everything else behind the pooling does.
+    # A final normalization changes no cosine; every other module after the pooling does.
     plain = [name for name in classes if name != "Normalize"]
     if plain == ["Transformer", "Pooling"]:
         pooling = next(m for m in modules if _module_class(m) == "Pooling")
-        return _pooler_of(folder / str(pooling.get("path", "1_Pooling")) / "config.json")
-    config = read_json(transformer_folder(folder) / "config.json")
+        return _pooler_of(directory / str(pooling.get("path", "1_Pooling")) / "config.json")
+    config = read_json(transformer_directory(directory) / "config.json")
     if plain == ["Transformer", "Pooling", "Dense"] and own_facts(config).get("pooler") == "cls":
         return "cls"
     raise UserError(
-        f"{folder} chains the modules {', '.join(classes)}, which are more than an encoder with a "
-        "pooler; name a pooler to use the encoder alone"
+        f"{directory} chains the modules {', '.join(classes)}, which are more than an encoder with "
+        "a pooler; name a pooler to use the encoder alone"
     )
 
 
 def own_facts(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What an export of this project states in its config.json: pooler, base and scores."""
+    """Return what an export of this project records in its config.json: pooler, base, scores."""
     facts = config.get(META_KEY)
     return facts if isinstance(facts, dict) else {}
 
@@ -167,18 +169,18 @@ def _pooler_of(path: Path) -> str:
     return _MODE_TO_POOLER[modes[0]]
 
 
-def require_safetensors(folder: Path) -> None:
-    """Refuse a folder whose weights are not stored as safetensors.
+def require_safetensors(directory: Path) -> None:
+    """Refuse a directory whose weights are not stored as safetensors.
 
     Raises:
-        UserError: no safetensors weights, with the pickle file that lies there instead.
+        UserError: no safetensors weights; the message names the pickle file found instead.
     """
-    if any((folder / name).is_file() for name in _WEIGHT_FILES):
+    if any((directory / name).is_file() for name in _WEIGHT_FILES):
         return
-    other = sorted(path.name for path in folder.glob("*.bin")) or ["no weights"]
+    other = sorted(path.name for path in directory.glob("*.bin")) or ["no weights"]
     raise UserError(
-        f"{folder} has {other[0]} instead of model.safetensors; only safetensors weights are read, "
-        "because other formats can run code: convert the model first"
+        f"{directory} has {other[0]} instead of model.safetensors; only safetensors weights are "
+        "read, because other formats can run code: convert the model first"
     )
 
 
@@ -186,35 +188,35 @@ _WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
 
 
 def run_encoder(spec: str | Path, which: str | None = None) -> Path:
-    """The encoder folder that a name leads to: a model folder, or a run's `best` or `final`.
+    """Return the encoder directory of a name: a model directory, or a run's `best` or `final`.
 
     Args:
-        spec: a run folder, or any name that `resolve_folder` takes.
+        spec: a run directory, or any name that `resolve_directory` takes.
         which: `best` or `final` of a run; by default the best, or the final one of a run that
             has no best.
 
     Raises:
         UserError: a run without that encoder, or nothing under that name.
     """
-    folder = resolve_folder(spec)
-    if (folder / "config.json").is_file() or not (folder / "config.toml").is_file():
-        return folder
+    directory = resolve_directory(spec)
+    if (directory / "config.json").is_file() or not (directory / "config.toml").is_file():
+        return directory
     for name in (which,) if which else ("best", "final"):
-        if (folder / name / "config.json").is_file():
-            return folder / name
+        if (directory / name / "config.json").is_file():
+            return directory / name
     raise UserError(
-        f"the run {folder} has no {which or 'finished'} encoder; let it reach an evaluation or "
+        f"the run {directory} has no {which or 'finished'} encoder; let it reach an evaluation or "
         "its end, or choose --which best or final"
     )
 
 
 @contextmanager
-def new_folder(final: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """Yield an empty folder beside `final` that takes its place when the block succeeds.
+def new_directory(final: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """Yield an empty directory next to `final` that replaces it when the block succeeds.
 
-    A reader sees the old folder or the complete new one (between two renames, for an instant,
-    neither); a failed block leaves the old one as it was. What a killed process left behind is put
-    back or removed by the next call, so only one process may write to a place at a time.
+    A reader sees the old directory or the complete new one (between two renames, for an instant,
+    neither); a failed block leaves the old one unchanged. The next call restores or removes what a
+    killed process left behind, so only one process may write to `final` at a time.
 
     Raises:
         UserError: `final` exists and `overwrite` is off.
@@ -247,21 +249,21 @@ def _recover(final: Path) -> None:
 
 
 def check_free(final: Path, *, overwrite: bool) -> None:
-    """Refuse to write over something that exists, unless that was asked for.
+    """Refuse to overwrite an existing directory unless `overwrite` is set.
 
     Raises:
-        UserError: `final` is a file, or a non-empty folder without `overwrite`.
+        UserError: `final` is a file, or a non-empty directory without `overwrite`.
     """
     if final.exists() and not final.is_dir():
-        raise UserError(f"{final} is a file; name a folder to write to")
+        raise UserError(f"{final} is a file; name a directory to write to")
     if final.is_dir() and any(final.iterdir()) and not overwrite:
-        raise UserError(f"{final} exists; name another folder or pass --overwrite")
+        raise UserError(f"{final} exists; name another directory or pass --overwrite")
 
 
 def write_sentence_transformers_files(
-    folder: Path, *, pooler: str, width: int, max_length: int, dense: bool = False
+    directory: Path, *, pooler: str, width: int, max_length: int, dense: bool = False
 ) -> None:
-    """Write the files that make a Hugging Face folder loadable by `SentenceTransformer`.
+    """Write the files that make a Hugging Face directory loadable by `SentenceTransformer`.
 
     The long-standing module and key names are used, because versions before and after 6.0 both
     read them. With `dense` a module `2_Dense` follows the pooling (the checkpoint's own MLP); its
@@ -276,21 +278,21 @@ def write_sentence_transformers_files(
         modules.append(("2_Dense", "Dense"))
         dense_config = {"in_features": width, "out_features": width, "bias": True}
         dense_config["activation_function"] = "torch.nn.modules.activation.Tanh"
-        write_json(folder / "2_Dense" / "config.json", dense_config)
+        write_json(directory / "2_Dense" / "config.json", dense_config)
     entries = [
         {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
         for i, (path, kind) in enumerate(modules)
     ]
-    write_json(folder / "modules.json", entries)
-    write_json(folder / "1_Pooling" / "config.json", pooling)
+    write_json(directory / "modules.json", entries)
+    write_json(directory / "1_Pooling" / "config.json", pooling)
     limits = {"max_seq_length": max_length, "do_lower_case": False}
-    write_json(folder / "sentence_bert_config.json", limits)
+    write_json(directory / "sentence_bert_config.json", limits)
     similarity = {"prompts": {}, "default_prompt_name": None, "similarity_fn_name": "cosine"}
-    write_json(folder / "config_sentence_transformers.json", similarity)
+    write_json(directory / "config_sentence_transformers.json", similarity)
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write readable JSON with a final newline, creating the folder."""
+    """Write readable JSON with a final newline, creating the directory."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
@@ -298,7 +300,7 @@ def write_json(path: Path, value: Any) -> None:
 def model_card(
     *, pooler: str, base: str, width: int, max_length: int, scores: Mapping[str, float] | None
 ) -> str:
-    """Text of the README.md of an exported encoder."""
+    """Return the README.md of an exported encoder."""
     pooling = {
         "mean": "mean of the last hidden states over the attention mask",
         "cls_before_pooler": "last hidden state of the first token, before any MLP",

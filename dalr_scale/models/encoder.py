@@ -1,6 +1,6 @@
 """The sentence encoder: a Hugging Face transformer with an explicit pooler.
 
-Nothing is guessed from names: the pooler is read from the folder's own metadata or stated by the
+Nothing is guessed from names: the pooler is read from the directory's own metadata or stated by the
 caller. (Code that guesses it from the path silently scores another model.)
 """
 
@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModel
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
 from dalr_scale.errors import UserError
-from dalr_scale.models import directories as folders
+from dalr_scale.models import directories
 from dalr_scale.models.row_dropout import RowKeys
 from dalr_scale.models.tokenizer import (
     first_line,
@@ -100,29 +100,31 @@ class SentenceEncoder(nn.Module):
             )
 
     @classmethod
-    def from_folder(cls, path: str | Path, pooler: str | None = None) -> "SentenceEncoder":
-        """Load a Hugging Face or sentence-transformers folder (safetensors only).
+    def from_directory(cls, path: str | Path, pooler: str | None = None) -> "SentenceEncoder":
+        """Load a Hugging Face or sentence-transformers directory (safetensors only).
 
         Args:
-            path: folder, `package:NAME/SUB`, installed package, or Hub name (`name@revision`).
-            pooler: one of `POOLERS`; needed when the folder does not state one.
+            path: directory, `package:NAME/SUB`, installed package, or Hub name (`name@revision`).
+            pooler: one of `POOLERS`; needed when the directory does not state one.
 
         Raises:
             UserError: weights missing or not safetensors, custom code, or no pooler known.
         """
-        folder = folders.resolve_folder(path)
-        pooler = pooler or folders.stored_pooler(folder)
+        directory = directories.resolve_directory(path)
+        pooler = pooler or directories.stored_pooler(directory)
         if pooler is None:
             raise UserError(
-                f"{folder} does not say how it pools; name one of {', '.join(POOLERS)}: "
+                f"{directory} does not say how it pools; name one of {', '.join(POOLERS)}: "
                 "--model.pooler for a run, --pooler for other commands, teachers.text_poolers for "
                 "teachers"
             )
         _check_pooler(pooler)
-        inner = folders.transformer_folder(folder)
+        inner = directories.transformer_directory(directory)
         backbone = load_backbone(inner, with_pooler=pooler == "cls")
-        holder = folder if has_tokenizer(folder) else inner
-        return cls(backbone, load_tokenizer(holder), pooler, base=folders.folder_label(folder))
+        holder = directory if has_tokenizer(directory) else inner
+        return cls(
+            backbone, load_tokenizer(holder), pooler, base=directories.directory_label(directory)
+        )
 
     @classmethod
     def from_config(
@@ -178,34 +180,34 @@ class SentenceEncoder(nn.Module):
 
     def save(
         self,
-        folder: str | Path,
+        directory: str | Path,
         *,
         overwrite: bool = False,
         state_dict: Mapping[str, Tensor] | None = None,
         scores: Mapping[str, float] | None = None,
     ) -> Path:
-        """Write a folder that `AutoModel`, `SentenceTransformer` and `from_folder` load.
+        """Write a directory that `AutoModel`, `SentenceTransformer` and `from_directory` load.
 
         Args:
-            folder: destination; written beside it first, then renamed into place.
-            overwrite: replace an existing folder.
+            directory: destination; written beside it first, then renamed into place.
+            overwrite: replace an existing directory.
             state_dict: complete weights under this module's names (`backbone. ...`), for a module
                 whose own parameters are sharded; by default the module's own.
             scores: task name to score x 100, for the model card and its config.json.
 
         Raises:
-            UserError: the folder exists, or a weight is missing, misshaped or not finite.
+            UserError: the directory exists, or a weight is missing, misshaped or not finite.
         """
-        final = Path(folder)
+        final = Path(directory)
         weights = self._weights(state_dict)
         dense = self._dense(weights)
         config = self.backbone.config
         facts = {"pooler": self.pooler, "base": self.base, "scores": dict(scores or {})}
-        setattr(config, folders.META_KEY, facts)
-        with folders.new_folder(final, overwrite=overwrite) as fresh, quiet():
+        setattr(config, directories.META_KEY, facts)
+        with directories.new_directory(final, overwrite=overwrite) as fresh, quiet():
             self.backbone.save_pretrained(str(fresh), state_dict=weights)
             _save_tokenizer(self.tokenizer, fresh, self.max_length)
-            folders.write_sentence_transformers_files(
+            directories.write_sentence_transformers_files(
                 fresh,
                 pooler=self.pooler,
                 width=self.width,
@@ -214,7 +216,7 @@ class SentenceEncoder(nn.Module):
             )
             if dense is not None:
                 save_file(dense, fresh / "2_Dense" / "model.safetensors", {"format": "pt"})
-            card = folders.model_card(
+            card = directories.model_card(
                 pooler=self.pooler,
                 base=self.base,
                 width=self.width,
@@ -255,11 +257,11 @@ class SentenceEncoder(nn.Module):
         }
 
 
-def _save_tokenizer(tokenizer: Any, folder: Path, max_length: int) -> None:
+def _save_tokenizer(tokenizer: Any, directory: Path, max_length: int) -> None:
     """Save with the model's limit, so that others truncate before the positions run out."""
     stated, tokenizer.model_max_length = tokenizer.model_max_length, max_length
     try:
-        tokenizer.save_pretrained(str(folder))
+        tokenizer.save_pretrained(str(directory))
     finally:
         tokenizer.model_max_length = stated
 
@@ -281,19 +283,19 @@ def check_weights(weights: Mapping[str, Tensor], expected: Mapping[str, Sequence
             raise UserError(f"weight {name} holds values that are not finite")
 
 
-def load_backbone(folder: Path, *, with_pooler: bool) -> Any:
-    """Load a transformer in float32 from a local folder, refusing incomplete checkpoints.
+def load_backbone(directory: Path, *, with_pooler: bool) -> Any:
+    """Load a transformer in float32 from a local directory, refusing incomplete checkpoints.
 
     Raises:
         UserError: not safetensors, custom model code, or weights the model needs are absent.
     """
-    folders.require_safetensors(folder)
+    directories.require_safetensors(directory)
     with quiet():
-        config = _load_config(folder)
+        config = _load_config(directory)
         # float32 explicitly: transformers 5 otherwise takes the dtype of the file.
         try:
             loaded = AutoModel.from_pretrained(
-                str(folder),
+                str(directory),
                 config=config,
                 dtype=torch.float32,
                 use_safetensors=True,
@@ -302,27 +304,31 @@ def load_backbone(folder: Path, *, with_pooler: bool) -> Any:
                 **_pooling_switch(config, with_pooler),
             )
         except (ValueError, RuntimeError, OSError) as error:
-            raise UserError(f"the model in {folder} does not load: {first_line(error)}") from error
+            raise UserError(
+                f"the model in {directory} does not load: {first_line(error)}"
+            ) from error
     backbone, info = cast("tuple[Any, dict[str, Any]]", loaded)
     if info["missing_keys"]:
         first = sorted(info["missing_keys"])[0]
         raise UserError(
-            f"the weights in {folder} lack {first}, so the model would be partly untrained"
+            f"the weights in {directory} lack {first}, so the model would be partly untrained"
             + ("; it has no MLP pooler, choose another pooler" if "pooler" in first else "")
         )
     return backbone
 
 
-def _load_config(folder: Path) -> Any:
+def _load_config(directory: Path) -> Any:
     try:
-        config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
+        config = AutoConfig.from_pretrained(str(directory), trust_remote_code=False)
     except (ValueError, OSError, KeyError) as error:
         raise UserError(
-            f"{folder} is not a model that transformers knows without custom code: "
+            f"{directory} is not a model that transformers knows without custom code: "
             f"{first_line(error)}"
         ) from error
     if getattr(config, "is_encoder_decoder", False) or not hasattr(config, "hidden_size"):
-        raise UserError(f"{folder} holds a {config.model_type} model, which is not a text encoder")
+        raise UserError(
+            f"{directory} holds a {config.model_type} model, which is not a text encoder"
+        )
     return config
 
 

@@ -20,7 +20,7 @@ class SentenceHead(nn.Module):
 
 
 class GroundingHead(nn.Module):
-    """p = unit(tanh(W h + b)), the shared picture-text space; of h itself, not of z (MCSE).
+    """p = unit(tanh(W h + b)), the shared image-text space; of h itself, not of z (MCSE).
 
     Returned in the precision of the input, in which it also travels: unit length is then kept to
     its rounding only, and losses normalise what they get.

@@ -11,14 +11,14 @@ from transformers import AutoTokenizer, BertTokenizer
 from transformers import logging as hf_logging
 
 from dalr_scale.errors import UserError
-from dalr_scale.models import directories as folders
+from dalr_scale.models import directories
 
 _PROBE_WORDS = 200
 _MAX_PROBE_UNKNOWN = 0.5
 
 
 def load_tokenizer(path: str | Path) -> Any:
-    """Load a fast tokenizer from a folder, a Hub name or a WordPiece `vocab.txt`.
+    """Load a fast tokenizer from a directory, a Hub name or a WordPiece `vocab.txt`.
 
     A vocabulary file without settings is read as lower-casing when no entry has an upper-case
     letter. The result pads on the right. Its vocabulary is probed, because a tokenizer built from
@@ -30,8 +30,10 @@ def load_tokenizer(path: str | Path) -> Any:
     """
     file = Path(path).expanduser()
     if not file.is_file():
-        folder = folders.resolve_folder(path)
-        inner = folder if has_tokenizer(folder) else folders.transformer_folder(folder)
+        directory = directories.resolve_directory(path)
+        inner = (
+            directory if has_tokenizer(directory) else directories.transformer_directory(directory)
+        )
         bare = not (inner / "tokenizer.json").is_file() and not _has_settings(inner)
         file = inner / "vocab.txt" if bare else inner
     with quiet():
@@ -43,13 +45,15 @@ def load_tokenizer(path: str | Path) -> Any:
     return tokenizer
 
 
-def has_tokenizer(folder: Path) -> bool:
-    """Whether a folder itself holds tokenizer files."""
-    return any((folder / name).is_file() for name in ("tokenizer.json", "vocab.txt", "vocab.json"))
+def has_tokenizer(directory: Path) -> bool:
+    """Whether a directory itself holds tokenizer files."""
+    return any(
+        (directory / name).is_file() for name in ("tokenizer.json", "vocab.txt", "vocab.json")
+    )
 
 
-def _has_settings(folder: Path) -> bool:
-    return (folder / "tokenizer_config.json").is_file() or (folder / "config.json").is_file()
+def _has_settings(directory: Path) -> bool:
+    return (directory / "tokenizer_config.json").is_file() or (directory / "config.json").is_file()
 
 
 def _wordpiece(file: Path) -> Any:
@@ -62,11 +66,11 @@ def _wordpiece(file: Path) -> Any:
     return BertTokenizer(vocab=str(file), do_lower_case=lower)
 
 
-def _auto_tokenizer(folder: Path) -> Any:
+def _auto_tokenizer(directory: Path) -> Any:
     try:
-        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False)
     except Exception as error:  # missing files surface as several unrelated types
-        raise UserError(f"no tokenizer loads from {folder}: {first_line(error)}") from error
+        raise UserError(f"no tokenizer loads from {directory}: {first_line(error)}") from error
 
 
 def _probe(tokenizer: Any, source: Path) -> None:

@@ -24,7 +24,7 @@ from dalr_scale.data.shards.images import decode_image
 from dalr_scale.data.shards.writer import ShardSetWriter, write_text_shards
 from dalr_scale.data.stream.source import Source
 from dalr_scale.errors import UserError
-from dalr_scale.quickstart.captions import FRAMES, choose_told, tell, vocabulary
+from dalr_scale.quickstart.captions import FRAMES, choose_mentioned, vocabulary, write_caption
 from dalr_scale.quickstart.graded import graded_pairs
 from dalr_scale.quickstart.scenes import Scene, partition, render
 from dalr_scale.quickstart.sheet import contact_sheet
@@ -43,16 +43,16 @@ class QuickstartSpec:
 
     Attributes:
         seed: of every draw and of the teacher's weights.
-        train_scenes: captioned pictures for training, at most 4147.
-        heldout_scenes: captioned pictures for the recall, at most 1383; their combinations of
+        train_scenes: captioned images for training, at most 4147.
+        heldout_scenes: captioned images for the recall, at most 1383; their combinations of
             facts occur in no other stream but the test pairs.
-        captions_per_scene: captions of a picture, told with words of their own each.
-        text_only_captions: sentences without pictures, about training scenes.
+        captions_per_scene: captions of an image, told with words of their own each.
+        text_only_captions: sentences without images, about training scenes.
         told_share: chance that a caption tells a fact it may leave out.
-        image_size: pixels of the square pictures.
+        image_size: pixels of the square images.
         graded_pairs: pairs in each of the dev and the test file.
         teacher_steps: optimizer steps of the teacher.
-        teacher_batch: pictures in one of them.
+        teacher_batch: images in one of them.
         teacher_lr: its peak learning rate.
         teacher_width: width of its shared space and text tower, a multiple of 32.
     """
@@ -122,17 +122,17 @@ def build_quickstart(
 
     Written into `output`: `train-*.tar`, `heldout-*.tar` (jpg, captions, json), `text-*.tar`,
     `scenes.png` to look at, `graded-dev.jsonl`, `graded-test.jsonl`, `tokenizer/`, `teacher/`
-    (open_clip), and beside the paired shards the feature sets `clip` (pictures), `clip-text`
+    (open_clip), and beside the paired shards the feature sets `clip` (images), `clip-text`
     (captions) and, for training, `clip-tokens`. Data depend on `spec` alone; the teacher also on
     the machine's rounding.
 
     Args:
-        output: folder, created when missing.
+        output: directory, created when missing.
         spec: what to build.
         progress: print a line a stage and a progress bar for the long one.
 
     Raises:
-        UserError: the folder holds the quickstart of another specification, or foreign shards.
+        UserError: the directory holds the quickstart of another specification, or foreign shards.
     """
     with _only_builder(output):
         return _build(output, spec, progress)
@@ -192,7 +192,7 @@ def _open_record(output: Path, spec: QuickstartSpec) -> dict[str, Any]:
     if not path.exists():
         if foreign := sorted(output.glob("*.tar")):
             raise UserError(
-                f"{foreign[0]} is not of this program's making; choose another folder for the "
+                f"{foreign[0]} is not of this program's making; choose another directory for the "
                 "quickstart's shards (data.shards)"
             )
         _write_record(output, {"schema": _SCHEMA, "spec": wanted, "finished": []})
@@ -201,11 +201,11 @@ def _open_record(output: Path, spec: QuickstartSpec) -> dict[str, Any]:
         same = record["schema"] == _SCHEMA and record["spec"] == wanted
         record["finished"] = list(record["finished"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged; remove the folder to build it again") from error
+        raise UserError(f"{path} is damaged; remove the directory to build it again") from error
     if not same:
         raise UserError(
             f"{output} holds a quickstart with other settings (see {path.name}); choose another "
-            "folder (data.shards), or remove this one"
+            "directory (data.shards), or remove this one"
         )
     return record
 
@@ -242,8 +242,8 @@ def _draw_data(data: QuickstartData, spec: QuickstartSpec, progress: bool) -> No
     _write_pairs(data.heldout, "heldout", test[: spec.heldout_scenes], spec)
     contact_sheet(data.train[0].parent / "scenes.png")
     rng = _rng(spec, "text")
-    told = rng.choice(train, spec.text_only_captions)
-    sentences = (_caption(Scene.from_number(int(number)), spec, rng) for number in told)
+    mentioned = rng.choice(train, spec.text_only_captions)
+    sentences = (_caption(Scene.from_number(int(number)), spec, rng) for number in mentioned)
     per_member = max(1024, -(-spec.text_only_captions // 64))  # one shard, whatever the number
     write_text_shards(sentences, data.text[0].parent, "text", per_member=per_member, overwrite=True)
     for path, name, scenes in ((data.graded_dev, "dev", dev), (data.graded_test, "test", test)):
@@ -257,7 +257,7 @@ def _rng(spec: QuickstartSpec, stream: str) -> np.random.Generator:
 
 def _caption(scene: Scene, spec: QuickstartSpec, rng: np.random.Generator) -> str:
     frame = FRAMES[rng.integers(len(FRAMES))]
-    return tell(scene, choose_told(rng, spec.told_share), frame, rng).text
+    return write_caption(scene, choose_mentioned(rng, spec.told_share), frame, rng).text
 
 
 def _write_pairs(
@@ -269,8 +269,8 @@ def _write_pairs(
     ) as writer:
         for sample, number in enumerate(numbers.tolist()):
             scene, stream = Scene.from_number(number), io.BytesIO()
-            picture = render(scene, spec.image_size, rng)
-            picture.save(stream, "JPEG", quality=92, subsampling=0)
+            image = render(scene, spec.image_size, rng)
+            image.save(stream, "JPEG", quality=92, subsampling=0)
             captions = [_caption(scene, spec, rng) for _ in range(spec.captions_per_scene)]
             members = {
                 "jpg": stream.getvalue(),
@@ -319,14 +319,14 @@ def _teach(data: QuickstartData, spec: QuickstartSpec, progress: bool) -> None:
 
 
 def _read_pairs(shards: list[Path]) -> tuple[np.ndarray, list[list[str]]]:
-    """Return the pictures of shards, uint8 [n, S, S, 3], and the captions of each."""
+    """Return the images of shards, uint8 [n, S, S, 3], and the captions of each."""
     source = Source(shards, with_images=True)
     records = source.read(np.arange(source.num_items))
     captions: list[list[str]] = [[] for _ in range(source.num_samples)]
     for sentence, sample in zip(records.sentences, records.image_ids.tolist(), strict=True):
         captions[sample].append(sentence)
-    pictures = source.read_images(np.arange(source.num_samples))
-    return np.stack([np.asarray(decode_image(picture)) for picture in pictures]), captions
+    images = source.read_images(np.arange(source.num_samples))
+    return np.stack([np.asarray(decode_image(image)) for image in images]), captions
 
 
 @contextlib.contextmanager

@@ -1,11 +1,12 @@
-"""Captions of scenes, and how alike two of them are in truth.
+"""Captions of scenes, and the true similarity of two captions.
 
-Every value of a fact is told with one of four words (crimson, scarlet ...) that a reader can only
-tell to be synonyms from the pictures, inside one of several sentence frames whose words say
-nothing about the scene. A caption leaves some facts out.
+Every value of a fact is expressed by one of four words (crimson, scarlet ...). Only the images show
+that these are synonyms. The words are put into one of several sentence frames, which carry no
+information about the scene. A caption leaves some facts out.
 
-The similarity of two captions is the share of what both tell, in bits, in what either tells: each
-fact weighs log2(number of its values), and counts as shared if both captions tell it and agree.
+The similarity of two captions is the information that they share divided by the information that
+either of them has, in bits: a fact counts log2(number of its values), and is shared if both
+captions mention it with the same value.
 """
 
 import math
@@ -51,17 +52,17 @@ SYNONYMS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     }
 )
 
-ALWAYS_TOLD = ("count", "shape")
+ALWAYS_MENTIONED = ("count", "shape")
 BITS: Mapping[str, float] = MappingProxyType({name: math.log2(len(v)) for name, v in FACTS.items()})
 
 
 @dataclass(frozen=True)
 class Frame:
-    """The words of a sentence that say nothing about the scene, and the order of the others.
+    """The words of a sentence that do not depend on the scene, and the order of the others.
 
     `things` has the slots count, shape and looks; `looks` joins size and colour (colour first if
-    `colour_first`) and is left out with both of them. `sentence` has the slots things, weather and
-    scenery; the last two vanish when they are not told.
+    `colour_first`) and is empty without both of them. `sentence` has the slots things, weather and
+    scenery; the last two are empty when they are not mentioned.
     """
 
     sentence: str
@@ -151,27 +152,31 @@ FRAMES = (
 
 @dataclass(frozen=True)
 class Caption:
-    """A sentence, and the facts (name -> value) that it tells."""
+    """A sentence, and the facts (name -> value) that it mentions."""
 
     text: str
-    told: Mapping[str, str]
+    mentioned: Mapping[str, str]
 
 
 def similarity(first: Caption, second: Caption) -> float:
-    """Return the true similarity of two captions, 0 (nothing shared) to 1 (same facts told)."""
-    either = sum(BITS[name] for name in first.told.keys() | second.told.keys())
-    shared = sum(BITS[name] for name, value in first.told.items() if second.told.get(name) == value)
+    """Return the true similarity of two captions, 0 (nothing shared) to 1 (same facts)."""
+    either = sum(BITS[name] for name in first.mentioned.keys() | second.mentioned.keys())
+    shared = sum(
+        BITS[name] for name, value in first.mentioned.items() if second.mentioned.get(name) == value
+    )
     return shared / either
 
 
-def choose_told(rng: np.random.Generator, keep: float) -> tuple[str, ...]:
-    """Draw which facts a caption tells: `ALWAYS_TOLD`, each other one with probability `keep`."""
-    return tuple(name for name in FACTS if name in ALWAYS_TOLD or rng.random() < keep)
+def choose_mentioned(rng: np.random.Generator, keep: float) -> tuple[str, ...]:
+    """Draw the facts of a caption: `ALWAYS_MENTIONED`, any other one with probability `keep`."""
+    return tuple(name for name in FACTS if name in ALWAYS_MENTIONED or rng.random() < keep)
 
 
-def tell(scene: Scene, told: Iterable[str], frame: Frame, rng: np.random.Generator) -> Caption:
-    """Tell the facts named in `told` about `scene`, each with one of its words drawn from `rng`."""
-    facts = {name: scene.fact(name) for name in told}
+def write_caption(
+    scene: Scene, mentioned: Iterable[str], frame: Frame, rng: np.random.Generator
+) -> Caption:
+    """Write a caption with the facts `mentioned`, each by one of its words, drawn from `rng`."""
+    facts = {name: scene.fact(name) for name in mentioned}
     words = {name: SYNONYMS[value][rng.integers(4)] for name, value in facts.items()}
     return Caption(_fill(frame, words, plural=scene.count != "one"), MappingProxyType(facts))
 

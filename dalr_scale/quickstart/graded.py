@@ -10,7 +10,7 @@ from typing import TypedDict
 
 import numpy as np
 
-from dalr_scale.quickstart.captions import FRAMES, choose_told, similarity, tell
+from dalr_scale.quickstart.captions import FRAMES, choose_mentioned, similarity, write_caption
 from dalr_scale.quickstart.scenes import FACTS, Scene
 
 
@@ -61,8 +61,11 @@ def _changed(
 
 def _pair(first: Scene, second: Scene, keep: float, rng: np.random.Generator) -> GradedPair:
     """Tell two scenes; in half of the pairs with the same frame, in half the same facts."""
-    frame, told = FRAMES[rng.integers(len(FRAMES))], choose_told(rng, keep)
+    frame, mentioned = FRAMES[rng.integers(len(FRAMES))], choose_mentioned(rng, keep)
     other_frame = frame if rng.random() < 0.5 else FRAMES[rng.integers(len(FRAMES))]
-    other_told = told if rng.random() < 0.5 else choose_told(rng, keep)
-    a, b = tell(first, told, frame, rng), tell(second, other_told, other_frame, rng)
+    other_mentioned = mentioned if rng.random() < 0.5 else choose_mentioned(rng, keep)
+    a, b = (
+        write_caption(first, mentioned, frame, rng),
+        write_caption(second, other_mentioned, other_frame, rng),
+    )
     return {"a": a.text, "b": b.text, "score": round(similarity(a, b), 6)}

@@ -1,7 +1,7 @@
 """Scenes that can be drawn: one to three like objects before a backdrop, in some weather.
 
 A scene is six facts (count, size, colour, shape, weather, scenery), each one of a few values, so
-there are 6,912 scenes and every one has a number. What a picture shows beyond its facts (exact
+there are 6,912 scenes and every one has a number. What an image shows beyond its facts (exact
 place, tilt, shade, light, grain) is drawn from the generator it is rendered with.
 """
 
@@ -96,16 +96,16 @@ def partition(seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def render(scene: Scene, size: int, rng: np.random.Generator) -> Image.Image:
-    """Draw `scene` as a square RGB picture of `size` pixels; equal generators give equal pixels."""
+    """Draw `scene` as a square RGB image of `size` pixels; equal generators give equal pixels."""
     backdrop = _weather(scene.weather, _backdrop(scene.scenery, size, rng), rng)
     cover, rim = _masks(scene, size, rng)
     paint = np.array(_PAINT[scene.colour], np.float32) * rng.uniform(0.9, 1.05)
     # A rim against the paint's lightness keeps every colour visible on every backdrop.
     line = np.full(3, 20.0 if paint.mean() > 70 else 235.0, np.float32)
-    picture = backdrop * (1 - rim) + line * rim
-    picture = picture * (1 - cover) + paint * cover
-    picture = picture * rng.uniform(0.88, 1.08) + rng.normal(0, 4, picture.shape)
-    return Image.fromarray(np.clip(picture, 0, 255).astype(np.uint8))
+    image = backdrop * (1 - rim) + line * rim
+    image = image * (1 - cover) + paint * cover
+    image = image * rng.uniform(0.88, 1.08) + rng.normal(0, 4, image.shape)
+    return Image.fromarray(np.clip(image, 0, 255).astype(np.uint8))
 
 
 def _masks(scene: Scene, size: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:

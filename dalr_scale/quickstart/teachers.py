@@ -1,8 +1,8 @@
-"""The quickstart's teacher: a small open_clip model, trained from scratch on captioned pictures.
+"""The quickstart's teacher: a small open_clip model, trained from scratch on captioned images.
 
 Its image tower is open_clip's residual network with four blocks, its text tower one transformer
-layer: enough to learn within a minute of CPU time that crimson and scarlet look alike. The folder
-it is saved to is loaded like any other open_clip model, as ``open_clip:FOLDER``.
+layer: enough to learn within a minute of CPU time that crimson and scarlet look alike. It is saved
+as an open_clip directory and loaded like any other one, by ``open_clip:DIRECTORY``.
 """
 
 import json
@@ -29,13 +29,13 @@ def teacher_config(vocab_size: int, end_id: int, image_size: int, width: int) ->
     Args:
         vocab_size: entries of the tokenizer.
         end_id: id of its [SEP], where the causal text tower is read; 0 has to be [PAD].
-        image_size: pixels of the square pictures.
+        image_size: pixels of the square images.
         width: width of the shared space and of the text tower, a multiple of 32.
     """
     text = {
         "context_length": CONTEXT_LENGTH,
         "vocab_size": vocab_size,
-        "hf_tokenizer_name": "tokenizer",  # any name: a folder's own tokenizer is used
+        "hf_tokenizer_name": "tokenizer",  # any name: a directory's own tokenizer is used
         "width": width,
         "heads": width // 32,
         "layers": 1,
@@ -62,14 +62,14 @@ def train_teacher(
     seed: int,
     on_step: Callable[[float], object] = lambda loss: None,
 ) -> tuple[torch.nn.Module, dict[str, Any]]:
-    """Train a model on pictures and captions with open_clip's contrastive loss.
+    """Train a model on images and captions with open_clip's contrastive loss.
 
     Args:
         images: uint8 [n, S, S, 3].
-        captions: n lists of captions, equally many each; a step draws one of each picture's.
+        captions: n lists of captions, equally many each; a step draws one of each image's.
         tokenizer: Hugging Face tokenizer whose [PAD] is 0.
         steps: optimizer steps; the rate decays to 0 as a cosine after a short warm-up.
-        batch_size: pictures in a step, at most n.
+        batch_size: images in a step, at most n.
         lr: peak learning rate of AdamW.
         width: width of the shared space.
         seed: of the initial weights and of every draw; torch's global generator is left alone.
@@ -91,12 +91,12 @@ def train_teacher(
         if len(order) < batch_size:
             order = rng.permutation(len(images))
         rows, order = order[:batch_size], order[batch_size:]
-        told = rng.integers(ids.shape[1], size=batch_size)
+        mentioned = rng.integers(ids.shape[1], size=batch_size)
         for group in optimizer.param_groups:
             group["lr"] = lr * _rate(step, steps)
-        picture = functional.normalize(model.encode_image(pixels[rows]), dim=-1)
-        text = functional.normalize(model.encode_text(ids[rows, told]), dim=-1)
-        loss = loss_of(picture, text, model.logit_scale.exp().squeeze())
+        image = functional.normalize(model.encode_image(pixels[rows]), dim=-1)
+        text = functional.normalize(model.encode_text(ids[rows, mentioned]), dim=-1)
+        loss = loss_of(image, text, model.logit_scale.exp().squeeze())
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -108,16 +108,16 @@ def train_teacher(
 
 
 def save_teacher(
-    model: torch.nn.Module, config: dict[str, Any], tokenizer: Any, folder: Path
+    model: torch.nn.Module, config: dict[str, Any], tokenizer: Any, directory: Path
 ) -> None:
-    """Write an open_clip folder: configuration, safetensors weights, tokenizer."""
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save_pretrained(folder)
+    """Write an open_clip directory: configuration, safetensors weights, tokenizer."""
+    directory.mkdir(parents=True, exist_ok=True)
+    tokenizer.save_pretrained(directory)
     save_file(
-        {k: v.contiguous() for k, v in model.state_dict().items()}, folder / "model.safetensors"
+        {k: v.contiguous() for k, v in model.state_dict().items()}, directory / "model.safetensors"
     )
     text = json.dumps(config, indent=2)
-    (folder / "open_clip_config.json").write_text(text + "\n", encoding="utf-8")
+    (directory / "open_clip_config.json").write_text(text + "\n", encoding="utf-8")
 
 
 def _new_model(config: dict[str, Any], seed: int) -> Any:

@@ -2,7 +2,7 @@
 
 When one rank dies, the others fail a moment later because their collectives break, and launchers
 report all of them. So a record says whether the error was the rank's own or came through a
-collective, and a rank that was killed, and could write nothing, is found in its launcher's words.
+collective, and a rank that was killed, and could write nothing, is found in its launcher's log.
 
 Standard library only: the job script reads this on a node that trains.
 """
@@ -21,9 +21,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from dalr_scale.run.state import job_identity, write_durably
+from dalr_scale.run.files import write_durably
+from dalr_scale.run.status import job_identity
 
-# How gloo, NCCL and the TCP store say that another process is gone.
+# Messages of gloo, NCCL and the TCP store when another process has ended.
 _ECHOES = re.compile(
     r"connection (closed|reset|refused)|broken pipe|timed out waiting|socket (timeout|closed)"
     r"|nccl|gloo|remote process exited|recvvalue|failed to recv|distbackenderror",
@@ -61,7 +62,7 @@ def node_name() -> str:
 
 
 def record_failure(run_dir: Path, rank: int, error: BaseException) -> None:
-    """Leaves RUN/log/rankN.failure.json; a folder that cannot be written is no further failure."""
+    """Writes RUN/log/rankN.failure.json, if the directory can be written."""
     kind, text = type(error).__name__, str(error) or "no message"
     what = text if kind == "UserError" else f"{kind}: {text}"
     echo = kind != "UserError" and bool(_ECHOES.search(what))
@@ -78,7 +79,7 @@ def _record_path(run_dir: Path, rank: int) -> Path:
 def first_failure(run_dir: Path, job_id: str, restart: int) -> Failure | None:
     """The failure of this start that came before the others, or None if there is none."""
     records = {f.rank: f for f in _own_records(run_dir, job_id, restart)}
-    for failure in _launchers_words(run_dir, job_id, restart):
+    for failure in _launcher_failures(run_dir, job_id, restart):
         records.setdefault(failure.rank, failure)
     return min(records.values(), key=lambda f: (f.echo, f.time), default=None)
 
@@ -93,8 +94,8 @@ def _own_records(run_dir: Path, job_id: str, restart: int) -> Iterator[Failure]:
             continue
 
 
-def _launchers_words(run_dir: Path, job_id: str, restart: int) -> Iterator[Failure]:
-    """What each node's launcher saw first, from RUN/log/nodeK.log."""
+def _launcher_failures(run_dir: Path, job_id: str, restart: int) -> Iterator[Failure]:
+    """The first failure that each node's launcher reports, from RUN/log/nodeK.log."""
     for path in run_dir.glob("log/node*.log"):
         try:
             text = path.read_text(encoding="utf-8", errors="replace")

@@ -1,9 +1,9 @@
-"""The manifest of a checkpoint: what belongs to it, byte for byte.
+"""The manifest of a checkpoint: its files with size and digest.
 
     manifest.json      step, run state, fingerprint, and path, size and SHA-256 of every file
     manifest.sha256    guards the manifest itself; `sha256sum -c manifest.sha256` works
 
-Everything read here may come from a damaged disk or from a stranger. Without a key a manifest
+Everything read here may come from a damaged disk or an untrusted source. Without a key a manifest
 proves integrity, not authorship: loading with `weights_only=True` remains the safety net.
 """
 
@@ -16,9 +16,11 @@ import re
 import stat
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import TypedDict
 
-from dalr_scale.run.state import RunState, World, fsync_folder
+from dalr_scale.run.files import JsonTable, JsonValue, fsync_directory
+from dalr_scale.run.ranks import Ranks
+from dalr_scale.run.state import RunState
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
@@ -29,7 +31,7 @@ _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 @dataclass(frozen=True)
 class FileEntry:
-    """One file of a checkpoint; `path` is relative to its folder, with forward slashes."""
+    """One file of a checkpoint; `path` is relative to its directory, with forward slashes."""
 
     path: str
     size: int
@@ -43,7 +45,7 @@ class Manifest:
     step: int
     world_size: int
     state: RunState
-    fingerprint: dict[str, Any]
+    fingerprint: JsonTable
     files: tuple[FileEntry, ...]
     saved_at: str
     schema: int = SCHEMA
@@ -52,18 +54,18 @@ class Manifest:
 # Writing
 
 
-def list_files(folder: Path) -> list[str]:
-    """Relative names of all files below `folder`, sorted; the two manifest files left out.
+def list_files(directory: Path) -> list[str]:
+    """Relative names of all files below `directory`, sorted; the two manifest files left out.
 
     Raises:
         ValueError: for a link, device or socket, and for names that JSON cannot hold.
     """
-    names = []
-    for parent, folders, files in os.walk(folder):
-        for name in folders + files:
+    names: list[str] = []
+    for parent, directories, files in os.walk(directory):
+        for name in directories + files:
             path = Path(parent, name)
             mode = path.lstat().st_mode
-            relative = path.relative_to(folder).as_posix()
+            relative = path.relative_to(directory).as_posix()
             if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
                 raise ValueError(f"{relative} is a link or a special file")
             relative.encode()  # UnicodeEncodeError is a ValueError
@@ -72,14 +74,14 @@ def list_files(folder: Path) -> list[str]:
     return sorted(set(names) - {MANIFEST, MANIFEST_SUM})
 
 
-def hash_and_sync(folder: Path, name: str) -> FileEntry:
-    with open(folder / name, "rb") as file:
+def hash_and_sync(directory: Path, name: str) -> FileEntry:
+    with (directory / name).open("rb") as file:
         os.fsync(file.fileno())
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         return FileEntry(name, os.fstat(file.fileno()).st_size, digest)
 
 
-def write_manifest(folder: Path, manifest: Manifest) -> None:
+def write_manifest(directory: Path, manifest: Manifest) -> None:
     plain = {
         "schema": manifest.schema,
         "step": manifest.step,
@@ -91,12 +93,12 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     }
     data = (json.dumps(plain, indent=1, allow_nan=False) + "\n").encode()
     for name, content in ((MANIFEST, data), (MANIFEST_SUM, _sum_line(data))):
-        with open(folder / name, "wb") as file:
+        with (directory / name).open("wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-    for parent, _, _ in os.walk(folder):
-        fsync_folder(Path(parent))
+    for parent, _, _ in os.walk(directory):
+        fsync_directory(Path(parent))
 
 
 def _sum_line(manifest: bytes) -> bytes:
@@ -106,7 +108,7 @@ def _sum_line(manifest: bytes) -> bytes:
 # Verifying
 
 
-def verify(folder: Path, world: World) -> tuple[Manifest | None, list[str]]:
+def verify(directory: Path, ranks: Ranks) -> tuple[Manifest | None, list[str]]:
     """Check one checkpoint on all ranks, each its share of the bytes.
 
     Returns:
@@ -114,57 +116,75 @@ def verify(folder: Path, world: World) -> tuple[Manifest | None, list[str]]:
         Each problem names the file, what was expected and what is there.
     """
     manifest: Manifest | str = ""
-    if world.rank == 0:
+    if ranks.rank == 0:
         try:
-            manifest = read_manifest(folder)
+            manifest = read_manifest(directory)
         except (OSError, ValueError, RecursionError) as error:
             manifest = f"{MANIFEST}: {error}"
-    manifest = world.broadcast_object(manifest)
+    manifest = ranks.broadcast_object(manifest)
     if isinstance(manifest, str):
         return None, [manifest]
-    share = manifest.files[world.rank :: world.size]
-    problems = [problem for entry in share if (problem := check_file(folder, entry))]
-    if world.rank == 0:
-        problems += _unlisted(folder, manifest)
-    parts = world.gather_objects(problems) or []
-    return manifest, world.broadcast_object([problem for part in parts for problem in part])
+    share = manifest.files[ranks.rank :: ranks.size]
+    problems = [problem for entry in share if (problem := check_file(directory, entry))]
+    if ranks.rank == 0:
+        problems += _unlisted(directory, manifest)
+    parts = ranks.gather_objects(problems) or []
+    return manifest, ranks.broadcast_object([problem for part in parts for problem in part])
 
 
-def read_manifest(folder: Path) -> Manifest:
+def read_manifest(directory: Path) -> Manifest:
     """Read and validate manifest.json.
 
     Raises:
         OSError, ValueError: if it is missing, changed or malformed; the message says what is wrong.
     """
-    if folder.is_symlink():
+    if directory.is_symlink():
         raise ValueError("the checkpoint is a symbolic link")
-    data, line = _read_small(folder / MANIFEST), _read_small(folder / MANIFEST_SUM)
+    data, line = _read_small(directory / MANIFEST), _read_small(directory / MANIFEST_SUM)
     if line != _sum_line(data):
         expected = line[:64].decode("ascii", "backslashreplace")
         actual = hashlib.sha256(data).hexdigest()
         raise ValueError(f"{MANIFEST_SUM} expects {expected}, sha256 of {MANIFEST} is {actual}")
-    plain = json.loads(data)
     try:
-        if plain["schema"] != SCHEMA:
-            raise ValueError(f"schema {plain['schema']!r}, this version reads {SCHEMA}")
-        files = tuple(FileEntry(f["path"], f["size"], f["sha256"]) for f in plain["files"])
-        state = RunState.from_json(plain["state"])
-        manifest = Manifest(
-            plain["step"],
-            plain["world_size"],
-            state,
-            dict(plain["fingerprint"]),
-            files,
-            plain["saved_at"],
-        )
-        twice = len({entry.path for entry in files}) != len(files)
+        manifest = _parse(json.loads(data))
     except (KeyError, TypeError) as error:
         raise ValueError(f"malformed: {type(error).__name__} {error}") from None
-    if twice:
+    if len({entry.path for entry in manifest.files}) != len(manifest.files):
         raise ValueError("a file is listed twice")
-    if manifest.step != state.step:
-        raise ValueError(f"step {manifest.step}, but the state is of step {state.step}")
+    if manifest.step != manifest.state.step:
+        raise ValueError(f"step {manifest.step}, but the state is of step {manifest.state.step}")
     return manifest
+
+
+class _Plain(TypedDict):
+    """manifest.json as JSON gives it back; only the digest of its bytes has been verified."""
+
+    schema: int
+    step: int
+    world_size: int
+    saved_at: str
+    state: JsonTable
+    fingerprint: JsonTable
+    files: list[dict[str, JsonValue]]
+
+
+def _parse(plain: _Plain) -> Manifest:
+    if plain["schema"] != SCHEMA:
+        raise ValueError(f"schema {plain['schema']!r}, this version reads {SCHEMA}")
+    return Manifest(
+        step=plain["step"],
+        world_size=plain["world_size"],
+        state=RunState.from_json(plain["state"]),
+        fingerprint=dict(plain["fingerprint"]),
+        files=tuple(_file_entry(f["path"], f["size"], f["sha256"]) for f in plain["files"]),
+        saved_at=plain["saved_at"],
+    )
+
+
+def _file_entry(path: JsonValue, size: JsonValue, sha256: JsonValue) -> FileEntry:
+    if not isinstance(path, str) or not isinstance(size, int) or not isinstance(sha256, str):
+        raise ValueError(f"malformed entry {path!r}, size {size!r}, sha256 {sha256!r}")
+    return FileEntry(path, size, sha256)
 
 
 def _read_small(path: Path) -> bytes:
@@ -176,11 +196,11 @@ def _read_small(path: Path) -> bytes:
         return file.read()
 
 
-def check_file(folder: Path, entry: FileEntry) -> str | None:
+def check_file(directory: Path, entry: FileEntry) -> str | None:
     """Compare one file with its entry; None if it is the same, otherwise the reason."""
     if reason := _refused_name(entry):
         return reason
-    path = folder.joinpath(*PurePosixPath(entry.path).parts)
+    path = directory.joinpath(*PurePosixPath(entry.path).parts)
     try:
         for part in [path, *path.parents][: len(PurePosixPath(entry.path).parts)]:
             if part.is_symlink():
@@ -191,7 +211,7 @@ def check_file(folder: Path, entry: FileEntry) -> str | None:
         # A longer file is wrong whatever is in it, and might be endless.
         actual = "not computed"
         if status.st_size <= entry.size:
-            with open(path, "rb") as file:
+            with path.open("rb") as file:
                 actual = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         return f"{entry.path}: {error.strerror or error}, expected sha256 {entry.sha256}"
@@ -205,9 +225,7 @@ def check_file(folder: Path, entry: FileEntry) -> str | None:
 
 def _refused_name(entry: FileEntry) -> str | None:
     name = entry.path
-    if not isinstance(name, str) or not isinstance(entry.size, int):
-        return f"malformed manifest entry {entry!r}"
-    if not isinstance(entry.sha256, str) or not _DIGEST.fullmatch(entry.sha256):
+    if not _DIGEST.fullmatch(entry.sha256):
         return f"{name}: malformed sha256 in the manifest"
     parts = name.split("/")
     if "\0" in name or "\\" in name or any(part in ("", ".", "..") for part in parts):
@@ -215,11 +233,11 @@ def _refused_name(entry: FileEntry) -> str | None:
     return None
 
 
-def _unlisted(folder: Path, manifest: Manifest) -> list[str]:
-    # Loaders find shards by pattern, so a file added later could be read although nobody hashed
-    # it. Dot files are left alone: file systems and desktops make them and no loader matches them.
+def _unlisted(directory: Path, manifest: Manifest) -> list[str]:
+    # Loaders find shards by pattern, so a file added later could be read without a digest. Dot
+    # files are allowed: file systems and desktops create them and no loader matches them.
     try:
-        present = list_files(folder)
+        present = list_files(directory)
     except (OSError, ValueError) as error:
         return [str(error)]
     listed = {entry.path for entry in manifest.files}

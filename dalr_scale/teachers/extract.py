@@ -22,7 +22,7 @@ from tqdm import tqdm
 from dalr_scale.data.shards.features_store import features_path, open_features, write_features
 from dalr_scale.data.shards.files import sample_key
 from dalr_scale.data.shards.images import decode_image
-from dalr_scale.data.shards.index import ensure_index
+from dalr_scale.data.shards.indexing import ensure_index
 from dalr_scale.data.stream.source import Source
 from dalr_scale.errors import UserError
 
@@ -200,7 +200,7 @@ def _pixels(
     except ValueError as error:
         key = ensure_index(shard).load().key(row)
         raise UserError(
-            f"{shard}: the picture of sample {key!r} {error}; set it aside with dalr-scale index "
+            f"{shard}: the image of sample {key!r} {error}; quarantine it with dalr-scale index "
             "--deep"
         ) from error
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from dalr_scale.errors import UserError
-from dalr_scale.models import directories as folders
+from dalr_scale.models import directories
 from dalr_scale.models.encoder import POOLERS, load_backbone, max_length_of, pool
 from dalr_scale.models.tokenizer import first_line, length_sorted_batches, load_tokenizer
 
@@ -97,18 +97,18 @@ class HFTextTeacher(TextTeacher):
         self, path: str, pooler: str, *, tokens: bool = False, max_length: int | None = None
     ):
         super().__init__()
-        folder = folders.resolve_folder(path)
-        inner = folders.transformer_folder(folder)
+        directory = directories.resolve_directory(path)
+        inner = directories.transformer_directory(directory)
         self.backbone = load_backbone(inner, with_pooler=pooler == "cls")
-        self.tokenizer = load_tokenizer(folder)
+        self.tokenizer = load_tokenizer(directory)
         self.pooler, self.tokens = pooler, tokens
         limit = max_length_of(self.backbone, self.tokenizer)
         self.max_length = min(limit, max_length or limit)
         self.width = self.token_width = int(self.backbone.config.hidden_size)
         if tokens:
-            _require_first_cls(self.tokenizer, folder)
+            _require_first_cls(self.tokenizer, directory)
         self.facts = {
-            "model": folders.folder_label(folder),
+            "model": directories.directory_label(directory),
             "revision": weights_hash(inner),
             "pooling": pooler,
             "normalized": False,
@@ -195,7 +195,7 @@ class ImageTeacher(_Frozen):
 
     Attributes:
         width: width d_v of the feature.
-        transform: picture (PIL) to float tensor [3, S, S], as the model was evaluated.
+        transform: image (PIL) to float tensor [3, S, S], as the model was evaluated.
         facts: what identifies the features.
     """
 
@@ -214,7 +214,7 @@ class ImageTeacher(_Frozen):
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """Encode transformed pictures [B, 3, S, S]; returns float32 [B, d_v], not normalised."""
+        """Encode transformed images [B, 3, S, S]; returns float32 [B, d_v], not normalised."""
         return self.visual(images.to(self.device)).float()
 
 
@@ -224,9 +224,9 @@ def load_text_teacher(
     """Load a text teacher.
 
     Args:
-        spec: `hf:FOLDER`, `hf:package:NAME/SUB`, a plain folder (read as `hf:`), `open_clip:FOLDER`
-            or `open_clip:ARCHITECTURE@FILE.safetensors`, or `open_clip:ARCHITECTURE@TAG`, which is
-            downloaded from the Hub.
+        spec: `hf:DIRECTORY`, `hf:package:NAME/SUB`, a plain directory (read as `hf:`),
+            `open_clip:DIRECTORY`, `open_clip:ARCHITECTURE@FILE.safetensors`, or
+            `open_clip:ARCHITECTURE@TAG`, which is downloaded from the Hub.
         pooler: for Hugging Face teachers, one of `cls_before_pooler`, `cls`, `mean`. It is never
             guessed from the name.
         tokens: also return token features.
@@ -247,7 +247,7 @@ def load_text_teacher(
 
 
 def load_image_teacher(spec: str) -> ImageTeacher:
-    """Load the image tower of an open_clip model: a folder with `open_clip_config.json` and
+    """Load the image tower of an open_clip model: a directory with `open_clip_config.json` and
     safetensors weights, `ARCHITECTURE@FILE.safetensors`, or `ARCHITECTURE@TAG` (from the Hub); the
     prefix `open_clip:` is optional.
 
@@ -280,7 +280,7 @@ def _open_clip(spec: str) -> tuple[Any, Any, dict[str, Any]]:
     for key, value in model.state_dict().items():
         if not bool(torch.isfinite(value).all()):
             raise UserError(f"{weights}: weight {key} holds values that are not finite")
-    label = folders.folder_label(weights.parent) if name.startswith("local-dir:") else name
+    label = directories.directory_label(weights.parent) if name.startswith("local-dir:") else name
     facts = {"model": label, "revision": _file_hash([weights]), "normalized": False}
     return model, tokenizer, facts
 
@@ -301,15 +301,17 @@ def _open_clip_source(spec: str) -> tuple[str, Path]:
                 f"{architecture}@FILE.safetensors"
             )
         return architecture, weights
-    folder = folders.resolve_folder(spec)
-    if not (folder / "open_clip_config.json").is_file():
-        raise UserError(f"{folder} has no open_clip_config.json; it is not an open_clip folder")
+    directory = directories.resolve_directory(spec)
+    if not (directory / "open_clip_config.json").is_file():
+        raise UserError(
+            f"{directory} has no open_clip_config.json; it is not an open_clip directory"
+        )
     for name in _OPEN_CLIP_WEIGHTS:
-        if (folder / name).is_file():
-            return f"local-dir:{folder}", folder / name
+        if (directory / name).is_file():
+            return f"local-dir:{directory}", directory / name
     raise UserError(
-        f"{folder} has none of {', '.join(_OPEN_CLIP_WEIGHTS)}; only safetensors weights are read, "
-        "because other formats can run code: convert the model first"
+        f"{directory} has none of {', '.join(_OPEN_CLIP_WEIGHTS)}; only safetensors weights are "
+        "read, because other formats can run code: convert the model first"
     )
 
 
@@ -323,7 +325,7 @@ def _hub_name(architecture: str, tag: str) -> str:
     if not slash or file:
         raise UserError(
             f"{architecture}@{tag} has no Hub repository with safetensors weights; convert the "
-            "weights and give the folder"
+            "weights and give the directory"
         )
     return name
 
@@ -346,11 +348,11 @@ def _without_warnings() -> Iterator[None]:
         logging.disable(before)
 
 
-def _require_first_cls(tokenizer: Any, folder: Path) -> None:
+def _require_first_cls(tokenizer: Any, directory: Path) -> None:
     ids = tokenizer("a")["input_ids"]
     if tokenizer.cls_token_id is None or ids[0] != tokenizer.cls_token_id:
         raise UserError(
-            f"the tokenizer of {folder} does not start sentences with a CLS token; "
+            f"the tokenizer of {directory} does not start sentences with a CLS token; "
             "its token features cannot be used"
         )
 
@@ -397,9 +399,9 @@ def tokenizer_hash(tokenizer: Any) -> str:
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
-def weights_hash(folder: Path) -> str:
-    """Short hash of the safetensors files of a model folder."""
-    return _file_hash(sorted(folder.glob("*.safetensors")))
+def weights_hash(directory: Path) -> str:
+    """Short hash of the safetensors files of a model directory."""
+    return _file_hash(sorted(directory.glob("*.safetensors")))
 
 
 def _file_hash(paths: Sequence[Path]) -> str:

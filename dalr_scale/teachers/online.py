@@ -16,7 +16,7 @@ from dalr_scale.data.stream.source import Source
 from dalr_scale.distributed.collectives import pad_to_common_length
 from dalr_scale.errors import UserError
 from dalr_scale.models.dalr import TeacherBatch
-from dalr_scale.objective.terms import Needs
+from dalr_scale.objective.term import Needs
 
 STORED = "features:"
 
@@ -68,8 +68,8 @@ class OnlineTeachers:
         # stored as float16: travelling as such costs half the bytes and loses nothing
         features = {role: values.half() for role, values in batch.features.items()}
         tokens = {}
-        if batch.tokens is not None and batch.token_mask is not None:
-            tokens["stored"] = (batch.tokens, batch.token_mask)
+        if batch.token_features is not None and batch.token_feature_mask is not None:
+            tokens["stored"] = (batch.token_features, batch.token_feature_mask)
         if paired and self.image is not None:
             assert batch.images is not None
             (features["image"],) = self._in_chunks(self._encode_images, batch.images)
@@ -226,5 +226,7 @@ def check_stored_tokenizers(config: Config, source: Source, tokenizer: Any) -> N
 def _model_spec(config: Config, spec: str) -> str:
     prefix, colon, path = spec.partition(":")
     if not colon or prefix not in ("hf", "open_clip"):
-        raise UserError(f"teacher '{spec}' must be features:NAME, hf:FOLDER or open_clip:FOLDER")
+        raise UserError(
+            f"teacher '{spec}' must be features:NAME, hf:DIRECTORY or open_clip:DIRECTORY"
+        )
     return spec if path.startswith("package:") else f"{prefix}:{config.path(path)}"

@@ -18,7 +18,7 @@ import torch
 from dalr_scale.config import Config, new_encoder_pooler
 from dalr_scale.data.shards.files import expand_shards
 from dalr_scale.data.shards.remote import RemoteShards
-from dalr_scale.data.shards.token_store import Encoding
+from dalr_scale.data.shards.token_id_store import Encoding
 from dalr_scale.data.stream.bad_rows import BadRows
 from dalr_scale.data.stream.order import Part, StreamPlan, share_rows
 from dalr_scale.data.stream.source import Source
@@ -28,7 +28,8 @@ from dalr_scale.models.dalr import DalrModel, FeatureWidths, LossSpec
 from dalr_scale.models.encoder import SentenceEncoder
 from dalr_scale.models.row_dropout import install_row_dropout
 from dalr_scale.models.tokenizer import first_line, load_tokenizer
-from dalr_scale.objective.terms import Needs, needs_of
+from dalr_scale.objective.registry import needs_of
+from dalr_scale.objective.term import Needs
 from dalr_scale.teachers.mixing import resolve_token_mix, text_weights, token_weights
 from dalr_scale.teachers.models import tokenizer_hash
 from dalr_scale.teachers.online import (
@@ -260,14 +261,14 @@ def _use_stored_ids(config: Config, streams: Streams, tokenizer: Any) -> None:
     )
     for source in (streams.text, streams.pairs):
         if source is not None:
-            source.use_ids(encoding)
+            source.use_token_ids(encoding)
 
 
 def build_encoder(config: Config) -> SentenceEncoder:
     """The student's encoder: pre-trained, or new from ``model.architecture``."""
     if config.model.encoder:
         path = config.path(config.model.encoder)
-        encoder = SentenceEncoder.from_folder(str(path), config.model.pooler or None)
+        encoder = SentenceEncoder.from_directory(str(path), config.model.pooler or None)
     else:
         tokenizer = load_tokenizer(config.path(config.data.tokenizer))
         encoder = _new_encoder(config, tokenizer)

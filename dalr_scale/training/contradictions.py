@@ -10,10 +10,12 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
-from dalr_scale.config import Config, ObjectiveConfig
+from dalr_scale.config import Config
 from dalr_scale.config.presets import PRESETS
 from dalr_scale.errors import UserError
-from dalr_scale.objective.terms import Needs, needs_of
+from dalr_scale.objective import registry
+from dalr_scale.objective.registry import needs_of
+from dalr_scale.objective.term import Needs
 
 STORED = "features:"
 
@@ -123,74 +125,13 @@ def _is_own(config: Config, section: str, key: str) -> bool:
     return value != ({} if default is dataclasses.MISSING else default)
 
 
-def idle_terms(objective: ObjectiveConfig) -> dict[str, str]:
-    """Keys of ``[objective]`` that change nothing, whatever the data: key -> reason."""
-    o, needs = objective, needs_of(objective)
-    branches = needs.grounding
-    soft = branches and o.vl_margin > 0
-    aligned = needs.image_rows  # L_CMA
-    intra = o.intra_weight > 0
-    ima, ranked = intra and o.intra_kl_weight > 0, intra and o.rank_weight > 0
-    image, caption = o.image_weight > 0, o.caption_weight > 0
-    cross = image or caption or o.consistency_weight > 0 or o.cross_kl_weight > 0
-    used = {
-        "cross_weight": (cross, "no cross-modal term has a weight"),
-        "intra_weight": (
-            o.intra_kl_weight > 0 or o.rank_weight > 0 or o.g2l_weight > 0,
-            "no intra-modal term has a weight",
-        ),
-        "vl_temperature": (branches, "no term compares texts with images"),
-        "vl_margin": (branches, "no term compares texts with images"),
-        "false_negative_threshold": (branches, "no term compares texts with images"),
-        "image_weight": (o.cross_weight > 0, "cross_weight is 0"),
-        "caption_weight": (o.cross_weight > 0, "cross_weight is 0"),
-        "consistency_weight": (o.cross_weight > 0, "cross_weight is 0"),
-        "cross_kl_weight": (o.cross_weight > 0, "cross_weight is 0"),
-        "intra_kl_weight": (intra, "intra_weight is 0"),
-        "rank_weight": (intra, "intra_weight is 0"),
-        "g2l_weight": (intra, "intra_weight is 0"),
-        "soft_labels": (soft and image, "no margin of a image branch to soften"),
-        "caption_soft_labels": (soft and caption, "no margin of a caption branch to soften"),
-        "clamp_soft_labels": (_softened(o, soft), "no soft labels"),
-        "unmatched": (needs.consistency and o.consistency_weight > 0, "L_cons has no weight"),
-        "cross_kl_student": (aligned, "L_CMA has no weight"),
-        "image_projection": (aligned, "L_CMA has no weight"),
-        "intra_kl_student": (ima, "L_IMA has no weight"),
-        "kl_student_temperature": (aligned or ima, "L_CMA and L_IMA have no weight"),
-        "kl_teacher_temperature": (aligned or ima, "L_CMA and L_IMA have no weight"),
-        "rank_loss": (ranked, "L_rank has no weight"),
-        "rank_student": (ranked, "L_rank has no weight"),
-        "rank_teacher_temperature": (ranked and o.rank_loss == "listnet", "only ListNet reads it"),
-        "listmle_reduction": (ranked and o.rank_loss == "listmle", "only ListMLE reads it"),
-        "listmle_eps": (ranked and o.rank_loss == "listmle", "only ListMLE reads it"),
-        "teacher_mix": (needs.text, "no term reads sentence teachers"),
-        "teacher_similarity_dtype": (needs.text, "no term reads sentence teachers"),
-        "teacher_tokenizer": (needs.text or needs.tokens, "no term reads text teachers"),
-        "token_projection": (needs.tokens, "L_g2l has no weight"),
-        "g2l_norm": (needs.tokens, "L_g2l has no weight"),
-        "g2l_unit_rows": (needs.tokens, "L_g2l has no weight"),
-        "g2l_mix": (needs.tokens, "L_g2l has no weight"),
-    }
-    return {key: why for key, (is_used, why) in used.items() if not is_used}
-
-
-def _softened(o: ObjectiveConfig, soft: bool) -> bool:
-    images = o.image_weight > 0 and o.soft_labels != "none"
-    captions = o.caption_weight > 0 and o.caption_soft_labels != "none"
-    return soft and (images or captions)
-
-
 def _idle_objective(config: Config) -> Iterator[tuple[str, str]]:
-    o, data, teachers = config.objective, config.data, config.teachers
-    for key, why in idle_terms(o).items():
+    data, teachers = config.data, config.teachers
+    for key, why in registry.keys_without_effect(config.objective).items():
         yield f"objective.{key}", why
-    if o.margin == 0:
-        yield "objective.margin_in_text_batches", "objective.margin is 0"
     if not data.text:
         yield "objective.margin_in_text_batches", "there are no text batches"
         yield "objective.distil_text_batches", "there are no text batches"
-    elif not (o.intra_weight > 0 and (o.intra_kl_weight > 0 or o.rank_weight > 0)):
-        yield "objective.distil_text_batches", "L_IMA and L_rank have no weight"
     if not data.pairs:
         yield "objective.same_image", "there are no images"
     if len(teachers.text) < 2:

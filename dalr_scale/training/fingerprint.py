@@ -22,7 +22,7 @@ from typing import Any
 from dalr_scale import __version__
 from dalr_scale.config import Config, new_encoder_pooler
 from dalr_scale.errors import UserError
-from dalr_scale.run.state import World
+from dalr_scale.run.ranks import Ranks
 from dalr_scale.teachers.mixing import text_weights
 
 # Keys that may change between a run and its continuation: they do not touch the result.
@@ -49,7 +49,7 @@ _MODEL_FILES = (".json", ".txt", ".model", ".safetensors")
 
 def run_fingerprint(
     config: Config,
-    world: World,
+    world: Ranks,
     *,
     precision: str,
     total_steps: int,
@@ -190,7 +190,7 @@ def _teachers(config: Config) -> list[tuple[str, str]]:
 
 def _digests(config: Config, place: str) -> dict[str, str]:
     """Files by name inside their directory; a Hub name or a tag that is no path stands for them."""
-    from dalr_scale.models.directories import resolve_folder
+    from dalr_scale.models.directories import resolve_directory
 
     path = config.path(place)
     if not path.exists() and Path(place.partition("@")[2]).expanduser().is_file():
@@ -198,7 +198,7 @@ def _digests(config: Config, place: str) -> dict[str, str]:
     if path.is_file():
         return {path.name: _sha256(path)}
     try:
-        folder = path if path.is_dir() else resolve_folder(place)
+        folder = path if path.is_dir() else resolve_directory(place)
     except UserError:
         return {place: BY_NAME}
     files = [p for p in sorted(folder.rglob("*")) if p.suffix in _MODEL_FILES and p.is_file()]

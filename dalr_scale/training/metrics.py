@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from dalr_scale.errors import UserError
 from dalr_scale.eval.unit import UNIT, in_percent
-from dalr_scale.run.state import write_durably
+from dalr_scale.run.files import write_durably
 
 NOT_TERMS = ("loss", "lr", "grad_norm")
 OF_ALL_STREAMS = ("lr", "samples_per_second", "data_share")

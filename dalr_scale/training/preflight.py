@@ -17,7 +17,7 @@ from dalr_scale.engines.ds_config import ds_config
 from dalr_scale.engines.engine import resolve_precision
 from dalr_scale.errors import UserError
 from dalr_scale.eval.suite import EvaluationSuite, build_suite
-from dalr_scale.objective.terms import needs_of
+from dalr_scale.objective.registry import needs_of
 from dalr_scale.training.build import (
     ModelParts,
     Streams,
@@ -51,7 +51,7 @@ def check_settings(config: Config, ranks: int) -> None:
     """
     if config.run_dir.exists() and not config.run_dir.is_dir():
         raise UserError(f"{config.run_dir} cannot be a run directory: it is a file; choose another")
-    rows = check_arithmetic(config, ranks)
+    rows = check_arithmetic(config.batch, ranks)
     check_contradictions(config)
     if config.optim.steps:
         check_warmup(config.optim, config.optim.steps)

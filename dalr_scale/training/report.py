@@ -13,7 +13,7 @@ from dalr_scale.engines.engine import resolve_precision
 from dalr_scale.estimate.predict import column_traffic, parameter_traffic, plan_memory
 from dalr_scale.eval.unit import UNIT, in_percent, read_scores
 from dalr_scale.models.dalr import DalrModel
-from dalr_scale.run.state import write_durably
+from dalr_scale.run.files import write_durably
 from dalr_scale.training.build import Streams
 from dalr_scale.training.fingerprint import package_versions
 from dalr_scale.training.metrics import format_table, print_table

@@ -11,7 +11,8 @@ from typing import Any
 from dalr_scale.config import Config, load_config
 from dalr_scale.distributed.world import World
 from dalr_scale.errors import UserError
-from dalr_scale.run.state import lock_run_folder, read_status
+from dalr_scale.run.lock import lock_run_directory
+from dalr_scale.run.status import read_status
 from dalr_scale.training import report
 from dalr_scale.training.build import build_streams, open_held_out
 from dalr_scale.training.fingerprint import changes, settings_of
@@ -97,4 +98,4 @@ def move_aside(config: Config, world: World, held: contextlib.ExitStack) -> None
     world.barrier()
     held.close()
     held.enter_context(logging_to(config.run_dir, world.rank))
-    held.enter_context(lock_run_folder(config.run_dir, world))
+    held.enter_context(lock_run_directory(config.run_dir, world))

@@ -16,16 +16,12 @@ from dalr_scale.config import Config
 from dalr_scale.distributed.world import World, leave_world, start_world
 from dalr_scale.engines.engine import Engine
 from dalr_scale.errors import UserError
-from dalr_scale.eval.suite import EvaluationSuite, FolderEngine
+from dalr_scale.eval.suite import DirectoryEngine, EvaluationSuite
 from dalr_scale.eval.unit import UNIT, in_percent, read_scores
 from dalr_scale.run.failure import record_failure
-from dalr_scale.run.state import (
-    lock_run_folder,
-    read_status,
-    start_status,
-    write_durably,
-    write_status,
-)
+from dalr_scale.run.files import write_durably
+from dalr_scale.run.lock import lock_run_directory
+from dalr_scale.run.status import read_status, start_status, write_status
 from dalr_scale.training import report
 from dalr_scale.training.metrics import RunLog, logging_to
 from dalr_scale.training.preflight import check_settings
@@ -107,7 +103,7 @@ def _train_in_world(config: Config, world: World, held: contextlib.ExitStack) ->
     from_scratch = starts_from_scratch(config, world)
     if not from_scratch and is_finished(config, world):
         return 0
-    held.enter_context(lock_run_folder(config.run_dir, world))
+    held.enter_context(lock_run_directory(config.run_dir, world))
     # now, not after the minutes that preparing may take: a wish made meanwhile counts
     StopFlag(config.run_dir).clear_stale(world)
     prepared = prepare(config, world)
@@ -191,7 +187,7 @@ def _finish(config: Config, world: World, trainer: Trainer, run_log: RunLog) -> 
     trainer.export(final)
     scores = selected = trainer.suite.score_final(trainer.engine)
     if trainer.best_step not in (None, trainer.step):
-        selected = trainer.suite.score_final(FolderEngine(best, world.device))
+        selected = trainer.suite.score_final(DirectoryEngine(best, world.device))
     run_log.final_scores(trainer.step, scores, selected, trainer.best_step)
     return scores | selected
 

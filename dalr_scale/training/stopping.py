@@ -17,7 +17,8 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Literal
 
-from dalr_scale.run.state import World, job_identity
+from dalr_scale.run.ranks import Ranks
+from dalr_scale.run.status import job_identity
 
 logger = logging.getLogger(__name__)
 
@@ -113,7 +114,7 @@ class StopFlag:
         code = StopReason.INTERRUPT if number == signal.SIGINT else StopReason.SIGNAL
         self._caught = max(self._caught, code)
 
-    def clear_stale(self, world: World) -> None:
+    def clear_stale(self, world: Ranks) -> None:
         """Remove a STOP left by an earlier run; all ranks call it once, before the first poll.
 
         The job script's wish for this very start stays: its signal may come while torch is loading.
@@ -137,7 +138,7 @@ class StopFlag:
             code = max(code, self._file_code())
         return StopReason(code) if code else None
 
-    def agree(self, world: World) -> StopReason | None:
+    def agree(self, world: Ranks) -> StopReason | None:
         """The common reason to stop, the same on all ranks; call it at every step border.
 
         Only rank 0 looks at the file: the others would load the file system for nothing.

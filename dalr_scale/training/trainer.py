@@ -18,7 +18,7 @@ from dalr_scale.config import Config
 from dalr_scale.config.text import to_toml
 from dalr_scale.data.stream.augment import Augment
 from dalr_scale.data.stream.batch import Batch
-from dalr_scale.data.stream.loader import make_loader
+from dalr_scale.data.stream.loader import LoaderOptions, Sources, make_loader
 from dalr_scale.data.stream.order import ORDER_VERSION
 from dalr_scale.distributed.world import World
 from dalr_scale.engines.engine import Engine, StepResult
@@ -34,7 +34,9 @@ from dalr_scale.run.checkpoint import (
     find_checkpoint,
     save_checkpoint,
 )
-from dalr_scale.run.state import RunState, StreamState, write_durably, write_status
+from dalr_scale.run.files import write_durably
+from dalr_scale.run.state import RunState, StreamState
+from dalr_scale.run.status import write_status
 from dalr_scale.training.build import ModelParts, Streams
 from dalr_scale.training.fingerprint import check_fingerprint
 from dalr_scale.training.metrics import RunLog
@@ -141,22 +143,20 @@ class Trainer:
         """
         if reason is not None or self.step >= self.total_steps:
             return
-        loader = make_loader(
-            self.streams.plan,
-            self.streams.text,
-            self.streams.pairs,
-            self.parts.tokenizer,
-            rank=self.world.rank,
-            world_size=self.world.size,
-            start_step=self.step,
+        options = LoaderOptions(
             total_steps=self.total_steps,
             max_length=self.config.data.max_length,
             num_workers=self.config.data.workers,
-            pin_memory=self.world.device.type == "cuda",
+            start_step=self.step,
+            rank=self.world.rank,
+            world_size=self.world.size,
             image_transform=getattr(self.parts.teachers.image, "transform", None),
             augment=Augment(self.config.data.crop_area, self.config.data.flip),
             with_text=self.parts.teachers.read_sentences,
+            pin_memory=self.world.device.type == "cuda",
         )
+        sources = Sources(self.streams.text, self.streams.pairs)
+        loader = make_loader(self.streams.plan, sources, self.parts.tokenizer, options)
         self._arm("waiting for data")
         iterator = iter(loader)
         batch, waited = next(iterator, None), 0.0

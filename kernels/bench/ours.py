@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import inspect
-from collections.abc import Callable, Iterator
-from types import SimpleNamespace
-from typing import Any
-from unittest import mock
+from collections.abc import Callable
+from typing import Any, cast
 
 import dalr_kernels as kernels
 from torch import Tensor
@@ -25,9 +21,7 @@ from bench.problems import (
     objective_loss,
     separate_losses,
 )
-from dalr_scale.objective import terms as objective
-
-LOSSES = ("info_nce", "alignment_kl", "list_net", "list_mle", "global_to_local", "row_losses")
+from dalr_scale.objective.views import KernelOptions
 
 
 def loss(problem: Problem, **how: Any) -> Callable[[], Tensor]:
@@ -38,7 +32,7 @@ def loss(problem: Problem, **how: Any) -> Callable[[], Tensor]:
     """
     accepts(kernels.info_nce, how)
     if problem.name in OBJECTIVES:
-        return lambda: _objective(problem, how)
+        return lambda: objective_loss(problem, cast("KernelOptions", how))
     if problem.name == "triple":
         return lambda: shared_call(problem, how)
     return lambda: separate_losses(problem, **how)
@@ -67,21 +61,3 @@ def accepts(function: Callable[..., Any], how: dict[str, Any]) -> None:
     unknown = set(how) - set(inspect.signature(function).parameters)
     if unknown:
         raise ValueError(f"dalr_kernels has no argument {', '.join(sorted(unknown))}")
-
-
-def _objective(problem: Problem, how: dict[str, Any]) -> Tensor:
-    with implementation(**how):
-        return objective_loss(problem)
-
-
-@contextlib.contextmanager
-def implementation(**how: Any) -> Iterator[None]:
-    """Make the product's objective call every loss with the given keywords."""
-    patched = SimpleNamespace(**{name: getattr(kernels, name) for name in kernels.__all__})
-    for name in LOSSES:
-        function = getattr(kernels, name)
-        known = inspect.signature(function).parameters
-        fixed = {key: value for key, value in how.items() if key in known}
-        setattr(patched, name, functools.partial(function, **fixed))
-    with mock.patch.object(objective, "kernels", patched):
-        yield

@@ -19,8 +19,9 @@ from torch import Tensor
 from bench import counts
 from bench.counts import Group
 from dalr_scale.config import ObjectiveConfig, build_config
-from dalr_scale.objective import terms as dalr_objective
-from dalr_scale.objective.terms import Views, cross_terms, text_terms, token_terms, total_loss
+from dalr_scale.objective.cons import unmatched_rows
+from dalr_scale.objective.total import batch_loss
+from dalr_scale.objective.views import KernelOptions, LossBatch, Views
 
 TEMPERATURE = 0.05
 MARGIN = 0.18
@@ -253,20 +254,19 @@ def objective_config(name: str) -> ObjectiveConfig:
     return build_config([{"objective": {"preset": preset, **changes}}]).objective
 
 
-def objective_loss(problem: Problem) -> Tensor:
+def objective_loss(problem: Problem, options: KernelOptions | None = None) -> Tensor:
     """The total of the product's own objective on the problem's inputs."""
     config = objective_config(problem.name)
     views = _views(problem)
-    size = problem.shape.cols
-    shifted = dalr_objective.unmatched_rows(config, size, seed=0, step=1)
+    shifted = unmatched_rows(config, problem.shape.cols, seed=0, step=1)
     assert views.aligned_image is not None
     partners = torch.as_tensor(shifted, device=views.ids.device)
     views.aligned_unmatched = views.aligned_image[partners]
-    weights = (0.33, 0.67)
-    text = text_terms(views, views, config, weights, 0, paired=True, distil=True)
-    others = cross_terms(views, views, config, weights, 0, shifted)
-    others |= token_terms(views, views, config, (1.0,), 0)
-    return total_loss(text, others, config)
+    batch = LossBatch(
+        views, views, text_weights=(0.33, 0.67), unmatched=shifted,
+        options=options or KernelOptions(),
+    )  # fmt: skip
+    return batch_loss(config, batch).total
 
 
 def _views(problem: Problem) -> Views:

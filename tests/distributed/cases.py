@@ -25,6 +25,7 @@ from transformers import BertConfig, BertModel
 from dalr_scale.config import BatchConfig, Config, EngineConfig, OptimConfig, build_config
 from dalr_scale.data.stream.order import rank_rows
 from dalr_scale.distributed import collectives as gather
+from dalr_scale.distributed import merging
 from dalr_scale.distributed.world import World
 from dalr_scale.engines.engine import DeepSpeedEngine, Engine, build_engine
 from dalr_scale.global_batch import step as gradcache
@@ -33,7 +34,6 @@ from dalr_scale.models import consistency, dalr
 from dalr_scale.models.dalr import DalrModel, FeatureWidths, LossSpec, TeacherBatch
 from dalr_scale.models.encoder import pool
 from dalr_scale.models.row_dropout import install_row_dropout
-from dalr_scale.objective import terms as objective
 from dalr_scale.training.optim import build_optimizer
 
 ROWS, LENGTH, WIDTH, STEPS = 32, 7, 16, 5
@@ -282,7 +282,7 @@ def sabotage(fault: str) -> Iterator[None]:
             DeepSpeedEngine, "gradients", lambda self, chunks: contextlib.nullcontext()
         ),
         "tokens of this rank only": lambda: mock.patch.object(
-            objective, "merge_log_sum_exp", own_part
+            merging, "merge_log_sum_exp", own_part
         ),
         "padding is real": lambda: mock.patch.object(
             dalr.Share, "of", lambda rows, first, _: gather.Share(rows, first, 2 * rows, 2)
@@ -292,10 +292,12 @@ def sabotage(fault: str) -> Iterator[None]:
             gather.Share, "real", lambda self, local: local
         ),
         "copies in column sums": lambda: mock.patch.multiple(
-            objective, _add_no_maximum=gather.merge_max, _add_no_sum=gather.merge_sum
+            merging.ShareMerges,
+            maximum=lambda self, values: gather.merge_max(values),
+            sum=lambda self, values: gather.merge_sum(values),
         ),
         "copies among tokens": lambda: mock.patch.object(
-            objective, "_merge_negatives", merge_with_copies
+            merging.ShareMerges, "log_sum_exp", merge_with_copies
         ),
         "keys by place in the rank": lambda: mock.patch.object(
             gradcache.StepInputs, "offset", property(lambda self: 0)
@@ -318,8 +320,9 @@ def own_part(partial: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
     return partial[own], mean[own]
 
 
-def merge_with_copies(partial: Tensor, mean: Tensor, share: gather.Share) -> Any:
+def merge_with_copies(merges: merging.ShareMerges, partial: Tensor, mean: Tensor) -> Any:
     """Negatives to which a rank without rows of its own adds its copy."""
+    share = merges.share
     places = torch.as_tensor(share.places(0, share.ranks * share.rows))
     partial, mean = gather.merge_log_sum_exp(partial[places], mean[places])
     return partial[: share.kept], mean[: share.kept]

@@ -8,18 +8,17 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-import os
-import socket
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from launching import fork, free_port
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import worker
 from cases import (
     FAULTS,
     WORLDS,
@@ -55,34 +54,30 @@ def tolerance(case: Case) -> float:
 
 def launch(size: int, folder: Path, which: str, timeout: float = 400) -> None:
     """Starts `size` processes that run all cases of that world size."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    base = os.environ | {
+    base = {
         "WORLD_SIZE": str(size),
         "LOCAL_WORLD_SIZE": str(size),
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
+        "MASTER_PORT": str(free_port()),
         "OMP_NUM_THREADS": "1",
     }
-    script = str(Path(__file__).with_name("worker.py"))
+    logs = [folder / f"rank{rank}.log" for rank in range(size)]
     ranks = [
-        subprocess.Popen(
-            [sys.executable, script, str(folder), which],
-            env=base | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
+        fork(
+            worker.one_rank,
+            *(str(folder), which, base | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, str(log)),
         )
-        for rank in range(size)
+        for rank, log in enumerate(logs)
     ]
     try:
-        outputs = [process.communicate(timeout=timeout)[0] for process in ranks]
+        for process in ranks:
+            process.join(timeout=timeout)
     finally:
         for process in ranks:
             process.kill()
-    for process, output in zip(ranks, outputs, strict=True):
-        assert process.returncode == 0, output[-3000:]
+            process.join()
+    for process, log in zip(ranks, logs, strict=True):
+        assert process.exitcode == 0, log.read_text(encoding="utf-8")[-3000:]
 
 
 @pytest.fixture(scope="module")

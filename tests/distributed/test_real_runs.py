@@ -27,7 +27,7 @@ from reference.trainer import Result, train
 
 from dalr_scale.engines import engine as engine_module
 from dalr_scale.models import row_dropout
-from dalr_scale.objective import terms as objective
+from dalr_scale.objective.g2l import GlobalToLocal
 from dalr_scale.training import watch
 
 
@@ -83,8 +83,7 @@ def no_dropout() -> None:
 
 
 def another_weight() -> None:
-    factors = objective.term_factors
-    objective.term_factors = lambda o: factors(o) | {"g2l": 1.01 * o.intra_weight * o.g2l_weight}
+    GlobalToLocal.weight = lambda _, o: 1.01 * o.intra_weight * o.g2l_weight  # type: ignore[method-assign]
 
 
 def old_gradients() -> None:

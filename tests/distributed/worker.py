@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
+import traceback
+from collections.abc import Mapping
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -14,6 +17,20 @@ from facts import collect
 
 from dalr_scale.distributed.world import leave_world, start_world
 from dalr_scale.process import end_process
+
+
+def one_rank(folder: str, which: str, environment: Mapping[str, str], log: str) -> None:
+    """The whole life of a process of the world that `environment` describes."""
+    os.environ.update(environment)
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for stream in (1, 2):
+        os.dup2(descriptor, stream)
+    try:
+        main(Path(folder), which)
+    except BaseException:
+        traceback.print_exc()
+        end_process(1)
+    end_process(0)
 
 
 def main(folder: Path, which: str) -> None:
@@ -29,8 +46,3 @@ def main(folder: Path, which: str) -> None:
         if world.rank == 0:
             (folder / "facts.json").write_text(json.dumps(found), encoding="utf-8")
     leave_world()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2])
-    end_process(0)

@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from picture_folders import NAMES, jpeg
+from image_directories import NAMES, jpeg
 
 
 @pytest.fixture
-def pictures(tmp_path: Path) -> Path:
-    folder = tmp_path / "pictures"
-    folder.mkdir()
+def images(tmp_path: Path) -> Path:
+    directory = tmp_path / "images"
+    directory.mkdir()
     for number, name in enumerate(NAMES):
-        (folder / name).write_bytes(jpeg(number))
-    return folder
+        (directory / name).write_bytes(jpeg(number))
+    return directory

@@ -24,7 +24,7 @@ from dalr_scale.data.shards.features_store import write_features
 from dalr_scale.errors import UserError
 from dalr_scale.estimate import predict
 from dalr_scale.process import run_command
-from dalr_scale.training import optim
+from dalr_scale.training import prepared, session
 from dalr_scale.training.build import build_streams
 
 Refuse = Callable[..., str]
@@ -50,7 +50,7 @@ def refuse(
 ) -> Refuse:
     """Runs the command with a mistake in a folder that holds work; returns its one line."""
     monkeypatch.delenv("DALR_DATA", raising=False)
-    monkeypatch.setattr(train, "os", NoExit())
+    monkeypatch.setattr(session, "os", NoExit())
     file = write_config(tiny_config(tiny_data), tmp_path / "tiny.toml")
     run = tmp_path / "run"
     (run / "best").mkdir(parents=True)
@@ -166,7 +166,7 @@ def no_world(monkeypatch: pytest.MonkeyPatch) -> None:
     def start_world(*_: Any) -> None:
         pytest.fail("a process group was about to start")
 
-    monkeypatch.setattr("dalr_scale.distributed.world.start_world", start_world)
+    monkeypatch.setattr("dalr_scale.training.session.start_world", start_world)
 
 
 FROM_SETTINGS = [
@@ -223,9 +223,9 @@ def test_the_dry_run_refuses_what_training_refuses(
     def accepted(*_: Any) -> None:
         raise UserError("accepted")
 
-    monkeypatch.setattr(optim, "build_optimizer", accepted)
+    monkeypatch.setattr(prepared, "build_optimizer", accepted)
     monkeypatch.setattr(predict, "loss_bytes_per_row", lambda model, *, paired: 0)
-    monkeypatch.setattr(train, "os", NoExit())
+    monkeypatch.setattr(session, "os", NoExit())
     monkeypatch.delenv("DALR_DATA", raising=False)
     file = write_config(tiny_config(tiny_data), tmp_path / "tiny.toml")
     changes = random.Random(seed).sample(CHANGES, 2)
@@ -262,10 +262,10 @@ def test_the_batch_arithmetic_names_its_numbers(numbers: tuple[int, int, int]) -
     size, micro, ranks = numbers
     config = dataclasses.replace(build_config([]), batch=BatchConfig(size, micro))
     if size >= 2 and size % ranks == 0 and micro <= size // ranks:
-        assert check_arithmetic(config, ranks) == size // ranks
+        assert check_arithmetic(config.batch, ranks) == size // ranks
         return
     with pytest.raises(UserError) as error:
-        check_arithmetic(config, ranks)
+        check_arithmetic(config.batch, ranks)
     message = str(error.value)
     assert f"batch.global_size = {size}" in message or f"batch.micro_size = {micro}" in message
     assert "\n" not in message

@@ -1,4 +1,4 @@
-"""Training on data that was damaged after it was indexed: counted, stood in for, or stopped."""
+"""Training on data that was damaged after it was indexed: counted, replaced, or stopped."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from common import records, status, tiny_config, write_config
 from launching import train
 
-from dalr_scale.data.shards.index import ensure_index
+from dalr_scale.data.shards.indexing import ensure_index
 
 BAD_LINES = 3  # of 170 sentences: 1.8 %
 
@@ -19,8 +19,8 @@ BAD_LINES = 3  # of 170 sentences: 1.8 %
 @pytest.fixture
 def damaged(tiny_data: Path, tmp_path: Path) -> Path:
     """A copy of the tiny data in which three sentences differ from what the index says."""
-    folder = shutil.copytree(tiny_data, tmp_path / "data")
-    shard = folder / "text-000000.tar"
+    directory = shutil.copytree(tiny_data, tmp_path / "data")
+    shard = directory / "text-000000.tar"
     index = ensure_index(shard).load()
     before = shard.stat()
     with shard.open("r+b") as file:
@@ -28,13 +28,13 @@ def damaged(tiny_data: Path, tmp_path: Path) -> Path:
             file.seek(offset)
             file.write(b"#")
     os.utime(shard, ns=(before.st_atime_ns, before.st_mtime_ns))
-    return folder
+    return directory
 
 
-def run(data: Path, folder: Path, *words: str, ranks: int = 1):
-    file = write_config(tiny_config(data), folder / "tiny.toml")
-    names = [f"--config={file}", f"--run.dir={folder / f'run-{ranks}'}", *words]
-    return train(names, folder / f"log-{ranks}.txt", ranks=ranks)
+def run(data: Path, directory: Path, *words: str, ranks: int = 1):
+    file = write_config(tiny_config(data), directory / "tiny.toml")
+    names = [f"--config={file}", f"--run.dir={directory / f'run-{ranks}'}", *words]
+    return train(names, directory / f"log-{ranks}.txt", ranks=ranks)
 
 
 def test_a_few_bad_rows_are_counted_and_training_goes_on(damaged: Path, tmp_path: Path) -> None:
@@ -44,14 +44,16 @@ def test_a_few_bad_rows_are_counted_and_training_goes_on(damaged: Path, tmp_path
     for ranks in (1, 2):
         outcome = run(damaged, tmp_path, *words, ranks=ranks)
         assert outcome.codes == (0,) * ranks, outcome.output
-        folder = tmp_path / f"run-{ranks}"
-        assert status(folder)["outcome"] == "finished"
-        manifest = json.loads((folder / status(folder)["checkpoint"] / "manifest.json").read_text())
+        directory = tmp_path / f"run-{ranks}"
+        assert status(directory)["outcome"] == "finished"
+        manifest = json.loads(
+            (directory / status(directory)["checkpoint"] / "manifest.json").read_text()
+        )
         bad = manifest["state"]["bad_items"]["text"]
         assert 1 <= len(bad) <= BAD_LINES
-        assert outcome.output.count("another item stands in") >= len(bad)
+        assert outcome.output.count("replaced by another item") >= len(bad)
         assert "text-000000.tar: line" in outcome.output
-        losses.append((bad, [(r["step"], r["stream"], r["ids"]) for r in records(folder)]))
+        losses.append((bad, [(r["step"], r["stream"], r["ids"]) for r in records(directory)]))
     assert losses[0] == losses[1]
 
 

@@ -19,7 +19,7 @@ SETUP = """
     from pathlib import Path
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
-    from dalr_scale.data.stream.loader import make_loader
+    from dalr_scale.data.stream.loader import LoaderOptions, Sources, make_loader
     from dalr_scale.data.stream.order import StreamPlan
     from dalr_scale.data.stream.source import Source
 
@@ -27,10 +27,9 @@ SETUP = """
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="[PAD]")
     tokenizer(["parallel use before the fork"] * 8)
     text = Source(sorted(Path(sys.argv[1]).glob("*.tar")))
-    loader = make_loader(
-        StreamPlan(1, 2, text.num_items), text, None, tokenizer, rank=0,
-        world_size=1, start_step=0, total_steps=10**6, max_length=8, num_workers=2,
-    )
+    options = LoaderOptions(total_steps=10**6, max_length=8, num_workers=2)
+    plan = StreamPlan(1, 2, text.num_items)
+    loader = make_loader(plan, Sources(text, None), tokenizer, options)
     batches = iter(loader)
     for _ in range(4):  # both workers have started when each has delivered
         next(batches)
@@ -40,15 +39,15 @@ SETUP = """
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def directory(tmp_path: Path) -> Path:
     write_text_shards((f"sentence {n}" for n in range(20)), tmp_path, "t")
     return tmp_path
 
 
-def start(folder: Path, script: str) -> tuple[subprocess.Popen[str], list[int]]:
+def start(directory: Path, script: str) -> tuple[subprocess.Popen[str], list[int]]:
     """Start a process with a running loader and return it with the pids of its workers."""
     process = subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(SETUP) + textwrap.dedent(script), str(folder)],
+        [sys.executable, "-c", textwrap.dedent(SETUP) + textwrap.dedent(script), str(directory)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -75,9 +74,9 @@ def wait_until_gone(pids: list[int], seconds: float) -> bool:
     return all(map(gone, pids))
 
 
-def test_workers_ignore_signals_and_go_on(folder: Path) -> None:
+def test_workers_ignore_signals_and_go_on(directory: Path) -> None:
     process, workers = start(
-        folder, "sys.stdin.readline()\nfor _ in range(50): next(batches)\nprint('50 more')"
+        directory, "sys.stdin.readline()\nfor _ in range(50): next(batches)\nprint('50 more')"
     )
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT):
         for pid in workers:
@@ -91,22 +90,22 @@ def test_workers_ignore_signals_and_go_on(folder: Path) -> None:
     assert wait_until_gone(workers, 10)
 
 
-def test_an_exit_with_an_open_loader_does_not_hang(folder: Path) -> None:
-    process, workers = start(folder, "raise RuntimeError('stop')")
+def test_an_exit_with_an_open_loader_does_not_hang(directory: Path) -> None:
+    process, workers = start(directory, "raise RuntimeError('stop')")
     process.communicate(timeout=60)
     assert process.returncode == 1
     assert wait_until_gone(workers, 10)
 
 
-def test_workers_leave_when_their_parent_is_killed(folder: Path) -> None:
-    process, workers = start(folder, "time.sleep(600)")
+def test_workers_leave_when_their_parent_is_killed(directory: Path) -> None:
+    process, workers = start(directory, "time.sleep(600)")
     process.kill()
     process.communicate(timeout=60)
     assert wait_until_gone(workers, 20)
 
 
-def test_a_killed_worker_is_an_error_not_a_hang(folder: Path) -> None:
-    process, workers = start(folder, "sys.stdin.readline()\nfor _ in batches: pass")
+def test_a_killed_worker_is_an_error_not_a_hang(directory: Path) -> None:
+    process, workers = start(directory, "sys.stdin.readline()\nfor _ in batches: pass")
     os.kill(workers[0], signal.SIGKILL)
     _, error = process.communicate("go\n", timeout=60)
     assert process.returncode == 1
@@ -115,7 +114,7 @@ def test_a_killed_worker_is_an_error_not_a_hang(folder: Path) -> None:
 
 
 @pytest.mark.soak
-def test_plainly_ignoring_the_signal_would_hang_the_exit(folder: Path, monkeypatch) -> None:
+def test_plainly_ignoring_the_signal_would_hang_the_exit(directory: Path, monkeypatch) -> None:
     """The control: with SIG_IGN a process that fails with an open loader never ends."""
     ignore = (
         "    import signal, dalr_scale.data.stream.loader as module\n"
@@ -124,7 +123,7 @@ def test_plainly_ignoring_the_signal_would_hang_the_exit(folder: Path, monkeypat
     monkeypatch.setattr(
         sys.modules[__name__], "SETUP", SETUP.replace("    core =", f"{ignore}    core =", 1)
     )
-    process, workers = start(folder, "raise RuntimeError('stop')")
+    process, workers = start(directory, "raise RuntimeError('stop')")
     with pytest.raises(subprocess.TimeoutExpired):
         process.communicate(timeout=20)
     process.kill()

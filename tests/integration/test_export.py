@@ -1,4 +1,4 @@
-"""Exported folders, read by the tools they are written for, and the commands around them."""
+"""Exported directories, read by the tools they are written for, and the commands around them."""
 
 import json
 import os
@@ -30,16 +30,19 @@ SENTENCES = [
 def test_three_loaders_give_the_same_embeddings(kind, pooler, tmp_path):
     sentence_transformers = pytest.importorskip("sentence_transformers")
     encoder = build(tmp_path, kind, pooler)
-    folder = export(encoder.save(tmp_path / "model"), tmp_path / "out")
-    ours = encode_sentences(SentenceEncoder.from_folder(folder), SENTENCES)
+    directory = export(encoder.save(tmp_path / "model"), tmp_path / "out")
+    ours = encode_sentences(SentenceEncoder.from_directory(directory), SENTENCES)
 
-    model, tokenizer = AutoModel.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    model, tokenizer = (
+        AutoModel.from_pretrained(directory),
+        AutoTokenizer.from_pretrained(directory),
+    )
     batch = tokenizer(SENTENCES, padding=True, truncation=True, return_tensors="pt")
     with torch.no_grad():
         hidden = model(batch["input_ids"], batch["attention_mask"]).last_hidden_state
         plain = pool(hidden, batch["attention_mask"], pooler, model)
 
-    other = sentence_transformers.SentenceTransformer(str(folder), device="cpu")
+    other = sentence_transformers.SentenceTransformer(str(directory), device="cpu")
     theirs = torch.from_numpy(other.encode(SENTENCES))
     for found in (plain, theirs, encode_sentences(encoder, SENTENCES)):
         torch.testing.assert_close(found, ours, atol=1e-6, rtol=0)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from common import history, tiny_config, tree, weights_hash, write_config
-from launching import CONTEXT, accelerate, train
+from launching import accelerate, fork, train
 
 QUICK = ("--optim.steps=2", "--eval.every=0", "--save.every_steps=1", "--data.workers=0")
 SEQUENCE = (
@@ -56,8 +56,7 @@ def _in_sequence(calls: list[list[str]], folder: str, environment: dict[str, str
 
 
 def in_sequence(calls: list[list[str]], folder: Path, environment: dict[str, str] | None = None):
-    process = CONTEXT.Process(target=_in_sequence, args=(calls, str(folder), environment or {}))
-    process.start()
+    process = fork(_in_sequence, calls, str(folder), environment or {})
     process.join(timeout=300)
     if process.is_alive():
         process.kill()

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from dalr_scale.data.shards.writer import write_text_shards
-from dalr_scale.data.stream.loader import make_loader
+from dalr_scale.data.stream.loader import LoaderOptions, Sources, make_loader
 from dalr_scale.data.stream.order import Part, StreamPlan, share_rows
 from dalr_scale.data.stream.source import Source
 
@@ -21,11 +21,11 @@ TEXT, PAIRS = 125, 64  # 10 and 5 batches a pass, tails of 5 and 4
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> tuple[Source, Source]:
-    folder = tmp_path_factory.mktemp("order")
+    directory = tmp_path_factory.mktemp("order")
     sizes = {"text": TEXT, "first": 24, "second": 40}
     shards = {
         name: write_text_shards(
-            (f"{name} {n}" for n in range(size)), folder, name, per_member=6, members_per_shard=3
+            (f"{name} {n}" for n in range(size)), directory, name, per_member=6, members_per_shard=3
         )
         for name, size in sizes.items()
     }
@@ -62,11 +62,20 @@ def read(
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="[PAD]")
     ranks = [
         make_loader(
-            plan, *sources, tokenizer, rank=rank, world_size=world, start_step=start,
-            total_steps=EPOCHS * plan.steps_per_epoch, max_length=8, num_workers=workers,
+            plan,
+            Sources(*sources),
+            tokenizer,
+            LoaderOptions(
+                total_steps=EPOCHS * plan.steps_per_epoch,
+                max_length=8,
+                num_workers=workers,
+                start_step=start,
+                rank=rank,
+                world_size=world,
+            ),
         )
         for rank in range(world)
-    ]  # fmt: skip
+    ]
     found = []
     for parts in zip(*ranks, strict=True):
         items = [item for part in parts for item in part.item_ids.tolist()]
@@ -118,14 +127,14 @@ def test_every_item_once_over_the_full_batches_of_each_epoch(mixed: bool, source
     plan = plan_of(sources, mixed=mixed)
     steps = range(EPOCHS * plan.steps_per_epoch)
     text = [plan.batch_ids(step) for step in steps if plan.kind(step) == "text"]
-    passes = [np.concatenate(text[n : n + 10]) for n in range(0, 40, 10)]
-    assert [len(set(ids.tolist())) for ids in passes] == [TEXT // BATCH * BATCH] * EPOCHS
-    left_out = [set(range(TEXT)) - set(ids.tolist()) for ids in passes]
+    epochs = [np.concatenate(text[n : n + 10]) for n in range(0, 40, 10)]
+    assert [len(set(ids.tolist())) for ids in epochs] == [TEXT // BATCH * BATCH] * EPOCHS
+    left_out = [set(range(TEXT)) - set(ids.tolist()) for ids in epochs]
     assert len({frozenset(tail) for tail in left_out}) > 1  # another tail in each pass
     if not mixed:
         pairs = [plan.batch_ids(step) for step in steps if plan.kind(step) == "pair"]
-        passes = [np.concatenate(pairs[n : n + 5]) for n in range(0, 20, 5)]
-        assert [len(set(ids.tolist())) for ids in passes] == [PAIRS // BATCH * BATCH] * EPOCHS
+        epochs = [np.concatenate(pairs[n : n + 5]) for n in range(0, 20, 5)]
+        assert [len(set(ids.tolist())) for ids in epochs] == [PAIRS // BATCH * BATCH] * EPOCHS
 
 
 def test_mixtures_are_as_exact(sources) -> None:
@@ -143,12 +152,12 @@ def test_the_comparison_can_fail(sources, reference: list[str]) -> None:
 
 
 def test_renamed_shards_keep_the_order(sources, reference: list[str], tmp_path: Path) -> None:
-    def moved(source: Source, folder: str) -> Source:
-        (tmp_path / folder).mkdir()
+    def moved(source: Source, directory: str) -> Source:
+        (tmp_path / directory).mkdir()
         for number, shard in enumerate(reversed(source.shards)):
-            (tmp_path / folder / f"{number:02d}.tar").write_bytes(shard.read_bytes())
-        shards = sorted((tmp_path / folder).glob("*.tar"))
-        if folder == "text":
+            (tmp_path / directory / f"{number:02d}.tar").write_bytes(shard.read_bytes())
+        shards = sorted((tmp_path / directory).glob("*.tar"))
+        if directory == "text":
             return Source(shards)
         sizes = len(shards) - 2, 2  # the parts stand the other way round now
         return Source([*shards[sizes[0] :], *shards[: sizes[0]]], part_sizes=sizes[::-1])

@@ -1,4 +1,4 @@
-"""The README's section "Your own data", command by command, on a folder that nobody prepared."""
+"""The README's section "Your own data", command by command, on a directory that nobody prepared."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from dalr_scale.models.encoder import SentenceEncoder
 from dalr_scale.models.tokenizer import load_tokenizer
 
 README = Path(__file__).parents[2] / "README.md"
-# what a folder of 12 pictures cannot have: a batch of 1024, four epochs, a real task
+# what a directory of 12 images cannot have: a batch of 1024, four epochs, a real task
 SMALL = ["--batch.global_size=16", "--batch.micro_size=2", "--optim.steps=3"]
 WORDS = ("a", "dog", "cat", "bird", "runs", "sleeps", "sits", "on", "the", "red", "sofa", "tree")
 
@@ -43,38 +43,38 @@ def commands(block: str) -> list[list[str]]:
     return [shlex.split(line, comments=True) for line in block.splitlines() if line.strip()]
 
 
-def write_raw_data(folder: Path) -> None:
+def write_raw_data(directory: Path) -> None:
     rng = np.random.default_rng(0)
-    (folder / "photos").mkdir()
+    (directory / "photos").mkdir()
     lines = ["image,caption"]
     for number in range(12):
         pixels = rng.integers(0, 255, (40, 40, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / "photos" / f"{number}.jpg")
+        Image.fromarray(pixels).save(directory / "photos" / f"{number}.jpg")
         lines += [f"{number}.jpg,{' '.join(rng.choice(WORDS, 5))}" for _ in range(2)]
-    (folder / "captions.csv").write_text("\n".join(lines) + "\n")
+    (directory / "captions.csv").write_text("\n".join(lines) + "\n")
     sentences = [" ".join(rng.choice(WORDS, 6)) for _ in range(40)]
-    (folder / "sentences.txt.xz").write_bytes(lzma.compress("\n".join(sentences).encode()))
-    tasks = folder / "DATA" / "senteval" / "STS" / "STSBenchmark"
+    (directory / "sentences.txt.xz").write_bytes(lzma.compress("\n".join(sentences).encode()))
+    tasks = directory / "DATA" / "senteval" / "STS" / "STSBenchmark"
     tasks.mkdir(parents=True)
     rows = [f"g\tf\ty\t{n}\t{n % 5}.0\t{sentences[n]}\t{sentences[n + 1]}" for n in range(20)]
     (tasks / "sts-dev.csv").write_text("\n".join(rows) + "\n")
     (tasks / "sts-test.csv").write_text("\n".join(rows) + "\n")
 
 
-def write_models(folder: Path) -> None:
+def write_models(directory: Path) -> None:
     """A tiny BERT and a tiny open_clip model in place of the ones the README names."""
     torch.manual_seed(0)
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    (folder / "vocab.txt").write_text("\n".join([*special, *WORDS]) + "\n")
-    tokenizer = load_tokenizer(folder / "vocab.txt")
+    (directory / "vocab.txt").write_text("\n".join([*special, *WORDS]) + "\n")
+    tokenizer = load_tokenizer(directory / "vocab.txt")
     bert = {"model_type": "bert", "hidden_size": 16, "num_hidden_layers": 1}
     bert |= {"num_attention_heads": 2, "intermediate_size": 32, "max_position_embeddings": 40}
     encoder = SentenceEncoder.from_config(bert, tokenizer, "cls_before_pooler")
-    encoder.save(folder / "PATH/TO/HF_FOLDER")
+    encoder.save(directory / "PATH/TO/HF_DIRECTORY")
     # as the Hub has it: nothing says how it pools
-    encoder.backbone.save_pretrained(folder / "PATH/TO/bert-base-uncased")
-    tokenizer.save_pretrained(folder / "PATH/TO/bert-base-uncased")
-    clip = folder / "PATH/TO/OPEN_CLIP_FOLDER"
+    encoder.backbone.save_pretrained(directory / "PATH/TO/bert-base-uncased")
+    tokenizer.save_pretrained(directory / "PATH/TO/bert-base-uncased")
+    clip = directory / "PATH/TO/OPEN_CLIP_DIRECTORY"
     tokenizer.save_pretrained(clip)
     vision = {"image_size": 16, "patch_size": 8, "width": 32, "layers": 1, "head_width": 16}
     text = {
@@ -92,20 +92,20 @@ def write_models(folder: Path) -> None:
     (clip / "open_clip_config.json").write_text(json.dumps(written))
 
 
-def train(words: list[str], folder: Path) -> str:
+def train(words: list[str], directory: Path) -> str:
     """Runs the README's launch line with one process of this interpreter."""
     arguments = words[words.index("dalr_scale.train") + 1 :]
     command = [sys.executable, "-m", "dalr_scale.train", *arguments, *SMALL]
-    environment = os.environ | {"DALR_DATA": str(folder / "DATA"), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    environment = os.environ | {"DALR_DATA": str(directory / "DATA"), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
-def check_several_processes(folder: Path) -> None:
+def check_several_processes(directory: Path) -> None:
     """``features`` by two processes of the launcher, one shard each: the same bytes."""
-    again = shutil.copytree(folder / "shards", folder / "again")
-    teacher = ["--text-teacher", "PATH/TO/HF_FOLDER", "--pooler", "cls_before_pooler", "--quiet"]
+    again = shutil.copytree(directory / "shards", directory / "again")
+    teacher = ["--text-teacher", "PATH/TO/HF_DIRECTORY", "--pooler", "cls_before_pooler", "--quiet"]
     assert main(["features", "shards/text", "--name", "simcse", *teacher]) == 0
     for path in again.rglob("*.simcse*.features.tar"):
         path.unlink()
@@ -125,7 +125,7 @@ def check_several_processes(folder: Path) -> None:
     written = sorted(again.rglob("*.simcse.features.tar"))
     assert len(written) == 2
     for path in written:
-        one = folder / "shards" / path.relative_to(again)
+        one = directory / "shards" / path.relative_to(again)
         assert path.read_bytes() == one.read_bytes(), path.name
 
 

@@ -1,4 +1,4 @@
-"""``dalr-scale prepare`` with pictures: layouts, splits, lists, skips and keys."""
+"""``dalr-scale prepare`` with images: layouts, splits, lists, skips and keys."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from picture_folders import NAMES, captions_csv, contents, everything, jpeg, quoted, run, texts
+from image_directories import NAMES, captions_csv, contents, everything, jpeg, quoted, run, texts
 from PIL import Image
 
 from dalr_scale.commands import index
@@ -47,8 +47,8 @@ LAYOUTS = {
         },
         indent=1,
     ),
-    "folders in the names": lambda: "\n".join(
-        ["image,caption", *(f"some/folder/{n},{quoted(t)}" for n in NAMES for t in texts(n))]
+    "directories in the names": lambda: "\n".join(
+        ["image,caption", *(f"some/directory/{n},{quoted(t)}" for n in NAMES for t in texts(n))]
     ),
     "names without suffix": lambda: "\n".join(
         ["image,caption", *(f"{n[:-4]},{quoted(t)}" for n in NAMES for t in texts(n))]
@@ -57,21 +57,21 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
-def test_caption_layouts(layout, pictures: Path, tmp_path: Path, capsys) -> None:
+def test_caption_layouts(layout, images: Path, tmp_path: Path, capsys) -> None:
     captions = tmp_path / "captions.txt"
     captions.write_bytes(layout().encode())
     code, out, err = run(
-        capsys, pictures, "--captions", captions, "--output", tmp_path / "o",
+        capsys, images, "--captions", captions, "--output", tmp_path / "o",
         "--samples-per-shard", 5,
     )  # fmt: skip
     assert (code, err) == (0, "")
-    assert "wrote 12 pictures, 60 captions to 3 shards" in out
+    assert "wrote 12 images, 60 captions to 3 shards" in out
     assert "left out" not in out
     assert contents(tmp_path / "o") == everything()
 
 
-def karpathy(folder: Path) -> Path:
-    """Every fourth picture is for validation, every sixth for testing; folders in the names."""
+def karpathy(directory: Path) -> Path:
+    """Every fourth image is for validation, every sixth for testing; directories in the names."""
     images = [
         {
             "filepath": "val2014",
@@ -81,16 +81,16 @@ def karpathy(folder: Path) -> Path:
         }
         for number, name in enumerate(NAMES)
     ]
-    path = folder / "dataset_coco.json"
+    path = directory / "dataset_coco.json"
     path.write_text(json.dumps({"images": images, "dataset": "coco"}))
     return path
 
 
-def test_splits_of_a_karpathy_file_become_sets(pictures: Path, tmp_path: Path, capsys) -> None:
-    arguments = (pictures, "--captions", karpathy(tmp_path), "--output", tmp_path / "o")
+def test_splits_of_a_karpathy_file_become_sets(images: Path, tmp_path: Path, capsys) -> None:
+    arguments = (images, "--captions", karpathy(tmp_path), "--output", tmp_path / "o")
     code, out, err = run(capsys, *arguments)
     assert (code, err) == (0, "")
-    assert "wrote 12 pictures, 60 captions to 3 shards" in out
+    assert "wrote 12 images, 60 captions to 3 shards" in out
     sets = {}
     for name in ("train", "val", "test"):
         source = Source(expand_shards([str(tmp_path / "o" / f"pairs-{name}-*.tar")]))
@@ -101,10 +101,10 @@ def test_splits_of_a_karpathy_file_become_sets(pictures: Path, tmp_path: Path, c
     assert run(capsys, *arguments)[0] == 2  # nothing is overwritten unasked
     chosen = ("--split", "train", "test", "--prefix", "most")
     code, out, _ = run(capsys, *arguments, *chosen)
-    assert code == 0 and "wrote 9 pictures, 45 captions to 1 shards" in out
+    assert code == 0 and "wrote 9 images, 45 captions to 1 shards" in out
     code, _, err = run(capsys, *arguments, "--split", "trian", "--prefix", "x")
     assert code == 2 and "has no split 'trian', but test, train, val" in err
-    plain = (pictures, "--captions", captions_csv(tmp_path), "--output", tmp_path / "p")
+    plain = (images, "--captions", captions_csv(tmp_path), "--output", tmp_path / "p")
     code, _, err = run(capsys, *plain, "--split", "train")
     assert code == 2 and "but no splits" in err
 
@@ -114,35 +114,35 @@ def test_splits_of_a_karpathy_file_become_sets(pictures: Path, tmp_path: Path, c
     [{"images": [{"id": 1}], "annotations": []}, {"images": [{"filename": "a"}]}, {"images": [3]}],
 )
 def test_documents_of_another_layout_are_refused(
-    content: dict, pictures: Path, tmp_path: Path, capsys
+    content: dict, images: Path, tmp_path: Path, capsys
 ) -> None:
     path = tmp_path / "c.json"
     path.write_text(json.dumps(content, indent=1))
-    code, _, err = run(capsys, pictures, "--captions", path, "--output", tmp_path / "o")
+    code, _, err = run(capsys, images, "--captions", path, "--output", tmp_path / "o")
     assert code == 2 and "neither like COCO's" in err and err.count("\n") == 1
 
 
-def test_links_out_of_the_folder_are_not_followed(pictures: Path, tmp_path: Path, capsys) -> None:
+def test_links_out_of_the_folder_are_not_followed(images: Path, tmp_path: Path, capsys) -> None:
     (tmp_path / "secret.jpg").write_bytes(jpeg(99))
-    (pictures / "0_ab.jpg").unlink()
-    (pictures / "0_ab.jpg").symlink_to(tmp_path / "secret.jpg")
-    (pictures / "link.jpg").symlink_to(pictures / "1_ab.jpg")  # inside: a picture like any other
+    (images / "0_ab.jpg").unlink()
+    (images / "0_ab.jpg").symlink_to(tmp_path / "secret.jpg")
+    (images / "link.jpg").symlink_to(images / "1_ab.jpg")  # inside: an image like any other
     captions = captions_csv(tmp_path)
-    code, out, _ = run(capsys, pictures, "--captions", captions, "--output", tmp_path / "o")
-    assert code == 0 and "wrote 11 pictures" in out
-    assert "left out 5 captions without a picture ('0_ab.jpg')" in out
-    assert "left out 1 pictures without captions ('link.jpg')" in out
+    code, out, _ = run(capsys, images, "--captions", captions, "--output", tmp_path / "o")
+    assert code == 0 and "wrote 11 images" in out
+    assert "left out 5 captions without an image ('0_ab.jpg')" in out
+    assert "left out 1 images without captions ('link.jpg')" in out
 
 
 @pytest.mark.parametrize("form", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 def test_a_tar_of_pictures_gives_the_same_bytes_as_a_folder(
-    form: int, pictures: Path, tmp_path: Path, capsys
+    form: int, images: Path, tmp_path: Path, capsys
 ) -> None:
-    archive = tmp_path / "pictures.tar"
+    archive = tmp_path / "images.tar"
     with tarfile.open(archive, "w", format=form) as file:
-        file.add(pictures, arcname=".")
+        file.add(images, arcname=".")
     captions = captions_csv(tmp_path)
-    run(capsys, pictures, "--captions", captions, "--output", tmp_path / "a")
+    run(capsys, images, "--captions", captions, "--output", tmp_path / "a")
     code, _, _ = run(capsys, archive, "--captions", captions, "--output", tmp_path / "b")
     assert code == 0
     written = {p.name: p.read_bytes() for p in (tmp_path / "a").glob("*.tar")}
@@ -157,41 +157,41 @@ def _keys_in_order(shard: Path) -> list[str]:
         return [name[:-4] for name in file.getnames() if name.endswith(".jpg")]
 
 
-def test_lists_choose_pictures(pictures: Path, tmp_path: Path, capsys) -> None:
+def test_lists_choose_pictures(images: Path, tmp_path: Path, capsys) -> None:
     keep, drop = tmp_path / "keep.txt", tmp_path / "drop.txt"
     keep.write_text("\n".join([*NAMES[:8], "unknown.jpg"]) + "\n\n")
     drop.write_text("\r\n".join(NAMES[6:10]))
     code, out, _ = run(
-        capsys, pictures, "--captions", captions_csv(tmp_path), "--output", tmp_path / "o",
+        capsys, images, "--captions", captions_csv(tmp_path), "--output", tmp_path / "o",
         "--images", keep, "--exclude", drop,
     )  # fmt: skip
     assert code == 0
     assert set(contents(tmp_path / "o")) == {name[:-4] for name in NAMES[:6]}
-    assert "left out 4 pictures named in the exclude list ('6_ab.jpg', '7_ab.jpg'" in out
-    assert "left out 2 pictures not named in the image list" in out
-    assert "left out 1 names in keep.txt without a picture ('unknown.jpg')" in out
+    assert "left out 4 images named in the exclude list ('6_ab.jpg', '7_ab.jpg'" in out
+    assert "left out 2 images not named in the image list" in out
+    assert "left out 1 names in keep.txt without an image ('unknown.jpg')" in out
 
 
-def test_skips_are_counted_with_their_reason(pictures: Path, tmp_path: Path, capsys) -> None:
-    (pictures / NAMES[0]).write_bytes(b"<html>not found</html>")
-    (pictures / NAMES[1]).write_bytes(jpeg(1)[:-300])
-    (pictures / NAMES[2]).write_bytes(b"")
-    (pictures / NAMES[3]).unlink()
-    (pictures / "lonely.jpg").write_bytes(jpeg(99))
-    (pictures / ".hidden.jpg").write_bytes(b"")
-    (pictures / "notes.md").write_text("x")
+def test_skips_are_counted_with_their_reason(images: Path, tmp_path: Path, capsys) -> None:
+    (images / NAMES[0]).write_bytes(b"<html>not found</html>")
+    (images / NAMES[1]).write_bytes(jpeg(1)[:-300])
+    (images / NAMES[2]).write_bytes(b"")
+    (images / NAMES[3]).unlink()
+    (images / "lonely.jpg").write_bytes(jpeg(99))
+    (images / ".hidden.jpg").write_bytes(b"")
+    (images / "notes.md").write_text("x")
     captions = captions_csv(tmp_path)
     with captions.open("a") as file:
         file.write(f'{NAMES[5]},"  "\n{NAMES[5]},\n{NAMES[6]},"two\nlines"\n')
-    code, out, _ = run(capsys, pictures, "--captions", captions, "--output", tmp_path / "o")
+    code, out, _ = run(capsys, images, "--captions", captions, "--output", tmp_path / "o")
     assert code == 0
-    assert "wrote 8 pictures, 41 captions" in out
-    assert "left out 3 unreadable pictures (" in out
-    assert "'0_ab.jpg is not a JPEG, PNG or WebP picture'" in out
+    assert "wrote 8 images, 41 captions" in out
+    assert "left out 3 unreadable images (" in out
+    assert "'0_ab.jpg is not a JPEG, PNG or WebP image'" in out
     assert "'1_ab.jpg cannot be decoded (OSError)'" in out
     assert "'2_ab.jpg has 0 bytes'" in out
-    assert "left out 5 captions without a picture ('3_ab.jpg')" in out
-    assert "left out 1 pictures without captions ('lonely.jpg')" in out
+    assert "left out 5 captions without an image ('3_ab.jpg')" in out
+    assert "left out 1 images without captions ('lonely.jpg')" in out
     assert "left out 2 blank captions" in out
     found = contents(tmp_path / "o")
     assert set(found) == {name[:-4] for name in NAMES[4:]}
@@ -199,17 +199,17 @@ def test_skips_are_counted_with_their_reason(pictures: Path, tmp_path: Path, cap
 
 
 def test_keys_have_no_dots_and_stay_unique(tmp_path: Path, capsys) -> None:
-    folder = tmp_path / "pictures"
+    directory = tmp_path / "images"
     for name in ("a.b.jpg", "a_b.jpg", "v1.0/c.jpg", "c.jpg"):
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(jpeg(len(name)))
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
+        (directory / name).write_bytes(jpeg(len(name)))
     png = io.BytesIO()
     Image.new("RGB", (4, 4)).save(png, "PNG")
-    (folder / "really_png.jpg").write_bytes(png.getvalue())
+    (directory / "really_png.jpg").write_bytes(png.getvalue())
     captions = tmp_path / "c.csv"
     names = ["a.b.jpg", "a_b.jpg", "v1.0/c.jpg", "c.jpg", "really_png.jpg"]
     captions.write_text("image,caption\n" + "".join(f"{n},of {n}\n" for n in names))
-    assert run(capsys, folder, "--captions", captions, "--output", tmp_path / "o")[0] == 0
+    assert run(capsys, directory, "--captions", captions, "--output", tmp_path / "o")[0] == 0
     found = {key: value[1] for key, value in contents(tmp_path / "o").items()}
     assert found == {
         "a_b": ["of a.b.jpg"],
@@ -226,7 +226,7 @@ def test_keys_have_no_dots_and_stay_unique(tmp_path: Path, capsys) -> None:
 def data_root() -> Path:
     root = os.environ.get("DALR_DATA")
     if not root or not (Path(root) / "flickr8k" / "images.tar").exists():
-        pytest.skip("set DALR_DATA to a folder with flickr8k/ to prepare real data")
+        pytest.skip("set DALR_DATA to a directory with flickr8k/ to prepare real data")
     return Path(root) / "flickr8k"
 
 
@@ -238,7 +238,7 @@ def test_flickr8k_is_prepared_in_time(data_root: Path, tmp_path: Path, capsys) -
     )  # fmt: skip
     assert code == 0
     assert time.perf_counter() - start < 60
-    assert out.splitlines()[0].startswith("wrote 8,091 pictures, 40,455 captions to 9 shards")
+    assert out.splitlines()[0].startswith("wrote 8,091 images, 40,455 captions to 9 shards")
     assert len(out.splitlines()) == 1
     for path in tmp_path.glob("*.idx"):
         path.unlink()
@@ -256,6 +256,6 @@ def test_flickr8k_without_the_evaluation_text(data_root: Path, tmp_path: Path, c
         "--images", data_root / "train_images.txt", "--exclude", drop, "--output", tmp_path,
     )  # fmt: skip
     assert code == 0
-    assert "left out 1,196 pictures named in the exclude list" in out
+    assert "left out 1,196 images named in the exclude list" in out
     left_out = {name.rpartition(".")[0] for name in drop.read_text().split()}
     assert not left_out & set(contents(tmp_path))

@@ -1,4 +1,4 @@
-"""``dalr-scale prepare`` with pictures: refusals, interruptions, reruns; nothing is lost."""
+"""``dalr-scale prepare`` with images: refusals, interruptions, reruns; nothing is lost."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ import time
 from pathlib import Path
 
 import pytest
-from picture_folders import NAMES, captions_csv, contents, everything, jpeg, run
+from image_directories import NAMES, captions_csv, contents, everything, jpeg, run
 
 from dalr_scale.data.prepare import pairs as prepare_pairs
 from dalr_scale.data.shards.index_file import index_path
 
 
-def test_nothing_is_overwritten_unasked(pictures: Path, tmp_path: Path, capsys) -> None:
+def test_nothing_is_overwritten_unasked(images: Path, tmp_path: Path, capsys) -> None:
     captions = captions_csv(tmp_path)
-    arguments = [pictures, "--captions", captions, "--output", tmp_path / "o"]
+    arguments = [images, "--captions", captions, "--output", tmp_path / "o"]
     run(capsys, *arguments, "--samples-per-shard", 2)
     before = {path.name: path.read_bytes() for path in (tmp_path / "o").iterdir()}
     code, _, err = run(capsys, *arguments)
@@ -36,20 +36,20 @@ def test_nothing_is_overwritten_unasked(pictures: Path, tmp_path: Path, capsys) 
     assert contents(tmp_path / "o" / "pairs-000000.tar") == everything()
 
 
-def test_a_failed_replacement_keeps_the_old_shards(pictures: Path, tmp_path: Path, capsys) -> None:
+def test_a_failed_replacement_keeps_the_old_shards(images: Path, tmp_path: Path, capsys) -> None:
     captions = captions_csv(tmp_path)
-    arguments = [pictures, "--captions", captions, "--output", tmp_path / "o"]
+    arguments = [images, "--captions", captions, "--output", tmp_path / "o"]
     run(capsys, *arguments)
     before = {path.name: path.read_bytes() for path in (tmp_path / "o").iterdir()}
     for name in NAMES:
-        (pictures / name).write_bytes(b"gone bad")
+        (images / name).write_bytes(b"gone bad")
     code, _, err = run(capsys, *arguments, "--overwrite")
     assert code == 2
-    assert "none of the 12 chosen pictures can be read" in err
+    assert "none of the 12 chosen images can be read" in err
     assert {path.name: path.read_bytes() for path in (tmp_path / "o").iterdir()} == before
 
 
-def _broken(kind: str, tmp_path: Path, pictures: Path) -> list[object]:
+def _broken(kind: str, tmp_path: Path, images: Path) -> list[object]:
     """Return the arguments of a faulty call."""
     captions = captions_csv(tmp_path)
     output = ["--output", tmp_path / "o"]
@@ -76,14 +76,14 @@ def _broken(kind: str, tmp_path: Path, pictures: Path) -> list[object]:
         captions.unlink()
     elif kind == "empty list":
         listing.write_text("\n")
-        return [pictures, "--captions", captions, *output, "--exclude", listing]
+        return [images, "--captions", captions, *output, "--exclude", listing]
     elif kind == "list without match":
         listing.write_text("other.jpg\n")
-        return [pictures, "--captions", captions, *output, "--exclude", listing]
+        return [images, "--captions", captions, *output, "--exclude", listing]
     elif kind == "all excluded":
         listing.write_text("\n".join(NAMES))
-        return [pictures, "--captions", captions, *output, "--exclude", listing]
-    elif kind == "no pictures":
+        return [images, "--captions", captions, *output, "--exclude", listing]
+    elif kind == "no images":
         (tmp_path / "none").mkdir()
         return [tmp_path / "none", "--captions", captions, *output]
     elif kind == "missing source":
@@ -92,20 +92,20 @@ def _broken(kind: str, tmp_path: Path, pictures: Path) -> list[object]:
         return [captions, "--captions", captions, *output]
     elif kind == "cut tar":
         with tarfile.open(tmp_path / "p.tar", "w") as file:
-            file.add(pictures, arcname=".")
+            file.add(images, arcname=".")
         content = (tmp_path / "p.tar").read_bytes()
         (tmp_path / "p.tar").write_bytes(content[:5000])
         return [tmp_path / "p.tar", "--captions", captions, *output]
     elif kind == "same source twice":
-        return [pictures, pictures, "--captions", captions, *output]
-    elif kind == "pictures without --captions":
-        return [pictures, *output]
+        return [images, images, "--captions", captions, *output]
+    elif kind == "images without --captions":
+        return [images, *output]
     elif kind == "list without --captions":
         (tmp_path / "t.txt").write_text("x\n")
         return [tmp_path / "t.txt", *output, "--exclude", captions]
     elif kind == "prefix":
-        return [pictures, "--captions", captions, *output, "--prefix", "../x"]
-    return [pictures, "--captions", captions, *output]
+        return [images, "--captions", captions, *output, "--prefix", "../x"]
+    return [images, "--captions", captions, *output]
 
 
 REFUSED = {
@@ -120,14 +120,14 @@ REFUSED = {
     "no match": "none of its images (e.g. 'other.jpg')",
     "missing captions": "cannot be read",
     "empty list": "list.txt: is empty",
-    "list without match": "names no picture of the source",
-    "all excluded": "leaves no picture",
-    "no pictures": "has no picture",
-    "missing source": "no such file or folder",
+    "list without match": "names no image of the source",
+    "all excluded": "leaves no image",
+    "no images": "has no image",
+    "missing source": "no such file or directory",
     "source is no tar": "captions.csv: ",
     "cut tar": "p.tar: ",
     "same source twice": "is in another source too",
-    "pictures without --captions": "--captions FILE",
+    "images without --captions": "--captions FILE",
     "list without --captions": "give --captions",
     "prefix": "prefix '../x'",
 }
@@ -135,9 +135,9 @@ REFUSED = {
 
 @pytest.mark.parametrize("kind", REFUSED)
 def test_bad_input_is_refused_with_one_sentence(
-    kind: str, pictures: Path, tmp_path: Path, capsys
+    kind: str, images: Path, tmp_path: Path, capsys
 ) -> None:
-    code, out, err = run(capsys, *_broken(kind, tmp_path, pictures))
+    code, out, err = run(capsys, *_broken(kind, tmp_path, images))
     assert code == 2
     assert out == ""
     assert err.startswith("error: ")
@@ -147,10 +147,10 @@ def test_bad_input_is_refused_with_one_sentence(
 
 
 def test_a_killed_run_leaves_no_shard_and_can_be_repeated(
-    pictures: Path, tmp_path: Path, capsys
+    images: Path, tmp_path: Path, capsys
 ) -> None:
     captions = captions_csv(tmp_path)
-    arguments = [str(pictures), "--captions", str(captions), "--output", str(tmp_path / "o")]
+    arguments = [str(images), "--captions", str(captions), "--output", str(tmp_path / "o")]
     script = (
         "import sys, time\n"
         "from dalr_scale.data import prepare_pairs\n"
@@ -175,13 +175,13 @@ def test_a_killed_run_leaves_no_shard_and_can_be_repeated(
 
 
 def test_an_interrupted_run_goes_on_at_its_last_full_shard(
-    pictures: Path, tmp_path: Path, capsys, monkeypatch
+    images: Path, tmp_path: Path, capsys, monkeypatch
 ) -> None:
-    (pictures / "5_ab.jpg").write_bytes(b"no picture")
+    (images / "5_ab.jpg").write_bytes(b"no image")
     captions = captions_csv(tmp_path)
 
     def arguments(output: str) -> list[object]:
-        words = (pictures, "--captions", captions, "--samples-per-shard", 2)
+        words = (images, "--captions", captions, "--samples-per-shard", 2)
         return [*words, "--output", tmp_path / output]
 
     _, whole, _ = run(capsys, *arguments("whole"))
@@ -208,10 +208,10 @@ def test_an_interrupted_run_goes_on_at_its_last_full_shard(
 
 
 def test_another_job_does_not_go_on_with_what_is_there(
-    pictures: Path, tmp_path: Path, capsys, monkeypatch
+    images: Path, tmp_path: Path, capsys, monkeypatch
 ) -> None:
     captions = captions_csv(tmp_path)
-    words = [pictures, "--captions", captions, "--output", tmp_path / "o"]
+    words = [images, "--captions", captions, "--output", tmp_path / "o"]
     words += ["--samples-per-shard", 2]
 
     commit = prepare_pairs.ShardSetWriter.commit
@@ -224,19 +224,19 @@ def test_another_job_does_not_go_on_with_what_is_there(
         patch.setattr(prepare_pairs.ShardSetWriter, "commit", stop)
         assert run(capsys, *words)[0] == 130
     assert (tmp_path / "o" / ".pairs.partial" / "progress.json").exists()
-    (pictures / "3_ab.jpg").write_bytes(jpeg(77))
+    (images / "3_ab.jpg").write_bytes(jpeg(77))
     assert run(capsys, *words)[0] == 0
     assert contents(tmp_path / "o")["3_ab"][0] == jpeg(77)
 
 
-def test_both_commands_run_as_modules(pictures: Path, tmp_path: Path) -> None:
+def test_both_commands_run_as_modules(images: Path, tmp_path: Path) -> None:
     captions = captions_csv(tmp_path)
 
     def module(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "dalr_scale", name, *map(str, arguments)]
         return subprocess.run(command, capture_output=True, text=True, check=False)
 
-    done = module("prepare", pictures, "--captions", captions, "--output", tmp_path / "o")
+    done = module("prepare", images, "--captions", captions, "--output", tmp_path / "o")
     assert (done.returncode, done.stderr) == (0, "")  # no progress bar without a terminal
     shard = tmp_path / "o" / "pairs-000000.tar"
     assert index_path(shard).exists()

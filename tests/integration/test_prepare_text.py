@@ -60,13 +60,13 @@ def test_file_kinds(name: str, tmp_path: Path, capsys) -> None:
 
 
 def test_several_files_and_folders_keep_their_order(tmp_path: Path, capsys) -> None:
-    folder = tmp_path / "in"
-    folder.mkdir()
-    (folder / "b.txt").write_text("three\n")
-    (folder / "a.txt").write_text("one\n\ntwo\n")
-    (folder / "readme.md").write_text("no\n")
+    directory = tmp_path / "in"
+    directory.mkdir()
+    (directory / "b.txt").write_text("three\n")
+    (directory / "a.txt").write_text("one\n\ntwo\n")
+    (directory / "readme.md").write_text("no\n")
     (tmp_path / "c.jsonl").write_text('{"sentence": "four"}\n')
-    code, out, _ = run(capsys, folder, tmp_path / "c.jsonl", "--output", tmp_path / "o")
+    code, out, _ = run(capsys, directory, tmp_path / "c.jsonl", "--output", tmp_path / "o")
     assert code == 0
     assert sentences_in(tmp_path / "o") == ["one", "two", "three", "four"]
     assert "left out 1 blank lines" in out
@@ -149,7 +149,7 @@ def test_real_sentences(tmp_path: Path, capsys) -> None:
     root = os.environ.get("DALR_DATA")
     source = Path(root or "") / "wiki" / "wiki_en_sentences_1m.txt.xz"
     if not root or not source.exists():
-        pytest.skip("set DALR_DATA to a folder with wiki/ to prepare real text")
+        pytest.skip("set DALR_DATA to a directory with wiki/ to prepare real text")
     code, out, _ = run(capsys, source, "--output", tmp_path, "--limit", 100_000)
     assert code == 0
     assert out.startswith("wrote 100,000 sentences to 2 shards")

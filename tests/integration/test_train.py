@@ -389,7 +389,7 @@ def test_the_exported_encoder_loads_in_other_tools(sharded: Path) -> None:
     for name in ("best", "final"):
         files = {p.suffix for p in (sharded / name).rglob("*") if p.is_file()}
         assert not files & {".bin", ".pt", ".pkl"}
-        ours = encode_sentences(SentenceEncoder.from_folder(sharded / name), sentences)
+        ours = encode_sentences(SentenceEncoder.from_directory(sharded / name), sentences)
         other = sentence_transformers.SentenceTransformer(str(sharded / name), device="cpu")
         theirs = torch.from_numpy(other.encode(sentences))
         torch.testing.assert_close(theirs, ours, atol=1e-6, rtol=0)

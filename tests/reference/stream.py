@@ -113,8 +113,8 @@ def read(schedule: Schedule, step: int, tokenizer: Any) -> Rows:
         return_tensors="pt",
     )
     tokens = None
-    if records.tokens is not None:
-        values, mask = records.tokens
+    if records.token_features is not None:
+        values, mask = records.token_features
         tokens = torch.from_numpy(values).double(), torch.from_numpy(mask)
     return Rows(
         kind,

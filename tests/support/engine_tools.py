@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from launching import CONTEXT, free_port
+from launching import fork, free_port
 from torch import Tensor, nn
 
 from dalr_scale.config import Config, build_config
@@ -64,11 +64,8 @@ def in_world(ranks: int, action: Callable[..., None], folder: Path, *arguments: 
     port, errors = free_port(), folder / "errors.txt"
     errors.write_text("")
     processes = [
-        CONTEXT.Process(target=_one_rank, args=(rank, ranks, port, action, folder, arguments))
-        for rank in range(ranks)
+        fork(_one_rank, rank, ranks, port, action, folder, arguments) for rank in range(ranks)
     ]
-    for process in processes:
-        process.start()
     for process in processes:
         process.join(timeout=300)
         if process.is_alive():

@@ -10,14 +10,9 @@ import torch
 from torch import Tensor
 
 from dalr_scale.config import ObjectiveConfig, build_config
-from dalr_scale.objective.terms import (
-    Views,
-    cross_terms,
-    text_terms,
-    token_terms,
-    total_loss,
-    unmatched_rows,
-)
+from dalr_scale.objective.cons import unmatched_rows
+from dalr_scale.objective.total import batch_loss
+from dalr_scale.objective.views import LossBatch, Views
 
 ROWS, WIDTH = 10, 12
 
@@ -69,13 +64,9 @@ def terms_and_total(
     unmatched: np.ndarray,
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Every term of a paired batch, and the total."""
-    text = text_terms(own, cols, spec, weights, offset, paired=True, distil=True)
-    others = {}
-    if spec.cross_weight > 0:
-        others |= cross_terms(own, cols, spec, weights, offset, unmatched)
-    if spec.intra_weight > 0:
-        others |= token_terms(own, cols, spec, (1.0,), offset)
-    return text.values | others, total_loss(text, others, spec)
+    batch = LossBatch(own, cols, offset, text_weights=weights, unmatched=unmatched)
+    found = batch_loss(spec, batch)
+    return found.terms, found.total
 
 
 def all_terms(spec: ObjectiveConfig, v: Views | None = None) -> dict[str, Tensor]:

@@ -17,24 +17,26 @@ END = bytes(1024)
 def jpeg(number: int = 0, side: int = 16) -> bytes:
     """Return a small JPEG with a content of its own."""
     pixels = np.random.default_rng(number).integers(0, 255, (side, side, 3), np.uint8)
-    return picture_bytes(Image.fromarray(pixels), "JPEG")
+    return image_bytes(Image.fromarray(pixels), "JPEG")
 
 
-def picture_bytes(picture: Image.Image, kind: str, **options: object) -> bytes:
-    """Return a picture encoded in some format."""
+def image_bytes(image: Image.Image, kind: str, **options: object) -> bytes:
+    """Return an image encoded in some format."""
     buffer = io.BytesIO()
-    picture.save(buffer, kind, **options)
+    image.save(buffer, kind, **options)
     return buffer.getvalue()
 
 
 def captions_of(number: int, count: int = 5) -> list[str]:
-    """Return the captions of picture ``number``."""
-    return [f"caption {line} of picture {number}" for line in range(count)]
+    """Return the captions of image ``number``."""
+    return [f"caption {line} of image {number}" for line in range(count)]
 
 
-def write_pairs(folder: Path, samples: int, *, per_shard: int, prefix: str = "pairs") -> list[Path]:
+def write_pairs(
+    directory: Path, samples: int, *, per_shard: int, prefix: str = "pairs"
+) -> list[Path]:
     """Write samples of one JPEG and five captions; captions differ between prefixes."""
-    with ShardSetWriter(folder, prefix, samples_per_shard=per_shard) as writer:
+    with ShardSetWriter(directory, prefix, samples_per_shard=per_shard) as writer:
         for number in range(samples):
             text = "\n".join(f"{prefix} {line}" for line in captions_of(number))
             writer.write(f"{prefix}{number:04d}", {"jpg": jpeg(number), "txt": text.encode()})

@@ -117,8 +117,8 @@ def _from_document(
         else:
             pairs = []
             for image in document["images"]:
-                folder = image.get("filepath", "")
-                name = f"{folder}/{image['filename']}" if folder else image["filename"]
+                directory = image.get("filepath", "")
+                name = f"{directory}/{image['filename']}" if directory else image["filename"]
                 splits[name] = image["split"]
                 pairs += [(name, sentence["raw"]) for sentence in image["sentences"]]
     except (KeyError, TypeError, AttributeError) as error:
@@ -142,7 +142,7 @@ def _from_json_lines(path: Path, text: str) -> Iterator[tuple[str, str]]:
             value = next(record[name] for name in CAPTION_COLUMNS if name in record)
         except (ValueError, TypeError, StopIteration, RecursionError):
             raise UserError(
-                f'{path}: line {number} is not like {{"image": "a.jpg", "caption": "..."}}; mend it'
+                f'{path}: line {number} is not like {{"image": "a.jpg", "caption": "..."}}; fix it'
             ) from None
         for caption in value if isinstance(value, list) else [value]:
             if not isinstance(caption, str) or not isinstance(image, str):
@@ -169,7 +169,7 @@ def _from_table(path: Path, text: str, separator: str) -> Iterator[tuple[str, st
         if not row:
             continue
         if len(row) <= max(image, caption):
-            raise UserError(f"{path}: row {number} has {len(row)} columns; mend it")
+            raise UserError(f"{path}: row {number} has {len(row)} columns; fix it")
         # An unquoted separator in the last column belongs to the caption.
         rest = row[caption:] if caption >= last else row[caption : caption + 1]
         yield _without_number(row[image].strip()), separator.join(rest)
@@ -182,7 +182,7 @@ def _rows(path: Path, text: str, separator: str) -> Iterator[list[str]]:
     try:
         yield from csv.reader(io.StringIO(text, newline=""))
     except csv.Error as error:
-        raise UserError(f"{path}: is not a readable CSV ({error}); mend its quotes") from error
+        raise UserError(f"{path}: is not a readable CSV ({error}); fix its quotes") from error
 
 
 def _lines(text: str) -> Iterable[str]:

@@ -1,4 +1,4 @@
-"""Pictures and a caption file to shards of image-caption samples."""
+"""Images and a caption file to shards of image-caption samples."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from dalr_scale.data.shards.files import (
     walk_tar,
 )
 from dalr_scale.data.shards.images import check_image
-from dalr_scale.data.shards.index import ensure_index
 from dalr_scale.data.shards.index_file import MEMBER_LIMIT
+from dalr_scale.data.shards.indexing import ensure_index
 from dalr_scale.data.shards.writer import ShardSetWriter
 from dalr_scale.errors import UserError
 
 _SUFFIXES = tuple(f".{extension}" for extension in IMAGE_EXTENSIONS)
-_CHUNK = 256  # pictures in memory at a time
+_CHUNK = 256  # images in memory at a time
 
 
-class Picture(NamedTuple):
-    """A picture in a folder or a tar: its name there, and where its bytes are."""
+class ImageEntry(NamedTuple):
+    """An image in a directory or a tar: its name there, and where its bytes are."""
 
     name: str
     path: Path
@@ -53,12 +53,12 @@ class PairOptions:
     """What to take and how to store it.
 
     Attributes:
-        images: list of the only pictures to take.
-        exclude: list of pictures to leave out.
-        limit: pictures to take at most.
+        images: list of the only images to take.
+        exclude: list of images to leave out.
+        limit: images to take at most.
         max_chars: longer captions are cut.
         prefix: start of the shard names.
-        samples_per_shard: pictures in a shard.
+        samples_per_shard: images in a shard.
         overwrite: replace an earlier set of the same prefix.
         splits: the only splits to take, of a caption file that has some, all in one set.
     """
@@ -76,22 +76,22 @@ class PairOptions:
 def prepare_pairs(
     sources: Sequence[Path], captions: Path, output: Path, options: PairOptions
 ) -> Report:
-    """Write pictures with their captions to shards and index them.
+    """Write images with their captions to shards and index them.
 
-    A sample is one picture, stored byte for byte as it is, and its captions, one a line. Pictures
+    A sample is one image, stored byte for byte as it is, and its captions, one a line. Images
     are decoded once to find damaged ones. Samples are written in an order drawn from a hash of
     their keys, so that every shard is a mixture and the bytes are the same each time. Where the
     caption file has splits and none is chosen, each becomes a set of its own, ``PREFIX-SPLIT``.
     An interrupted run is taken up at its last complete shard.
 
     Args:
-        sources: folders (searched through) and uncompressed tars of pictures.
+        sources: directories (searched through) and uncompressed tars of images.
         captions: see ``read_captions``.
-        output: folder of the shards.
+        output: directory of the shards.
         options: what to take and how to store it.
 
     Raises:
-        UserError: no picture, no caption, lists that do not match, or nothing readable.
+        UserError: no image, no caption, lists that do not match, or nothing readable.
     """
     report = Report()
     writers = {"": _writer(output, options)}  # refuses an existing set before anything is read
@@ -100,12 +100,12 @@ def prepare_pairs(
         names = sorted(set(found.splits.values()))
         sets = {name: replace(options, prefix=f"{options.prefix}-{name}") for name in names}
         writers = {name: _writer(output, own) for name, own in sets.items()}
-    pictures = list_pictures(sources)
-    texts = _join(pictures, found.texts, captions, sources, report)
-    lookup = _Lookup(pictures)
+    images = list_images(sources)
+    texts = _join(images, found.texts, captions, sources, report)
+    lookup = _Lookup(images)
     chosen = _choose(texts, lookup, options, report)
     split_of = _splits(found, lookup, options, captions)
-    chosen = [picture for picture in chosen if split_of is None or picture in split_of]
+    chosen = [image for image in chosen if split_of is None or image in split_of]
     for name, writer in writers.items():
         mine = [p for p in chosen if not name or (split_of and split_of[p] == name)]
         if mine or not name:
@@ -126,8 +126,8 @@ def _writer(output: Path, options: PairOptions) -> ShardSetWriter:
 
 def _splits(
     found: Captions, lookup: _Lookup, options: PairOptions, captions: Path
-) -> dict[Picture, str] | None:
-    """The split of each picture that is wanted; None for files without splits."""
+) -> dict[ImageEntry, str] | None:
+    """The split of each image that is wanted; None for files without splits."""
     known = set(found.splits.values())
     for name in options.splits:
         if name not in known:
@@ -137,188 +137,190 @@ def _splits(
         return None
     wanted = set(options.splits) or known
     pairs = ((lookup.find(name), split) for name, split in found.splits.items() if split in wanted)
-    return {picture: split for picture, split in pairs if picture is not None}
+    return {image: split for image, split in pairs if image is not None}
 
 
 def _write_set(
     writer: ShardSetWriter,
-    chosen: list[Picture],
-    texts: Mapping[Picture, list[str]],
+    chosen: list[ImageEntry],
+    texts: Mapping[ImageEntry, list[str]],
     options: PairOptions,
     report: Report,
     sources: Sequence[Path],
 ) -> None:
     """Write one set of shards, going on where an interrupted run of the same set stopped."""
     keys = _unique_keys(chosen)
-    order = sorted(chosen, key=lambda picture: _shuffle_key(keys[picture]))[: options.limit]
+    order = sorted(chosen, key=lambda image: _shuffle_key(keys[image]))[: options.limit]
     own = Report()
     with writer.resuming(_job_hash(order, keys, texts)):
-        done = int(writer.progress.get("pictures_seen", 0))
+        done = int(writer.progress.get("images_seen", 0))
         own.restore(writer.progress.get("report", {}))
-        for seen, (picture, data, extension) in _verified(order, done, own):
-            lines = "".join(f"{text}\n" for text in texts[picture])
+        for seen, (image, data, extension) in _verified(order, done, own):
+            lines = "".join(f"{text}\n" for text in texts[image])
             members = {extension: data, "txt": lines.encode("utf-8", "replace")}
-            writer.write(keys[picture], members)
-            own.written["pictures"] += 1
-            own.written["captions"] += len(texts[picture])
+            writer.write(keys[image], members)
+            own.written["images"] += 1
+            own.written["captions"] += len(texts[image])
             if writer.is_full:
-                writer.commit({"pictures_seen": seen, "report": own.counts()})
-        if not own.written["pictures"]:
+                writer.commit({"images_seen": seen, "report": own.counts()})
+        if not own.written["images"]:
             raise UserError(
-                f"{sources[0]}: none of the {len(order)} chosen pictures can be read; "
-                "give JPEG, PNG or WebP pictures"
+                f"{sources[0]}: none of the {len(order)} chosen images can be read; "
+                "give JPEG, PNG or WebP images"
             )
     report.add(own)
     report.shards += writer.shards
 
 
 def _job_hash(
-    order: Sequence[Picture], keys: Mapping[Picture, str], texts: Mapping[Picture, list[str]]
+    order: Sequence[ImageEntry],
+    keys: Mapping[ImageEntry, str],
+    texts: Mapping[ImageEntry, list[str]],
 ) -> str:
     """Changes with everything that decides the bytes of a set, as far as it shows unopened."""
-    times = {path: path.stat().st_mtime_ns for path in {picture.path for picture in order}}
+    times = {path: path.stat().st_mtime_ns for path in {image.path for image in order}}
     found = hashlib.sha256()
-    for picture in order:
-        row = keys[picture], picture.name, picture.size, times[picture.path], texts[picture]
+    for image in order:
+        row = keys[image], image.name, image.size, times[image.path], texts[image]
         found.update(repr(row).encode("utf-8", "replace"))
     return found.hexdigest()
 
 
-def list_pictures(sources: Sequence[Path]) -> list[Picture]:
-    """List the pictures of folders and tars, sorted by name.
+def list_images(sources: Sequence[Path]) -> list[ImageEntry]:
+    """List the images of directories and tars, sorted by name.
 
     Raises:
-        UserError: a source is missing or damaged, has no picture, or a name occurs twice.
+        UserError: a source is missing or damaged, has no image, or a name occurs twice.
     """
-    found: dict[str, Picture] = {}
+    found: dict[str, ImageEntry] = {}
     for source in sources:
-        listed = list(_in_folder(source) if source.is_dir() else _in_tar(source))
+        listed = list(_in_directory(source) if source.is_dir() else _in_tar(source))
         if not listed:
-            raise UserError(f"{source}: has no picture (.jpg, .jpeg, .png, .webp)")
-        for picture in listed:
-            if found.setdefault(picture.name, picture) is not picture:
-                raise UserError(f"{source}: {picture.name!r} is in another source too; keep one")
+            raise UserError(f"{source}: has no image (.jpg, .jpeg, .png, .webp)")
+        for image in listed:
+            if found.setdefault(image.name, image) is not image:
+                raise UserError(f"{source}: {image.name!r} is in another source too; keep one")
     return [found[name] for name in sorted(found)]
 
 
-def _is_picture(name: str) -> bool:
+def _is_image(name: str) -> bool:
     # Files that begin with a dot are what some systems leave beside the real ones.
     base = name.rpartition("/")[2]
     return base.lower().endswith(_SUFFIXES) and not base.startswith(".")
 
 
-def _in_folder(folder: Path) -> Iterator[Picture]:
-    inside = folder.resolve()
-    for path in folder.rglob("*"):
-        if _is_picture(path.name) and path.is_file():
+def _in_directory(directory: Path) -> Iterator[ImageEntry]:
+    inside = directory.resolve()
+    for path in directory.rglob("*"):
+        if _is_image(path.name) and path.is_file():
             # A link may lead anywhere; what it leads to outside was not given as a source.
             if path.is_symlink() and not path.resolve().is_relative_to(inside):
                 continue
-            name = path.relative_to(folder).as_posix()
-            yield Picture(name, path, 0, path.stat().st_size)
+            name = path.relative_to(directory).as_posix()
+            yield ImageEntry(name, path, 0, path.stat().st_size)
 
 
-def _in_tar(path: Path) -> Iterator[Picture]:
+def _in_tar(path: Path) -> Iterator[ImageEntry]:
     for member in walk_tar(path, extensions=None):
-        if _is_picture(member.name):
-            yield Picture(member.name, path, member.offset, member.size)
+        if _is_image(member.name):
+            yield ImageEntry(member.name, path, member.offset, member.size)
 
 
 class _Lookup:
-    """Finds a picture by its name in the source, else by base name, else without the suffix."""
+    """Finds an image by its name in the source, else by base name, else without the suffix."""
 
-    def __init__(self, pictures: Iterable[Picture]) -> None:
-        self._exact: dict[str, Picture] = {}
-        self._loose: dict[str, Picture | None] = {}
-        for picture in pictures:
-            base = PurePosixPath(picture.name)
-            self._exact[picture.name] = picture
+    def __init__(self, images: Iterable[ImageEntry]) -> None:
+        self._exact: dict[str, ImageEntry] = {}
+        self._loose: dict[str, ImageEntry | None] = {}
+        for image in images:
+            base = PurePosixPath(image.name)
+            self._exact[image.name] = image
             for name in (base.name, base.stem):
-                # None marks a name that fits several pictures and so decides nothing.
-                other = self._loose.setdefault(name, picture)
-                self._loose[name] = picture if other == picture else None
+                # None marks a name that fits several images and so decides nothing.
+                other = self._loose.setdefault(name, image)
+                self._loose[name] = image if other == image else None
 
-    def find(self, name: str) -> Picture | None:
+    def find(self, name: str) -> ImageEntry | None:
         found = self._exact.get(name.removeprefix("./"))
         return found or self._loose.get(PurePosixPath(name).name)
 
 
 def _join(
-    pictures: list[Picture],
+    images: list[ImageEntry],
     captions: Mapping[str, list[str]],
     captions_file: Path,
     sources: Sequence[Path],
     report: Report,
-) -> dict[Picture, list[str]]:
-    """Give every picture its captions; refuse lists that have nothing in common."""
-    lookup = _Lookup(pictures)
-    texts: dict[Picture, list[str]] = {}
+) -> dict[ImageEntry, list[str]]:
+    """Give every image its captions; refuse lists that have nothing in common."""
+    lookup = _Lookup(images)
+    texts: dict[ImageEntry, list[str]] = {}
     for name, lines in captions.items():
-        picture = lookup.find(name)
-        if picture is None:
-            report.skip("captions without a picture", name, len(lines))
+        image = lookup.find(name)
+        if image is None:
+            report.skip("captions without an image", name, len(lines))
         else:
-            texts.setdefault(picture, []).extend(lines)
+            texts.setdefault(image, []).extend(lines)
     if not texts:
         raise UserError(
             f"{captions_file}: none of its images (e.g. {next(iter(captions))!r}) is among the "
-            f"{len(pictures)} pictures of {sources[0]} (e.g. {pictures[0].name!r}); "
-            "give the captions of these pictures"
+            f"{len(images)} images of {sources[0]} (e.g. {images[0].name!r}); "
+            "give the captions of these images"
         )
-    for picture in pictures:
-        if picture not in texts:
-            report.skip("pictures without captions", picture.name)
+    for image in images:
+        if image not in texts:
+            report.skip("images without captions", image.name)
     return texts
 
 
 def _choose(
-    texts: Mapping[Picture, list[str]], lookup: _Lookup, options: PairOptions, report: Report
-) -> list[Picture]:
+    texts: Mapping[ImageEntry, list[str]], lookup: _Lookup, options: PairOptions, report: Report
+) -> list[ImageEntry]:
     """Apply the lists of what to keep and what to leave out."""
     keep = _listed(options.images, lookup, report)
     drop = _listed(options.exclude, lookup, report) or set()
     chosen = []
-    for picture in texts:
-        if picture in drop:
-            report.skip("pictures named in the exclude list", picture.name)
-        elif keep is not None and picture not in keep:
-            report.skip("pictures not named in the image list", picture.name)
+    for image in texts:
+        if image in drop:
+            report.skip("images named in the exclude list", image.name)
+        elif keep is not None and image not in keep:
+            report.skip("images not named in the image list", image.name)
         else:
-            chosen.append(picture)
+            chosen.append(image)
     if not chosen:
-        raise UserError(f"{options.images or options.exclude}: leaves no picture with a caption")
+        raise UserError(f"{options.images or options.exclude}: leaves no image with a caption")
     return chosen
 
 
-def _listed(path: Path | None, lookup: _Lookup, report: Report) -> set[Picture] | None:
-    """Return the pictures a list names; refuse a list that fits none (the wrong file, surely)."""
+def _listed(path: Path | None, lookup: _Lookup, report: Report) -> set[ImageEntry] | None:
+    """Return the images a list names; refuse a list that fits none (the wrong file, surely)."""
     if path is None:
         return None
     names = read_names(path)
     found = set()
     for name in names:
-        picture = lookup.find(name)
-        if picture is None:
-            report.skip(f"names in {path.name} without a picture", name)
+        image = lookup.find(name)
+        if image is None:
+            report.skip(f"names in {path.name} without an image", name)
         else:
-            found.add(picture)
+            found.add(image)
     if not found:
-        raise UserError(f"{path}: names no picture of the source (e.g. {names[0]!r}); check it")
+        raise UserError(f"{path}: names no image of the source (e.g. {names[0]!r}); check it")
     return found
 
 
-def _unique_keys(pictures: Iterable[Picture]) -> dict[Picture, str]:
-    """Name the samples after their pictures; names that become equal get a number."""
-    keys: dict[Picture, str] = {}
+def _unique_keys(images: Iterable[ImageEntry]) -> dict[ImageEntry, str]:
+    """Name the samples after their images; names that become equal get a number."""
+    keys: dict[ImageEntry, str] = {}
     used: set[str] = set()
-    for picture in sorted(pictures):
-        plain = sample_key(picture.name)
+    for image in sorted(images):
+        plain = sample_key(image.name)
         key, number = plain, 1
         while key in used:
             number += 1
             key = f"{plain}-{number}"
         used.add(key)
-        keys[picture] = key
+        keys[image] = key
     return keys
 
 
@@ -327,34 +329,34 @@ def _shuffle_key(key: str) -> bytes:
 
 
 def _verified(
-    pictures: Sequence[Picture], done: int, report: Report
-) -> Iterator[tuple[int, tuple[Picture, bytes, str]]]:
-    """Yield (pictures seen, (picture, bytes, extension)) of the readable ones, in order.
+    images: Sequence[ImageEntry], done: int, report: Report
+) -> Iterator[tuple[int, tuple[ImageEntry, bytes, str]]]:
+    """Yield (images seen, (image, bytes, extension)) of the readable ones, in order.
 
     Decoding runs in threads, since Pillow releases the interpreter lock meanwhile.
     """
     threads = len(os.sched_getaffinity(0))
     with (
         ThreadPoolExecutor(threads) as pool,
-        tqdm(total=len(pictures), initial=done, desc="pictures", unit="", disable=None) as progress,
+        tqdm(total=len(images), initial=done, desc="images", unit="", disable=None) as progress,
     ):
-        for start in range(done, len(pictures), _CHUNK):
-            chunk = pictures[start : start + _CHUNK]
-            for number, (picture, (data, extension, fault)) in enumerate(
+        for start in range(done, len(images), _CHUNK):
+            chunk = images[start : start + _CHUNK]
+            for number, (image, (data, extension, fault)) in enumerate(
                 zip(chunk, pool.map(_read, chunk), strict=True), start + 1
             ):
                 progress.update()
                 if fault:
-                    report.skip("unreadable pictures", f"{picture.name} {fault}")
+                    report.skip("unreadable images", f"{image.name} {fault}")
                 else:
-                    yield number, (picture, data, extension)
+                    yield number, (image, data, extension)
 
 
-def _read(picture: Picture) -> tuple[bytes, str, str]:
-    """Return (bytes, extension, "") of a picture, or the reason why it cannot be used."""
-    if not 0 < picture.size <= MEMBER_LIMIT:
-        return b"", "", f"has {picture.size} bytes"
-    data = picture.read()
+def _read(image: ImageEntry) -> tuple[bytes, str, str]:
+    """Return (bytes, extension, "") of an image, or the reason why it cannot be used."""
+    if not 0 < image.size <= MEMBER_LIMIT:
+        return b"", "", f"has {image.size} bytes"
+    data = image.read()
     try:
         return data, check_image(data), ""
     except ValueError as error:

@@ -17,7 +17,7 @@ class Report:
 
     Attributes:
         shards: the shards written.
-        written: number by what it counts, e.g. ``{"pictures": 6000}``.
+        written: number by what it counts, e.g. ``{"images": 6000}``.
         skipped: number by reason.
         examples: the first few different things skipped, by reason; one more than is shown.
     """
@@ -60,8 +60,8 @@ class Report:
         """Return the summary, a line each."""
         size = sum(shard.stat().st_size for shard in self.shards) / 1e6
         what = ", ".join(f"{number:,} {name}" for name, number in self.written.items())
-        folder = self.shards[0].parent if self.shards else "-"
-        found = [f"wrote {what} to {len(self.shards):,} shards ({size:.1f} MB) in {folder}"]
+        directory = self.shards[0].parent if self.shards else "-"
+        found = [f"wrote {what} to {len(self.shards):,} shards ({size:.1f} MB) in {directory}"]
         for reason, number in self.skipped.items():
             # Names come from outside: repr keeps control characters off the terminal.
             kept = self.examples[reason]

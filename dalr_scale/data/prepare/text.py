@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from dalr_scale.data.prepare.captions import CAPTION_COLUMNS, clean
 from dalr_scale.data.prepare.report import Report
-from dalr_scale.data.shards.index import ensure_index
+from dalr_scale.data.shards.indexing import ensure_index
 from dalr_scale.data.shards.writer import write_text_shards
 from dalr_scale.errors import UserError
 
@@ -50,7 +50,7 @@ def prepare_text(
     Args:
         files: ``.txt`` or ``.jsonl`` (field text, sentence or caption), plain, ``.gz``, ``.xz`` or
             ``.zst``.
-        output: folder of the shards.
+        output: directory of the shards.
         prefix: start of the shard names.
         samples_per_shard: ``.txt`` members in a shard, 1,024 sentences each.
         limit: sentences to take; None takes all.
@@ -131,7 +131,7 @@ def _open(path: Path) -> IO[bytes]:
 class _ZstdFile(io.RawIOBase):
     """Decompressed bytes of a Zstandard file of any number of frames.
 
-    The package's own reader ends without a word where a file has been cut off.
+    The package's own reader ends silently where a file has been truncated.
     """
 
     def __init__(self, file: IO[bytes]) -> None:

@@ -1,9 +1,9 @@
-"""Arrays that lie in a file and are read row by row.
+"""Arrays that are stored in a file and read row by row.
 
-They are read with ``pread`` and never memory-mapped. When a mapped file is cut off, or its storage
-fails, the kernel ends the process with SIGBUS, which no handler can turn into a message; a read
-comes back short or raises ``OSError``, and training can name the file, try again or go on without
-the row.
+They are read with ``pread`` and never memory-mapped. When a mapped file is truncated, or its
+storage fails, the kernel ends the process with SIGBUS, which no handler can turn into a message. A
+read returns fewer bytes or raises ``OSError``: training can name the file, try again, or continue
+without the row.
 """
 
 from __future__ import annotations
@@ -15,22 +15,23 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from dalr_scale.data.shards.files import open_regular, read_exactly
 from dalr_scale.errors import UserError
 
-_CALL = 1 << 15  # bytes that are read in the time that one more call takes, about 4 us
-_BLOCK = 1 << 24  # bytes read at once where nothing asks for more
+_CALL = 1 << 15  # bytes read in the time of one more system call, about 4 us
+_BLOCK = 1 << 24  # bytes of one read, at most
 
 
-class CutOff(UserError):
-    """A file is shorter than it was when it was opened, or its offsets point nowhere any more."""
+class TruncatedFile(UserError):
+    """A file is shorter than when it was opened, or its offsets point outside it."""
 
 
 class OpenFile:
-    """A regular file open for reading; it is closed when nothing refers to it any more.
+    """A regular file open for reading; it is closed when its last reference is dropped.
 
     Attributes:
         path: the file, for messages.
@@ -41,7 +42,7 @@ class OpenFile:
         """Open a file, or take over a descriptor.
 
         Raises:
-            UserError: it is missing or no regular file.
+            UserError: it is missing or not a regular file.
         """
         self.descriptor = -1
         self.path = path
@@ -54,7 +55,7 @@ class OpenFile:
 
     @classmethod
     def of_bytes(cls, path: Path | str, content: bytes) -> OpenFile:
-        """Return a file that exists in memory only; ``path`` is what messages call it."""
+        """Return a file that exists in memory only; ``path`` is its name in messages."""
         descriptor = os.memfd_create("dalr_scale")
         with open(descriptor, "wb", closefd=False) as file:
             file.write(content)
@@ -64,12 +65,12 @@ class OpenFile:
         """Return ``size`` bytes at ``offset``.
 
         Raises:
-            CutOff: the file ends before them.
+            TruncatedFile: the file ends before them.
             OSError: the storage fails.
         """
         data = read_exactly(self.descriptor, size, offset)
         if len(data) != size:
-            raise self.cut_off()
+            raise self.truncated()
         return data
 
     def read_into(self, place: memoryview, offset: int) -> None:
@@ -77,10 +78,10 @@ class OpenFile:
         if os.preadv(self.descriptor, (place,), offset) != len(place):
             place[:] = self.read(len(place), offset)  # some network file systems return less
 
-    def cut_off(self) -> CutOff:
-        """Return the error that says that this file is not what was opened."""
-        return CutOff(
-            f"{self.path}: has been cut off or changed since it was opened; bring it back and "
+    def truncated(self) -> TruncatedFile:
+        """Return the error that this file has changed since it was opened."""
+        return TruncatedFile(
+            f"{self.path}: has been truncated or changed since it was opened; restore it and "
             "start again"
         )
 
@@ -90,7 +91,7 @@ class FileArray:
     """An array in a file, C order.
 
     Attributes:
-        file: where it lies.
+        file: the file.
         offset: bytes before its first element.
         shape: its shape; rows are counted along the first axis.
         dtype: type of an element, structured ones included.
@@ -127,7 +128,7 @@ class FileArray:
             numbers: int64 [n] in 0 ... len(self) - 1.
 
         Raises:
-            CutOff: the file ends before one of them.
+            TruncatedFile: the file ends before one of them.
             OSError: the storage fails.
         """
         if not len(numbers):
@@ -145,22 +146,22 @@ class FileArray:
             lengths: int64 [n].
 
         Raises:
-            CutOff: they reach outside the array, or the file ends before one of them.
+            TruncatedFile: they reach outside the array, or the file ends before one of them.
             OSError: the storage fails.
         """
         if not len(starts):
             return self._view(b"")
         if int(lengths.min()) < 0:
-            raise self.file.cut_off()
+            raise self.file.truncated()
         low, high = int(starts.min()), int((starts + lengths).max())
         if self._near(low, high, len(starts), int(lengths.sum())):
             return gather_rows(self._block(low, high), starts - low, lengths)
         return self._one_by_one(starts, lengths)
 
     def _near(self, low: int, high: int, calls: int, rows: int) -> bool:
-        """Whether it is cheaper to read everything in between than to make ``calls`` calls."""
+        """Whether one read of the whole range is cheaper than ``calls`` system calls."""
         if low < 0 or high > len(self):
-            raise self.file.cut_off()
+            raise self.file.truncated()
         return (high - low - rows) * self.row_bytes <= min(calls * _CALL, _BLOCK)
 
     def _one_by_one(self, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
@@ -179,6 +180,20 @@ class FileArray:
 
     def _view(self, data: bytes | np.ndarray) -> np.ndarray:
         return np.frombuffer(data, self.dtype).reshape(-1, *self.shape[1:])
+
+
+class RaggedRows(NamedTuple):
+    """Rows of different lengths that belong to some rows of a batch.
+
+    Attributes:
+        rows: int64 [n], rows of the batch.
+        values: [sum of lengths, ...], one row after the other.
+        lengths: int64 [n].
+    """
+
+    rows: np.ndarray
+    values: np.ndarray
+    lengths: np.ndarray
 
 
 def gather_rows(values: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:

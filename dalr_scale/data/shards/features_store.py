@@ -1,8 +1,8 @@
-"""Stored teacher features: a small tar beside each shard, joined to it by row number.
+"""Stored teacher features: a small tar next to each shard, joined to it by row number.
 
 The feature set NAME of ``X.tar`` is ``X.NAME.features.tar`` with three members:
 
-    00000000.manifest.json  what the values are and which state of the shard they belong to
+    00000000.manifest.json  origin of the values, and the state of the shard that they belong to
     00000000.values.npy     float16, C order
     00000000.offsets.npy    int64 [rows + 1], level ``token`` only
     00000000.sums.npy       uint32 [rows], the checksum of each row (absent in the oldest files)
@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dalr_scale.data.shards.arrays import FileArray, row_sums
-from dalr_scale.data.shards.index import ensure_index
+from dalr_scale.data.shards.indexing import ensure_index
 from dalr_scale.data.shards.index_file import IndexHeader
 from dalr_scale.data.shards.packed import (
     CRC,
@@ -32,7 +32,7 @@ from dalr_scale.data.shards.packed import (
     peek_manifest,
     write_packed,
 )
-from dalr_scale.data.shards.files import FEATURE_SUFFIX, beside
+from dalr_scale.data.shards.files import FEATURE_SUFFIX, companion
 from dalr_scale.errors import UserError
 
 LEVELS = ("sample", "item", "token")
@@ -41,16 +41,17 @@ SCHEMA = 1
 _ARRAYS = frozenset(("values", "offsets", "sums"))
 _REMEDY = "compute these features again"
 _HALF = np.dtype("<f2")
+_FACTS = ("model", "revision", "pooling", "normalized", "tokenizer_sha256")
 
 
 def features_path(shard: Path, name: str) -> Path:
-    """Return where the feature set ``name`` of a shard lies."""
+    """Return the path of the feature set ``name`` of a shard."""
     return Path(_place(shard, name))
 
 
 def _place(shard: Path, name: str) -> str:
-    """``features_path`` for lists of thousands: strings are much faster than paths."""
-    return beside(shard, _ending(name))
+    """``features_path`` as a string: for thousands of shards, paths are much slower."""
+    return companion(shard, _ending(name))
 
 
 @lru_cache(maxsize=64)
@@ -61,7 +62,7 @@ def _ending(name: str) -> str:
 
 
 def feature_names(shard: Path) -> list[str]:
-    """Return the names of the feature sets that lie beside a shard."""
+    """Return the names of the feature sets of a shard."""
     head = f"{shard.stem}."
     return sorted(
         path.name[len(head) : -len(FEATURE_SUFFIX)]
@@ -94,7 +95,7 @@ class FeatureTable:
         level: ``sample``, ``item`` or ``token``.
         dim: width of a feature vector.
         rows: samples or items.
-        manifest: everything that was recorded with the values.
+        manifest: the facts that were recorded with the values.
         values: float16 [rows, dim], or [tokens, dim] at level ``token``.
         offsets: int64 [rows + 1] at level ``token``, else None.
         sums: CRC-32 of each row's bytes, uint32 [rows]; None in the oldest files.
@@ -113,7 +114,7 @@ class FeatureTable:
         """Read the vectors of some rows, int64 [n] in 0 ... rows - 1.
 
         Raises:
-            CutOff: the file has become shorter.
+            TruncatedFile: the file has become shorter.
             OSError: the storage fails.
         """
         lengths = None
@@ -162,18 +163,18 @@ def write_features(
     values: np.ndarray,
     *,
     level: str,
-    manifest_extra: Mapping[str, Any],
+    manifest_extra: Mapping[str, object],
     offsets: np.ndarray | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """Write a feature set beside its shard, by temporary file and rename.
+    """Write a feature set next to its shard, by temporary file and rename.
 
     Args:
         shard: the shard the features belong to; its index is built when missing.
         name: name of the feature set.
         values: [samples, dim], [items, dim] or [tokens, dim]; stored as float16.
         level: ``sample``, ``item`` or ``token``.
-        manifest_extra: what made them: model, revision, pooling, normalized, tokenizer_sha256 ...
+        manifest_extra: their origin: model, revision, pooling, normalized, tokenizer_sha256 ...
         offsets: int64 [items + 1], level ``token`` only; every item has at least one token.
         overwrite: replace an earlier set of that name.
 
@@ -191,24 +192,20 @@ def write_features(
         half = np.ascontiguousarray(values, _HALF)
     if offsets is not None:
         offsets = np.ascontiguousarray(offsets, OFFSET)
-    _check_values(path, half, level, offsets, header.samples, header.items)
+    _check_values(path, half, level, offsets, header)
+    arrays = {"values": half} | ({} if offsets is None else {"offsets": offsets})
     manifest = {
-        "schema": SCHEMA,
-        "model": None,
-        "revision": None,
-        "pooling": None,
-        "normalized": None,
-        "tokenizer_sha256": None,
+        **dict.fromkeys(_FACTS),
         **manifest_extra,
+        "schema": SCHEMA,
         "name": name,
         "level": level,
         "dim": half.shape[1],
-        "rows": header.samples if level == "sample" else header.items,
+        "rows": header.rows(level),
         "dtype": "float16",
         "shard_sha256": header.sha256,
-        "values_sha256": digest([half] if offsets is None else [half, offsets]),
+        "values_sha256": digest(list(arrays.values())),
     }
-    arrays = {"values": half} | ({} if offsets is None else {"offsets": offsets})
     lengths = None if offsets is None else np.diff(offsets)
     write_packed(path, manifest, arrays | {"sums": row_sums(half, lengths)})
     return path
@@ -225,7 +222,7 @@ def open_features(shard: Path, name: str, header: IndexHeader | None = None) -> 
         header: the header of the shard's index where it is known; None reads or builds it.
 
     Raises:
-        UserError: it is missing, malformed, or made from another state of the shard.
+        UserError: it is missing, malformed, or belongs to another state of the shard.
     """
     path = features_path(shard, name)
     if not path.exists():
@@ -236,13 +233,13 @@ def open_features(shard: Path, name: str, header: IndexHeader | None = None) -> 
     manifest = _checked_manifest(packed, name)
     header = header or ensure_index(shard).header
     if manifest["shard_sha256"] != header.sha256:
-        raise packed.malformed(f"was made from another state of {shard.name}")
+        raise packed.malformed(f"belongs to another state of {shard.name}")
     values = packed.array("values", _HALF, 2)
     offsets = packed.array("offsets", OFFSET, 1) if manifest["level"] == "token" else None
     level, rows, dim = manifest["level"], manifest["rows"], manifest["dim"]
     rising = None if offsets is None else offsets.whole()
-    _check_shape(path, len(values), level, rising, header.samples, header.items)
-    if values.shape[1] != dim or rows != (header.samples if level == "sample" else header.items):
+    _check_shape(path, len(values), level, rising, header.rows(level))
+    if values.shape[1] != dim or rows != header.rows(level):
         raise packed.malformed("has a manifest that disagrees with its values")
     sums = packed.array("sums", CRC, 1) if packed.has("sums") else None
     if sums is not None and len(sums) != rows:
@@ -256,7 +253,7 @@ def feature_facts(shard: Path, name: str, header: IndexHeader) -> tuple[str, int
     For lists of thousands of shards; the arrays are checked when the set is opened.
 
     Raises:
-        UserError: as ``open_features``, as far as the manifest shows it.
+        UserError: as ``open_features``, as far as the manifest shows the fault.
     """
     try:
         manifest = peek_manifest(_place(shard, name))
@@ -285,7 +282,7 @@ def _checked_manifest(packed: PackedTar, name: str) -> dict[str, Any]:
 
 
 def _check_values(
-    path: Path, values: np.ndarray, level: str, offsets: np.ndarray | None, samples: int, items: int
+    path: Path, values: np.ndarray, level: str, offsets: np.ndarray | None, header: IndexHeader
 ) -> None:
     if level not in LEVELS:
         raise UserError(f"{path}: level {level!r} is not one of {', '.join(LEVELS)}")
@@ -293,16 +290,15 @@ def _check_values(
         raise UserError(f"{path}: values of shape {values.shape}; they must be [rows, dim]")
     if (offsets is None) == (level == "token"):
         raise UserError(f"{path}: offsets go with level token and with no other")
-    _check_shape(path, len(values), level, offsets, samples, items)
+    _check_shape(path, len(values), level, offsets, header.rows(level))
     bad = np.flatnonzero(~np.isfinite(values).all(axis=1))
     if len(bad):
-        raise UserError(f"{path}: row {bad[0]} of the values is not finite in float16; mend it")
+        raise UserError(f"{path}: row {bad[0]} of the values is not finite in float16; fix it")
 
 
 def _check_shape(
-    path: Path, count: int, level: str, offsets: np.ndarray | None, samples: int, items: int
+    path: Path, count: int, level: str, offsets: np.ndarray | None, expected: int
 ) -> None:
-    expected = samples if level == "sample" else items
     if offsets is None:
         if count != expected:
             raise _malformed(path, f"has {count} rows for {expected} {_row_word(level)}s")

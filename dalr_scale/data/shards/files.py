@@ -2,7 +2,7 @@
 
 A shard is a plain, uncompressed WebDataset tar. The standard library's ``tarfile`` is not used for
 reading: crafted sizes send it into endless loops (https://github.com/python/cpython/issues/130577),
-and streaming readers skip what follows a corrupt header without a word. The walk below reads one
+and streaming readers silently skip what follows a corrupt header. The walk below reads one
 512-byte header at a time with ``os.pread``, checks every bound before it moves on, and accepts only
 archives that end with the end-of-archive marker.
 """
@@ -25,7 +25,7 @@ IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 SHARD_EXTENSIONS = frozenset((*IMAGE_EXTENSIONS, "txt", "json", "npy"))
 FEATURE_SUFFIX = ".features.tar"
 TOKENS_SUFFIX = ".tokens.tar"
-BESIDE_SUFFIXES = (FEATURE_SUFFIX, TOKENS_SUFFIX)  # tars that belong to a shard, and are none
+COMPANION_SUFFIXES = (FEATURE_SUFFIX, TOKENS_SUFFIX)  # tars that belong to a shard, and are none
 
 _ZERO_BLOCK = bytes(BLOCK)
 _LONG_NAME_LIMIT = 4096  # bytes of a GNU long name
@@ -59,18 +59,18 @@ def split_name(name: str) -> tuple[str, str]:
     This is WebDataset's rule, so that both readers group members into the same samples:
     ``a/b.left.jpg`` is key ``a/b`` with extension ``left.jpg``.
     """
-    folder, slash, base = name.rpartition("/")
+    directory, slash, base = name.rpartition("/")
     stem, _, extension = base.partition(".")
-    return folder + slash + stem, extension.lower()
+    return directory + slash + stem, extension.lower()
 
 
-def beside(shard: Path | str, ending: str) -> str:
+def companion(shard: Path | str, ending: str) -> str:
     """Return the name of a file that belongs to a shard: ``X.tar`` -> ``X`` + ending."""
     return os.path.splitext(shard)[0] + ending
 
 
 def sample_key(name: str) -> str:
-    """Return the sample key of a picture file: its name without suffix, other dots as underscores.
+    """Return the sample key of an image file: its name without suffix, other dots as underscores.
 
     WebDataset ends a key at the first dot, and a name in a tar must be printable.
     """
@@ -113,7 +113,7 @@ def walk_tar(
 ) -> Iterator[Member]:
     """Yield the regular files of an uncompressed tar in archive order, checking every header.
 
-    Directories are passed over (``tar -cf x.tar folder`` writes them). A leading ``./`` is dropped
+    Directories are passed over (``tar -cf x.tar directory`` writes them). A leading ``./`` is dropped
     from names.
 
     Args:
@@ -292,14 +292,14 @@ def _checked_name(raw: bytes) -> str:
 
 
 def expand_shards(patterns: Sequence[str], root: Path | None = None) -> list[Path]:
-    """Expand files, folders, globs and brace ranges to a sorted list of shard files.
+    """Expand files, directories, globs and brace ranges to a sorted list of shard files.
 
     ``data/pairs-{000000..000006}.tar``, ``data/*.tar`` and ``data`` are all understood. What
-    lies beside a shard (``*.features.tar``, ``*.tokens.tar``) is left out of folders and globs.
+    lies beside a shard (``*.features.tar``, ``*.tokens.tar``) is left out of directories and globs.
 
     Args:
         patterns: what to expand.
-        root: folder that relative patterns start from; the working directory if None.
+        root: directory that relative patterns start from; the working directory if None.
 
     Raises:
         UserError: a pattern matches nothing, names a missing file, or is a URL or a command.
@@ -311,7 +311,7 @@ def expand_shards(patterns: Sequence[str], root: Path | None = None) -> list[Pat
             raise UserError(f"no shard matches {pattern!r}; check the path (root: {root or '.'})")
         found.update(matches)
     if not found:
-        raise UserError("no shards were named; give at least one file, folder or pattern")
+        raise UserError("no shards were named; give at least one file, directory or pattern")
     return [Path(path) for path in sorted(found)]
 
 
@@ -329,7 +329,7 @@ def _match(text: str, root: Path | None) -> list[str]:
         candidates = [path]
     else:
         raise UserError(f"{path}: no such file; check the path")
-    return [c for c in candidates if not c.endswith(BESIDE_SUFFIXES) and os.path.isfile(c)]
+    return [c for c in candidates if not c.endswith(COMPANION_SUFFIXES) and os.path.isfile(c)]
 
 
 def expand_braces(pattern: str) -> list[str]:

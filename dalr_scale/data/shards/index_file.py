@@ -5,7 +5,7 @@
     header   magic, version, shard size and modification time, counts, SHA-256, checksums
     items    one row per caption or sentence (``ITEM``), in shard order
     samples  one row per sample (``SAMPLE``), in shard order
-    aside    one row per line or sample that cannot be used (``ASIDE``): the quarantine list
+    aside    one row per line or sample that cannot be used (``QUARANTINE``): the quarantine list
     keys     the sample keys, one after the other, UTF-8
 
 An item is one non-blank line of a ``.txt`` member, without the blanks around it. What is set aside
@@ -30,7 +30,7 @@ from dalr_scale.data.shards.arrays import FileArray, OpenFile
 from dalr_scale.data.shards.files import open_regular, read_exactly
 from dalr_scale.errors import UserError
 
-MEMBER_LIMIT = 64 * 1024 * 1024  # bytes of one picture or text member
+MEMBER_LIMIT = 64 * 1024 * 1024  # bytes of one image or text member
 CAPTION_LIMIT = 64 * 1024  # bytes of one line that are used; no tokenizer needs more
 
 ITEM = np.dtype(
@@ -47,15 +47,15 @@ SAMPLE = np.dtype(
     ]
 )
 
-ASIDE = np.dtype([("sample", "<u4"), ("line", "<u4"), ("reason", "<u4")])
+QUARANTINE = np.dtype([("sample", "<u4"), ("line", "<u4"), ("reason", "<u4")])
 REASONS = (
     "has no caption",
     "is not UTF-8",
     "has two members of one kind",
-    "has several pictures",
-    "has an empty or huge picture",
+    "has several images",
+    "has an empty or huge image",
     "has a huge text",
-    "has a picture that cannot be decoded",
+    "has an image that cannot be decoded",
 )
 NO_CAPTION = 0  # an incomplete pair rather than a damaged one
 WHOLE = 0xFFFFFFFF  # in place of a line: the sample with all its lines
@@ -68,7 +68,7 @@ _HEADER = struct.Struct("<8sQqQQQQQI32sII")
 class IndexHeader:
     """Counts and identity of an indexed shard; sizes in bytes, time in nanoseconds.
 
-    ``aside`` counts the quarantine list; ``deep`` says that every picture was decoded for it.
+    ``quarantined`` counts the quarantine list; ``deep`` says that every image was decoded for it.
     """
 
     shard_size: int
@@ -79,11 +79,11 @@ class IndexHeader:
     key_bytes: int
     sha256: str
     body_crc32: int
-    aside: int = 0
+    quarantined: int = 0
     deep: bool = False
 
     def pack(self) -> bytes:
-        """Return the header as it stands in the file, its own checksum last."""
+        """Return the header as stored in the file, its own checksum last."""
         body = _HEADER.pack(
             _MAGIC,
             self.shard_size,
@@ -92,7 +92,7 @@ class IndexHeader:
             self.samples,
             self.images,
             self.key_bytes,
-            self.aside,
+            self.quarantined,
             int(self.deep),
             bytes.fromhex(self.sha256),
             self.body_crc32,
@@ -105,33 +105,37 @@ class IndexHeader:
         """Return the header, or None when it is of another version or damaged."""
         if len(data) != _HEADER.size:
             return None
-        magic, size, mtime, items, samples, images, keys, aside, deep, sha, body_crc, crc = (
+        magic, size, mtime, items, samples, images, keys, quarantined, deep, sha, body_crc, crc = (
             _HEADER.unpack(data)
         )
         if magic != _MAGIC or crc != zlib.crc32(data[:-4]):
             return None
         return cls(
-            size, mtime, items, samples, images, keys, sha.hex(), body_crc, aside, bool(deep)
+            size, mtime, items, samples, images, keys, sha.hex(), body_crc, quarantined, bool(deep)
         )
+
+    def rows(self, level: str) -> int:
+        """Return the rows of features of a level: samples for ``sample``, else items."""
+        return self.samples if level == "sample" else self.items
 
     @property
     def file_size(self) -> int:
         """Bytes that the whole index file must have."""
         arrays = self.items * ITEM.itemsize + self.samples * SAMPLE.itemsize
-        arrays += self.aside * ASIDE.itemsize
+        arrays += self.quarantined * QUARANTINE.itemsize
         return _HEADER.size + arrays + self.key_bytes
 
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """The arrays of one index: ``items`` (dtype ITEM), ``samples`` (SAMPLE), ``aside`` (ASIDE)
+    """The arrays of one index: ``items`` (dtype ITEM), ``samples`` (SAMPLE), ``quarantined`` (ASIDE)
     and the keys."""
 
     shard: Path
     header: IndexHeader
     items: np.ndarray
     samples: np.ndarray
-    aside: np.ndarray
+    quarantined: np.ndarray
     key_block: memoryview
 
     def key(self, sample: int) -> str:
@@ -147,7 +151,7 @@ class ShardIndex:
     def quarantine(self, *, incomplete: bool = True) -> list[str]:
         """Return the quarantine list, a sentence each, with or without incomplete pairs."""
         found = []
-        for sample, line, reason in self.aside.tolist():
+        for sample, line, reason in self.quarantined.tolist():
             if incomplete or reason != NO_CAPTION:
                 where = "" if line == WHOLE else f"line {line + 1} of "
                 what = f"{where}sample {self.key(sample)!r}"
@@ -182,7 +186,7 @@ class IndexRows:
 class IndexFile:
     """An index whose header has been read and whose arrays are loaded on demand.
 
-    ``blob`` holds the whole index in memory where the shard's folder cannot be written to.
+    ``blob`` holds the whole index in memory where the shard's directory cannot be written to.
     """
 
     shard: Path
@@ -208,7 +212,7 @@ class IndexFile:
         items = FileArray(file, _HEADER.size, (header.items,), ITEM)
         at = _HEADER.size + header.items * ITEM.itemsize
         samples = FileArray(file, at, (header.samples,), SAMPLE)
-        at += header.samples * SAMPLE.itemsize + header.aside * ASIDE.itemsize
+        at += header.samples * SAMPLE.itemsize + header.quarantined * QUARANTINE.itemsize
         keys = FileArray(file, at, (header.key_bytes,), np.dtype(np.uint8))
         return IndexRows(self.shard, header, items, samples, keys)
 
@@ -229,8 +233,10 @@ class IndexFile:
         at = _HEADER.size + items.nbytes
         samples = np.frombuffer(view, SAMPLE, header.samples, at)
         at += samples.nbytes
-        aside = np.frombuffer(view, ASIDE, header.aside, at)
-        index = ShardIndex(self.shard, header, items, samples, aside, view[at + aside.nbytes :])
+        quarantined = np.frombuffer(view, QUARANTINE, header.quarantined, at)
+        index = ShardIndex(
+            self.shard, header, items, samples, quarantined, view[at + quarantined.nbytes :]
+        )
         _check_bounds(index)
         return index
 
@@ -297,8 +303,8 @@ def _check_bounds(index: ShardIndex) -> None:
         and inside(samples["image"], samples["image_size"], header.shard_size)
         and inside(samples["key"], samples["key_size"], header.key_bytes)
         and bool(np.all(items["sample"] < header.samples))
-        and bool(np.all(index.aside["sample"] < header.samples))
-        and bool(np.all(index.aside["reason"] < len(REASONS)))
+        and bool(np.all(index.quarantined["sample"] < header.samples))
+        and bool(np.all(index.quarantined["reason"] < len(REASONS)))
         and bool(np.all(items["size"] <= CAPTION_LIMIT))
         and bool(np.all(samples["image_size"] <= MEMBER_LIMIT))
     )

@@ -23,7 +23,7 @@ from dalr_scale.data.shards.arrays import FileArray, OpenFile
 from dalr_scale.data.shards.files import BLOCK, Member, open_regular, read_exactly, walk_descriptor
 from dalr_scale.data.shards.writer import open_tar_writer
 from dalr_scale.errors import UserError
-from dalr_scale.run.state import process_name
+from dalr_scale.run.files import process_name
 
 CRC = np.dtype("<u4")
 OFFSET = np.dtype("<i8")

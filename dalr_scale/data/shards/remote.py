@@ -26,7 +26,7 @@ from dalr_scale.data.shards.features_store import features_path
 from dalr_scale.data.shards.index_file import read_header
 from dalr_scale.data.shards.files import expand_braces
 from dalr_scale.errors import UserError
-from dalr_scale.run.state import process_name, write_durably
+from dalr_scale.run.files import process_name, write_durably
 
 SCHEMES = ("https", "http", "s3", "gs", "hf", "memory")
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
@@ -34,13 +34,13 @@ _PAUSES = (1.0, 5.0)
 _TIMEOUT = 60  # seconds without a byte
 _THREADS = 8
 _IDENTITY = ("ETag", "etag", "checksum", "blob_id", "lfs", "LastModified", "mtime", "last_commit")
-_log = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 
 class RemoteShards:
     """Turns URLs of shards into local files.
 
-    A copy lies in ``CACHE/HASH-OF-FOLDER/NAME.tar`` with a note of where it came from. Its size
+    A copy lies in ``CACHE/HASH-OF-DIRECTORY/NAME.tar`` with a note of where it came from. Its size
     is compared with the remote one, and its SHA-256 with the one that the store names (``hf``) and
     with that in ``NAME.tar.idx`` where one lies beside the remote shard. A copy is used again as
     long as its own bytes and the remote file are what they were; without a connection it is used
@@ -54,7 +54,7 @@ class RemoteShards:
 
         Args:
             allowed: URL schemes.
-            cache: folder of the copies; empty: ``~/.cache/dalr_scale``.
+            cache: directory of the copies; empty: ``~/.cache/dalr_scale``.
             features: feature sets to copy along where they lie beside a shard.
 
         Raises:
@@ -97,16 +97,16 @@ class RemoteShards:
         name = PurePosixPath(urlsplit(url).path).name
         if not re.fullmatch(r"[\w.-]+\.tar", name):
             raise UserError(f"{_shown(url)!r} is no name of a shard; it must end in .tar")
-        folder = url.rpartition("/")[0]
-        target = self._cache / hashlib.sha256(folder.encode()).hexdigest()[:16] / name
+        directory = url.rpartition("/")[0]
+        target = self._cache / hashlib.sha256(directory.encode()).hexdigest()[:16] / name
         target.parent.mkdir(parents=True, exist_ok=True)
         with _locked(target):
             _ensure_copy(system, url, target)
             for feature in self._features:
-                beside = features_path(target, feature)
-                theirs = f"{folder}/{beside.name}"
+                companions = features_path(target, feature)
+                theirs = f"{directory}/{companions.name}"
                 if _info(system, theirs) is not None:
-                    _ensure_copy(system, theirs, beside)
+                    _ensure_copy(system, theirs, companions)
         return target
 
 
@@ -155,7 +155,7 @@ def _ensure_copy(system: Any, url: str, target: Path) -> None:
             _sha256(target) == known["sha256"]
         ):
             return
-        _log.warning("%s: the copy is damaged; copying it again", target)
+        log.warning("%s: the copy is damaged; copying it again", target)
     if there is None:
         raise UserError(f"{_shown(url)} cannot be found; check the URL and the connection")
     sha256 = _download(system, url, target, there)

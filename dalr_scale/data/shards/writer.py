@@ -11,12 +11,12 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from dalr_scale.data.shards.index_file import index_path
-from dalr_scale.data.shards.files import BESIDE_SUFFIXES, SHARD_EXTENSIONS
+from dalr_scale.data.shards.files import COMPANION_SUFFIXES, SHARD_EXTENSIONS
 from dalr_scale.errors import UserError
-from dalr_scale.run.state import write_durably
+from dalr_scale.run.files import write_durably
 
 _STATE = "progress.json"
-_LAYOUT = 1  # raise it when the same input would give other bytes
+_LAYOUT = 2  # raise it when the same input would give other bytes or other counts
 
 if TYPE_CHECKING:
     from webdataset.writer import TarWriter
@@ -35,9 +35,9 @@ def open_tar_writer(stream: BinaryIO) -> TarWriter:
 
 
 class ShardSetWriter:
-    """Writes ``PREFIX-000000.tar``, ``PREFIX-000001.tar`` ... into a folder.
+    """Writes ``PREFIX-000000.tar``, ``PREFIX-000001.tar`` ... into a directory.
 
-    A context manager. The shards are built in a hidden folder beside their final place and moved
+    A context manager. The shards are built in a hidden directory beside their final place and moved
     when the block ends without an exception; otherwise nothing appears. ``shards`` then lists what
     was written.
 
@@ -51,7 +51,7 @@ class ShardSetWriter:
         """Prepare to write.
 
         Args:
-            output: folder of the shards, created when missing.
+            output: directory of the shards, created when missing.
             prefix: start of the file names; letters, digits, ``-`` and ``_``.
             samples_per_shard: samples in every shard but the last.
             overwrite: replace an earlier set of the same prefix, with all that lies beside it.
@@ -88,7 +88,7 @@ class ShardSetWriter:
         return sorted(self.output.glob(pattern))
 
     def __enter__(self) -> ShardSetWriter:
-        """Create the folder to build in; what another job left there is removed."""
+        """Create the directory to build in; what another job left there is removed."""
         state = self._committed()
         if state is None:
             shutil.rmtree(self._building, ignore_errors=True)
@@ -189,9 +189,9 @@ class ShardSetWriter:
     def _publish(self) -> None:
         for old in self._existing() if self._overwrite else []:
             index_path(old).unlink(missing_ok=True)
-            for suffix in BESIDE_SUFFIXES:
-                for beside in old.parent.glob(f"{old.stem}.*{suffix}"):
-                    beside.unlink()
+            for suffix in COMPANION_SUFFIXES:
+                for companions in old.parent.glob(f"{old.stem}.*{suffix}"):
+                    companions.unlink()
             if old.name not in self._names:
                 old.unlink()
         for name in self._names:
@@ -213,7 +213,7 @@ def write_text_shards(
     Args:
         sentences: one sentence each; white space inside is reduced to single spaces, so that a
             sentence is always one line, and blank ones are left out.
-        output: folder of the shards.
+        output: directory of the shards.
         prefix: start of the file names.
         per_member: sentences in one ``.txt`` member.
         members_per_shard: members in one shard.

@@ -1,6 +1,6 @@
-"""Random changes to pictures that are the same wherever and whenever a sample is read.
+"""Random changes to images that are the same for every reader of a sample.
 
-The random numbers of a sample come from (seed, stream, pass, item) and from nothing else, so that
+The random numbers of a sample come from (seed, stream, epoch, item) only, so that
 ranks, workers, batch sizes and resumes do not change a pixel.
 """
 
@@ -20,7 +20,7 @@ _TRIES = 10
 
 
 def sample_rng(seed: int, stream: str, epoch: int, item: int) -> np.random.Generator:
-    """Return the random numbers of one item in one pass over its stream."""
+    """Return the random numbers of one item in one epoch of its stream."""
     text = f"dalr-sample {stream} {seed} {epoch} {item}"
     key = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=16).digest(), "little")
     return np.random.Generator(np.random.Philox(key=key))
@@ -31,7 +31,7 @@ class Augment:
     """Random crop and mirror image, before the teacher's own resizing.
 
     Attributes:
-        min_area: smallest share of the picture that a crop keeps; 1 crops nothing.
+        min_area: smallest share of the image that a crop keeps; 1 crops nothing.
         flip: probability of the mirror image.
     """
 
@@ -44,16 +44,16 @@ class Augment:
         if not 0 <= self.flip <= 1:
             raise UserError(f"probability of the mirror image {self.flip}: choose 0 to 1")
 
-    def __call__(self, picture: Image.Image, rng: np.random.Generator) -> Image.Image:
-        """Return the changed picture; the size changes with a crop."""
+    def __call__(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
+        """Return the changed image; the size changes with a crop."""
         if self.min_area < 1:
-            picture = picture.crop(self._box(picture.width, picture.height, rng))
+            image = image.crop(self._box(image.width, image.height, rng))
         if rng.random() < self.flip:
-            picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        return picture
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        return image
 
     def _box(self, width: int, height: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
-        """Draw a box of some area and aspect; the whole picture where none fits."""
+        """Draw a box of some area and aspect; the whole image where none fits."""
         for _ in range(_TRIES):
             area = width * height * rng.uniform(self.min_area, 1.0)
             aspect = math.exp(rng.uniform(math.log(_ASPECT[0]), math.log(_ASPECT[1])))

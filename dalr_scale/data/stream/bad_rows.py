@@ -10,11 +10,11 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from dalr_scale.data.stream.batch import BadRow
 from dalr_scale.errors import UserError
-from dalr_scale.run.state import World
+from dalr_scale.run.ranks import Ranks
 
 _SHOWN = 10
-_KEPT = 10_000  # numbers kept per stream in a checkpoint
-_log = logging.getLogger(__name__)
+_MAX_STORED = 10_000  # numbers kept per stream in a checkpoint
+log = logging.getLogger(__name__)
 
 
 class BadRows:
@@ -42,7 +42,7 @@ class BadRows:
         """
         self.items: dict[str, set[int]] = {kind: set() for kind in sizes}
         self._sizes = dict(sizes)
-        self._aside = {kind: len(quarantine.get(kind, ())) for kind in sizes}
+        self._quarantined = {kind: len(quarantine.get(kind, ())) for kind in sizes}
         self._max = max_fraction
         self._reasons: dict[str, list[str]] = {
             kind: list(quarantine.get(kind, ()))[:_SHOWN] for kind in sizes
@@ -57,9 +57,9 @@ class BadRows:
 
     def state(self) -> dict[str, list[int]]:
         """Return the item numbers for a checkpoint, streams without any left out."""
-        return {kind: sorted(found)[:_KEPT] for kind, found in self.items.items() if found}
+        return {kind: sorted(found)[:_MAX_STORED] for kind, found in self.items.items() if found}
 
-    def count(self, bad: Sequence[BadRow], world: World) -> None:
+    def count(self, bad: Sequence[BadRow], world: Ranks) -> None:
         """Count the bad rows of one step, over all ranks; a collective.
 
         Raises:
@@ -75,13 +75,13 @@ class BadRows:
                 known.add(row.item)
                 self._reasons.setdefault(row.kind, []).append(row.why)
                 if world.rank == 0:
-                    _log.warning("not used, another item stands in: %s", row.why)
+                    log.warning("not used, replaced by another item: %s", row.why)
         for kind in dict.fromkeys(row.kind for row in rows):
             self._check(kind)
 
     def _check(self, kind: str) -> None:
-        found = len(self.items[kind]) + self._aside[kind]
-        total = self._sizes[kind] + self._aside[kind]
+        found = len(self.items[kind]) + self._quarantined[kind]
+        total = self._sizes[kind] + self._quarantined[kind]
         if found <= self._max * total:
             return
         shown = self._reasons[kind][-_SHOWN:]

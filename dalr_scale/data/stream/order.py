@@ -1,8 +1,8 @@
-"""Which items make up the batch of a step: a pure function of the seed and the step.
+"""The items of each step's batch: a pure function of the seed and the step.
 
-Nothing here knows ranks, workers, clocks or process state. The whole position of a run is its step
-number, so resuming costs one permutation however far the run has come, and the same seed gives the
-same global batches at any number of ranks and workers.
+Nothing here depends on ranks, workers, clocks or process state. The position of a run is its step
+number: a resume computes one permutation, regardless of the step, and the same seed gives the same
+global batches at any number of ranks and workers.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ Kind = Literal["text", "pair"]
 Alternation = Literal["proportional", "reference"]
 Tail = Literal["drop", "keep"]
 
-MAX_SUBSTITUTES = 8  # a row whose next eight stand-ins are bad too is no accident
+MAX_REPLACEMENTS = 8  # eight unusable replacements in a row are no accident
 _CHUNK = 1 << 22
 
 
 def epoch_order(seed: int, epoch: int, num_items: int, *, stream: str) -> np.ndarray:
-    """Return the item numbers of one pass over a stream in the order they are used.
+    """Return the item numbers of one epoch of a stream in the order they are used.
 
-    The random bits come straight from the Philox bit generator, whose output numpy guarantees to
-    keep; ``Generator.permutation`` may change between numpy releases. Each word carries the item
-    number in its low bits, so that sorting it in place gives the permutation, needs 8 bytes an
-    item in all, and has no ties whose order could depend on the sorting routine.
+    The random bits come from the Philox bit generator, whose output numpy keeps stable;
+    ``Generator.permutation`` may change between numpy releases. Each word holds the item number in
+    its low bits, so that sorting the words in place gives the permutation. This needs 8 bytes per
+    item and has no ties whose order could depend on the sorting algorithm.
 
     Args:
         seed: seed of the run.
-        epoch: number of the pass, from 0.
+        epoch: number of the epoch of this stream, from 0.
         num_items: length of the permutation.
         stream: name of the stream; two streams with equal lengths are ordered differently.
 
@@ -52,7 +52,7 @@ def epoch_order(seed: int, epoch: int, num_items: int, *, stream: str) -> np.nda
     low_bits = (1 << max(num_items - 1, 0).bit_length()) - 1
     words = np.random.Philox(key=key).random_raw(num_items)
     words &= np.uint64(~low_bits & 0xFFFFFFFFFFFFFFFF)
-    for start in range(0, num_items, _CHUNK):  # all numbers at once would double the memory
+    for start in range(0, num_items, _CHUNK):  # one arange of all items would double the memory
         stop = min(start + _CHUNK, num_items)
         words[start:stop] |= np.arange(start, stop, dtype=np.uint64)
     words.sort()
@@ -66,10 +66,10 @@ _latest: dict[tuple[int, int, str], tuple[int, np.ndarray]] = {}
 
 
 def _cached_order(seed: int, epoch: int, num_items: int, *, stream: str) -> np.ndarray:
-    """``epoch_order``, of which the last pass of each stream is kept: steps only move forward."""
+    """``epoch_order`` with a cache of the last epoch of each stream: steps only increase."""
     key = (seed, num_items, stream)
     if key not in _latest or _latest[key][0] != epoch:
-        _latest.pop(key, None)  # before the next one is made: two would be twice the memory
+        _latest.pop(key, None)  # first, because two orders need twice the memory
         _latest[key] = epoch, epoch_order(seed, epoch, num_items, stream=stream)
     return _latest[key][1]
 
@@ -88,8 +88,8 @@ def exact_fraction(value: float | str | Fraction) -> Fraction:
 def rank_rows(rows: int, rank: int, world_size: int) -> np.ndarray:
     """Return which rows of a global batch a rank takes: int64 [c], c = ceil(rows / world_size).
 
-    Every rank takes equally many, in order; where the batch does not divide, places behind its end
-    repeat its last row.
+    Every rank takes the same number of rows, in order. If the batch cannot be divided equally,
+    positions past its end repeat its last row.
     """
     own = -(-rows // world_size)
     return np.minimum(np.arange(rank * own, (rank + 1) * own), rows - 1)
@@ -129,11 +129,11 @@ def share_rows(global_batch: int, weights: Sequence[float]) -> list[int]:
 class StreamPlan:
     """The alternation of text-only and paired batches, and the items of each batch.
 
-    Every step is entirely text or entirely pairs. ``proportional`` gives the pair stream its share
-    of the steps, N_pair / (N_text + N_pair) or ``pair_fraction``, spread evenly in integer
-    arithmetic. ``reference`` is the published rule: within an epoch of N_text + N_pair steps, step
-    n is paired when n mod k = 0 with k = max(1, floor(N_text / N_pair)); streams never end, so
-    pairs are passed more than once an epoch, and with N_text < 2 N_pair (k = 1) text is never used.
+    The batch of a step comes from one stream. ``proportional`` gives the pair stream its share of
+    the steps, N_pair / (N_text + N_pair) or ``pair_fraction``, spread evenly in integer arithmetic.
+    ``reference`` is the published rule: within an epoch of N_text + N_pair steps, step n is paired
+    when n mod k = 0 with k = max(1, floor(N_text / N_pair)). Streams repeat, so pairs are used
+    more than once in an epoch, and with N_text < 2 N_pair (k = 1) text is never used.
 
     Attributes:
         seed: seed of both streams' orders.
@@ -142,11 +142,11 @@ class StreamPlan:
         pair_items: items of the pair stream; 0 when there is none.
         alternation: see above.
         pair_fraction: share of paired steps (``proportional`` only); None means N_pair's share.
-        tail: what happens to the last, shorter batch of a pass. ``drop`` leaves it out, ``keep``
+        tail: what happens to the last, shorter batch of an epoch. ``drop`` leaves it out, ``keep``
             uses it when it has two items or more.
         text_parts, pair_parts: weighted parts of the streams, numbered one after the other; empty:
-            one part. Every batch takes the same number of rows from each part, and each part is
-            passed at its own pace, its own tail dropped.
+            one part. Every batch takes the same number of rows from each part, and each part has
+            its own epochs, whose tails are dropped.
     """
 
     seed: int
@@ -188,7 +188,9 @@ class StreamPlan:
             return
         items = self.text_items if kind == "text" else self.pair_items
         if sum(p.items for p in parts) != items or sum(p.rows for p in parts) != self.global_batch:
-            raise ValueError(f"parts {parts} do not make {items} items, {self.global_batch} rows")
+            raise ValueError(
+                f"parts {parts} do not add up to {items} items, {self.global_batch} rows"
+            )
         if self.tail == "keep":
             raise UserError(
                 "a shorter last batch cannot be kept of weighted sources; set objective.tail=drop"
@@ -201,7 +203,7 @@ class StreamPlan:
                 )
 
     def _check_fraction(self) -> None:
-        """A configured fraction must not ask for a stream that is not there."""
+        """Refuse a configured fraction that needs a missing stream."""
         fraction = self._fraction
         if fraction > 0 and not self.pair_items:
             raise UserError(f"the pair fraction is {fraction} but there is no pair stream")
@@ -214,17 +216,17 @@ class StreamPlan:
 
     @property
     def n_text(self) -> int:
-        """Batches in one pass over the text stream."""
+        """Batches in one epoch of the text stream."""
         return self._batches(self.text_items)
 
     @property
     def n_pair(self) -> int:
-        """Batches in one pass over the pair stream."""
+        """Batches in one epoch of the pair stream."""
         return self._batches(self.pair_items)
 
     @property
     def steps_per_epoch(self) -> int:
-        """N_text + N_pair, whatever the alternation and the fraction."""
+        """N_text + N_pair, for any alternation and fraction."""
         return self.n_text + self.n_pair
 
     @property
@@ -258,11 +260,11 @@ class StreamPlan:
         return step - pairs, pairs
 
     def position(self, step: int) -> tuple[Kind, int, int]:
-        """Return (stream, pass over it, batch within the pass) of a step."""
+        """Return (stream, epoch of it, batch within the epoch) of a step."""
         kind = self.kind(step)
         text, pair = self.batches_before(step)
-        per_pass = self.n_text if kind == "text" else self.n_pair
-        return (kind, *divmod(text if kind == "text" else pair, per_pass))
+        per_epoch = self.n_text if kind == "text" else self.n_pair
+        return (kind, *divmod(text if kind == "text" else pair, per_epoch))
 
     def batch_ids(self, step: int) -> np.ndarray:
         """Return the global batch of a step: int64 item numbers [global_batch] of its stream.
@@ -283,7 +285,7 @@ class StreamPlan:
         return ids
 
     def batch_rows(self, step: int) -> int:
-        """Return how many items the global batch of a step has, without making its order."""
+        """Return how many items the global batch of a step has, without computing its order."""
         if self.tail == "drop":
             return self.global_batch
         kind, _, batch = self.position(step)
@@ -291,7 +293,7 @@ class StreamPlan:
         return min(self.global_batch, items - batch * self.global_batch)
 
     def prepare(self, step: int) -> None:
-        """Make the orders of both streams' current passes, so that forked workers share them."""
+        """Create the orders of both streams' current epochs, so that forked workers share them."""
         first = {self.kind(step): step}
         other = step + 1
         while len(first) < bool(self.n_text) + bool(self.n_pair) and other < step + 1000:
@@ -315,7 +317,7 @@ class StreamPlan:
         return sum(part.items for part in self._parts(kind)[:number])
 
     def _part_position(self, kind: Kind, number: int, step: int) -> tuple[int, int]:
-        """Return (pass over the part, batch within it) of a step of this kind."""
+        """Return (epoch of the part, batch within it) of a step of this kind."""
         parts = self._parts(kind)
         if len(parts) == 1:
             return self.position(step)[1:]
@@ -333,7 +335,7 @@ class StreamPlan:
 
     @cached_property
     def _layouts(self) -> dict[Kind, np.ndarray]:
-        """Which part each row of a batch comes from: evenly mixed, so that ranks share them."""
+        """Part of each row of a batch, by kind: evenly mixed, so that every rank gets its share."""
         layouts: dict[Kind, np.ndarray] = {}
         kinds: tuple[Kind, Kind] = ("text", "pair")
         for kind in kinds:
@@ -344,37 +346,37 @@ class StreamPlan:
         return layouts
 
     def sources_before(self, step: int) -> dict[str, tuple[int, int]]:
-        """Return (passes, batches of the current pass) of every source, before ``step``.
+        """Return (epochs, batches of the current epoch) of every source, before ``step``.
 
         Streams with parts have an entry for each, ``pair[0]``, ``pair[1]`` ...
         """
         text, pair = self.batches_before(step)
         found: dict[str, tuple[int, int]] = {}
-        for kind, done, per_pass, parts in (
+        for kind, done, per_epoch, parts in (
             ("text", text, self.n_text, self.text_parts),
             ("pair", pair, self.n_pair, self.pair_parts),
         ):
-            if per_pass:
-                found[kind] = divmod(done, per_pass)
+            if per_epoch:
+                found[kind] = divmod(done, per_epoch)
             for number, part in enumerate(parts):
                 found[f"{kind}[{number}]"] = divmod(done, part.items // part.rows)
         return found
 
-    def substitutes(self, kind: Kind) -> int:
-        """Return how many stand-ins a bad row has."""
+    def num_replacements(self, kind: Kind) -> int:
+        """Return how many replacements a bad row may try."""
         shortest = min(part.items // part.rows for part in self._parts(kind))
-        return min(shortest - 1, MAX_SUBSTITUTES)
+        return min(shortest - 1, MAX_REPLACEMENTS)
 
-    def substitute(self, step: int, row: int, attempt: int) -> int:
-        """Return the item that stands in for a bad row: the same row, some batches later.
+    def replacement(self, step: int, row: int, attempt: int) -> int:
+        """Return the item that replaces a bad row: the same row, some batches later.
 
-        It is never an item of the batch itself, no other bad row of the batch gets the same one,
-        and it depends on nothing but the order, so that all ranks and resumes agree on it.
+        It is never an item of the batch itself, and no other bad row of the batch gets the same
+        one. It depends on the order only, so that all ranks and resumes agree on it.
 
         Args:
             step: the step.
             row: row of the global batch.
-            attempt: 1 for the first stand-in, up to ``substitutes``.
+            attempt: 1 for the first replacement, up to ``num_replacements``.
         """
         kind = self.kind(step)
         layout = self._layout(kind)

@@ -24,7 +24,7 @@ from dalr_scale.config import (
     parse_overrides,
     recipe_names,
 )
-from dalr_scale.config.limits import LENGTHS, RANGES
+from dalr_scale.config.limits import RANGES
 from dalr_scale.config.presets import PRESETS
 from dalr_scale.config.text import allowed_values, help_text, to_toml
 from dalr_scale.errors import UserError
@@ -32,7 +32,7 @@ from dalr_scale.errors import UserError
 SECTIONS = {f.name: typing.get_type_hints(Config)[f.name] for f in dataclasses.fields(Config)}
 KEYS = [(name, f.name) for name, cls in SECTIONS.items() for f in dataclasses.fields(cls)]
 HINTS = {f"{s}.{k}": typing.get_type_hints(SECTIONS[s])[k] for s, k in KEYS}
-NUMBERS = (int, float, tuple[int, ...], tuple[float, ...])
+NUMBERS = (int, float, tuple[int, ...], tuple[float, ...], tuple[float, float])
 
 
 def override(*words: str) -> Config:
@@ -71,9 +71,9 @@ def test_a_misspelt_preset_and_recipe_name_the_right_one() -> None:
     with pytest.raises(UserError, match="did you mean 'kdmcse'"):
         override("--objective.preset=kdmsce")
     for path in ("runs/gone", "mine.toml", "/no/such/mine.toml"):
-        with pytest.raises(UserError, match=f"^no such file or run folder: {path}$"):
+        with pytest.raises(UserError, match=f"^no such file or run directory: {path}$"):
             load_config(path)
-    with pytest.raises(UserError, match="no recipe, file or run folder"):
+    with pytest.raises(UserError, match="no recipe, file or run directory"):
         load_config("no-such-recipe")
 
 
@@ -196,7 +196,8 @@ def test_every_number_has_a_range_with_two_ends() -> None:
 def test_a_number_far_beyond_its_range_is_refused_in_one_short_line(name: str) -> None:
     section, key = name.split(".")
     for value in (1e22, 10**22, 10**400, 10**5000, -(10**400), math.inf, -math.inf, math.nan):
-        typed = [value] * LENGTHS.get(name, 1) if HINTS[name] not in (int, float) else value
+        length = 2 if HINTS[name] == tuple[float, float] else 1
+        typed = [value] * length if HINTS[name] not in (int, float) else value
         with pytest.raises(UserError, match=name) as error:
             build_config([{section: {key: typed}}])
         assert len(str(error.value)) < 300

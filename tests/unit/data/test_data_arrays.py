@@ -17,13 +17,13 @@ from shard_tools import write_pairs
 from test_data_loader import plan_of, small_tokenizer
 
 from dalr_scale.data.shards import arrays as arrays_module
-from dalr_scale.data.shards.arrays import CutOff, FileArray, OpenFile, row_sums
+from dalr_scale.data.shards.arrays import FileArray, OpenFile, TruncatedFile, row_sums
 from dalr_scale.data.shards.features_store import features_path, write_features
-from dalr_scale.data.shards.index import ensure_index
 from dalr_scale.data.shards.index_file import index_path
-from dalr_scale.data.shards.token_store import Encoding, tokens_path, write_tokens
+from dalr_scale.data.shards.indexing import ensure_index
+from dalr_scale.data.shards.token_id_store import Encoding, token_ids_path, write_token_ids
 from dalr_scale.data.stream import source as source_module
-from dalr_scale.data.stream.loader import make_loader
+from dalr_scale.data.stream.loader import LoaderOptions, Sources, make_loader
 from dalr_scale.data.stream.source import Source
 from dalr_scale.errors import UserError
 from dalr_scale.teachers.models import tokenizer_hash
@@ -61,12 +61,12 @@ def test_both_ways_of_reading_notice_the_end(monkeypatch: pytest.MonkeyPatch) ->
         array = in_file(np.arange(100, dtype=np.int64).reshape(50, 2))
         os.ftruncate(array.file.descriptor, 3 + 40 * 16 - 1)
         assert array.rows(np.array([38, 2])).tolist() == [[76, 77], [4, 5]]
-        with pytest.raises(CutOff, match="x: has been cut off"):
+        with pytest.raises(TruncatedFile, match="x: has been truncated"):
             array.rows(np.array([39, 2]))
-        with pytest.raises(CutOff):
+        with pytest.raises(TruncatedFile):
             array.spans(np.array([1, 30]), np.array([1, 10]))
         for starts, lengths in (([-1], [1]), ([49], [2]), ([5], [-1]), ([2**40], [1])):
-            with pytest.raises(CutOff):
+            with pytest.raises(TruncatedFile):
                 array.spans(np.array(starts), np.array(lengths))
 
 
@@ -86,9 +86,9 @@ def test_a_mapped_file_that_shrinks_ends_the_process(tmp_path: Path) -> None:
 
 def files_of(shard: Path) -> dict[str, Path]:
     return {
-        "picture features": features_path(shard, "clip"),
+        "image features": features_path(shard, "clip"),
         "token features": features_path(shard, "tok"),
-        "ids": tokens_path(shard, SHA256),
+        "ids": token_ids_path(shard, SHA256),
         "index": index_path(shard),
         "shard": shard,
     }
@@ -107,10 +107,10 @@ def source(tmp_path: Path) -> Source:
             manifest_extra={},
         )  # fmt: skip
         lines = Source([shard]).read(np.arange(20)).sentences
-        write_tokens(shard, lines, TOKENIZER, SHA256)
+        write_token_ids(shard, lines, TOKENIZER, SHA256)
     opened = Source(shards, features={"image": "clip", "tokens": "tok"})
-    opened.use_ids(Encoding(SHA256, 8, 0))
-    assert opened.has_ids and not opened.read(np.arange(40)).faults
+    opened.use_token_ids(Encoding(SHA256, 8, 0))
+    assert opened.has_token_ids and not opened.read(np.arange(40)).faults
     return opened
 
 
@@ -141,10 +141,8 @@ def test_rows_of_a_file_that_shrank_are_stood_in_for_and_counted(source: Source)
     empty(features_path(source.shards[0], "clip"))
     plan = plan_of(None, source, seed=1, global_batch=4)
     for workers in (0, 1):
-        loader = make_loader(
-            plan, None, source, TOKENIZER, rank=0, world_size=1, start_step=0, total_steps=2,
-            max_length=8, num_workers=workers,
-        )  # fmt: skip
+        options = LoaderOptions(total_steps=2, max_length=8, num_workers=workers)
+        loader = make_loader(plan, Sources(None, source), TOKENIZER, options)
         batches = list(loader)
         assert all((batch.item_ids >= 20).all() for batch in batches)
         bad = [row for batch in batches for row in batch.bad]

@@ -12,20 +12,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from shard_tools import END, jpeg, oracle_samples, picture_bytes, tar_member, write_pairs
+from shard_tools import END, image_bytes, jpeg, oracle_samples, tar_member, write_pairs
 
 from dalr_scale import cli
 from dalr_scale.commands import index as index_command
 from dalr_scale.data.shards.features_store import write_features
-from dalr_scale.data.shards.index import build_index, check_shard, ensure_index
 from dalr_scale.data.shards.index_file import CAPTION_LIMIT, IndexHeader, current_index, index_path
+from dalr_scale.data.shards.indexing import build_index, check_shard, ensure_index
 from dalr_scale.data.stream.source import Source
 from dalr_scale.errors import UserError
-from dalr_scale.run.state import write_durably
+from dalr_scale.run.files import write_durably
 
 
-def shard_of(folder: Path, *members: tuple[str, bytes]) -> Path:
-    path = folder / "x.tar"
+def shard_of(directory: Path, *members: tuple[str, bytes]) -> Path:
+    path = directory / "x.tar"
     path.write_bytes(b"".join(tar_member(name.encode(), data) for name, data in members) + END)
     return path
 
@@ -69,9 +69,9 @@ BAD = {
     "no member": ([], "no usable sample"),
     "not UTF-8": ([("a.txt", b"\xff\xfe\n")], "line 1 of sample 'a' is not UTF-8"),
     "lone surrogate": ([("a.txt", b"\xed\xa0\x80\n")], "not UTF-8"),
-    "two pictures": ([("a.jpg", jpeg()), ("a.png", b"x"), ("a.txt", b"x")], "several pictures"),
+    "two images": ([("a.jpg", jpeg()), ("a.png", b"x"), ("a.txt", b"x")], "several images"),
     "same extension": ([("a.txt", b"x"), ("a.TXT", b"x")], "two members of one kind"),
-    "empty picture": ([("a.jpg", b""), ("a.txt", b"x")], "empty or huge picture"),
+    "empty image": ([("a.jpg", b""), ("a.txt", b"x")], "empty or huge image"),
     "torn sample": ([("a.jpg", jpeg()), ("b.txt", b"x"), ("a.txt", b"x")], "do not stand together"),
     "pickle": ([("a.txt", b"x"), ("a.pkl", b"x")], "allowed extensions"),
 }
@@ -104,14 +104,14 @@ def test_what_cannot_be_used_is_set_aside_and_the_rest_stays(tmp_path: Path) -> 
     assert index.items[["sample", "line"]].tolist() == [(0, 0), (0, 2), (4, 0)]
     assert [line.removeprefix(f"{shard}: ") for line in index.quarantine()] == [
         "line 2 of sample 'a' is not UTF-8",
-        "sample 'b' has an empty or huge picture",
+        "sample 'b' has an empty or huge image",
         "sample 'c' has no caption",
         "sample 'd' has two members of one kind",
     ]
     assert len(index.quarantine(incomplete=False)) == 3
     before = Source([shard]).fingerprint
     deep = ensure_index(shard, deep=True).load()
-    assert "sample 'e' has a picture that cannot be decoded" in deep.quarantine()[-1]
+    assert "sample 'e' has an image that cannot be decoded" in deep.quarantine()[-1]
     assert deep.items["sample"].tolist() == [0, 0]
     assert ensure_index(shard).header.deep  # not undone by an ordinary look
     assert Source([shard]).fingerprint != before
@@ -119,7 +119,7 @@ def test_what_cannot_be_used_is_set_aside_and_the_rest_stays(tmp_path: Path) -> 
 
 
 def test_a_picture_bomb_is_set_aside_from_its_header(tmp_path: Path) -> None:
-    small = picture_bytes(Image.new("1", (8, 8)), "PNG")
+    small = image_bytes(Image.new("1", (8, 8)), "PNG")
     header = b"IHDR" + (30_000).to_bytes(4, "big") * 2 + small[24:29]
     bomb = small[:12] + header + zlib.crc32(header).to_bytes(4, "big") + small[33:]
     shard = shard_of(tmp_path, ("a.png", bomb), ("a.txt", b"x"), ("b.txt", b"y"))
@@ -138,7 +138,7 @@ def test_a_sound_index_is_used_and_a_stale_one_is_built_again(tmp_path: Path) ->
     assert current_index(shard) is None
     assert ensure_index(shard).header == replace(first.header, mtime_ns=1)
     content = shard.read_bytes()
-    shard.write_bytes(content.replace(b"caption 0 of picture 1", b"caption 0 of picture X"))
+    shard.write_bytes(content.replace(b"caption 0 of image 1", b"caption 0 of image X"))
     assert ensure_index(shard).header.sha256 != first.header.sha256
 
 
@@ -235,7 +235,7 @@ def test_unwritable_folder_keeps_the_index_in_memory(tmp_path: Path, monkeypatch
     def refuse(*_: object) -> None:
         raise PermissionError(13, "read-only")
 
-    monkeypatch.setattr("dalr_scale.data.shards.index.write_index", refuse)
+    monkeypatch.setattr("dalr_scale.data.shards.indexing.write_index", refuse)
     file = ensure_index(shard)
     assert not index_path(shard).exists()
     assert len(file.load().items) == 15
@@ -251,7 +251,7 @@ def test_building_is_deterministic_and_leaves_no_temporary_file(tmp_path: Path) 
 def test_hosts_that_share_process_numbers_do_not_share_temporary_files(
     tmp_path: Path, monkeypatch
 ) -> None:
-    """Containers on several hosts all count from 1, and write into one shared folder."""
+    """Containers on several hosts all count from 1, and write into one shared directory."""
     shard = write_pairs(tmp_path, 2, per_shard=9)[0]
     used: list[str] = []
     replace_file = os.replace
@@ -283,7 +283,7 @@ def test_command_builds_checks_and_reports(tmp_path: Path, capsys, same_environm
     assert index_command.main([str(tmp_path), "--check"]) == 0
     assert "3 shards checked, 0 faults" in capsys.readouterr().out
     content = shards[1].read_bytes()
-    shards[1].write_bytes(content.replace(b"caption 3 of picture 2", b"caption 3 of picture 9"))
+    shards[1].write_bytes(content.replace(b"caption 3 of image 2", b"caption 3 of image 9"))
     assert index_command.main([str(tmp_path), "--check"]) == 1
     assert "line 4 of sample 'pairs0002' has changed" in capsys.readouterr().out
     with pytest.raises(UserError, match="none"):

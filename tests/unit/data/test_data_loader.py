@@ -13,29 +13,31 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from shard_tools import jpeg, picture_bytes, write_pairs
+from shard_tools import image_bytes, jpeg, write_pairs
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from dalr_scale.data.shards.features_store import write_features
 from dalr_scale.data.shards.images import check_image, decode_image
-from dalr_scale.data.shards.index import ensure_index
+from dalr_scale.data.shards.indexing import ensure_index
 from dalr_scale.data.shards.writer import ShardSetWriter, write_text_shards
-from dalr_scale.data.stream import loader as loader_module
+from dalr_scale.data.stream import prefetch as prefetch_module
 from dalr_scale.data.stream.loader import (
     Batch,
+    LoaderOptions,
+    Sources,
     StepDataset,
-    ahead,
     make_loader,
     tokenize,
 )
 from dalr_scale.data.stream.order import StreamPlan
+from dalr_scale.data.stream.prefetch import prefetch
 from dalr_scale.data.stream.source import Source
 from dalr_scale.errors import UserError
 
 
 def small_tokenizer() -> PreTrainedTokenizerFast:
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "sentence", "pairs", "caption", "of", "picture"]
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "sentence", "pairs", "caption", "of", "image"]
     words += [str(number) for number in range(100)]
     core = Tokenizer(models.WordLevel({word: n for n, word in enumerate(words)}, "[UNK]"))
     core.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -52,7 +54,7 @@ def small_tokenizer() -> PreTrainedTokenizerFast:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
+def directory(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("shards")
     write_text_shards(
         ("sentence " + "of " * (n % 9) + str(n) for n in range(100)),
@@ -69,9 +71,9 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def sources(folder: Path) -> tuple[Source, Source]:
-    text = Source(sorted(folder.glob("text-*.tar")))
-    pairs = Source(sorted(folder.glob("pairs-??????.tar")), features={"image": "clip"})
+def sources(directory: Path) -> tuple[Source, Source]:
+    text = Source(sorted(directory.glob("text-*.tar")))
+    pairs = Source(sorted(directory.glob("pairs-??????.tar")), features={"image": "clip"})
     return text, pairs
 
 
@@ -95,7 +97,8 @@ def loader_of(sources: tuple[Source, Source], **changes: object):
         "max_length": 8,
         "num_workers": 0,
     } | changes
-    return make_loader(settings.pop("plan", plan), *sources, small_tokenizer(), **settings)
+    plan = settings.pop("plan", plan)
+    return make_loader(plan, Sources(*sources), small_tokenizer(), LoaderOptions(**settings))
 
 
 def digest(batches: list[Batch]) -> list[str]:
@@ -181,10 +184,8 @@ def test_a_bad_last_row_and_its_copies_get_one_substitute(tmp_path: Path) -> Non
         file.write(b"#")
 
     def items(rank: int, world: int) -> list[int]:
-        loader = make_loader(
-            plan, source, None, small_tokenizer(), rank=rank, world_size=world, start_step=3,
-            total_steps=4, max_length=8, num_workers=0,
-        )  # fmt: skip
+        options = LoaderOptions(4, 8, 0, start_step=3, rank=rank, world_size=world)
+        loader = make_loader(plan, Sources(source, None), small_tokenizer(), options)
         (batch,) = loader
         assert {row.item for row in batch.bad} <= {last}
         return batch.item_ids.tolist()
@@ -242,10 +243,8 @@ def test_one_shard_serves_any_number_of_ranks(tmp_path: Path) -> None:
     plan = StreamPlan(seed=1, global_batch=8, pair_items=source.num_items)
     seen: list[int] = []
     for rank in range(4):
-        loader = make_loader(
-            plan, None, source, small_tokenizer(), rank=rank, world_size=4,
-            start_step=0, total_steps=2, max_length=8, num_workers=0,
-        )  # fmt: skip
+        options = LoaderOptions(2, 8, 0, rank=rank, world_size=4)
+        loader = make_loader(plan, Sources(None, source), small_tokenizer(), options)
         batches = list(loader)
         assert [len(batch.sentences) for batch in batches] == [2, 2]
         seen += [item for batch in batches for item in batch.item_ids.tolist()]
@@ -272,14 +271,9 @@ def test_impossible_settings_are_refused(sources) -> None:
     with pytest.raises(UserError, match="padding token"):
         make_loader(
             plan_of(*sources, seed=3, global_batch=12),
-            *sources,
+            Sources(*sources),
             without,
-            rank=0,
-            world_size=1,
-            start_step=0,
-            total_steps=1,
-            max_length=8,
-            num_workers=0,
+            LoaderOptions(total_steps=1, max_length=8, num_workers=0),
         )
 
 
@@ -290,34 +284,29 @@ def test_errors_of_workers_arrive_as_one_sentence(workers: int, tmp_path: Path) 
     source = Source([shard])
     content = shard.read_bytes()
     with shard.open("r+b") as file:
-        file.seek(content.index(b"caption 2 of picture 1"))
+        file.seek(content.index(b"caption 2 of image 1"))
         file.write(b"#")
     with pytest.raises(UserError) as raised:
         list(
             make_loader(
                 plan_of(None, source, seed=1, global_batch=20),
-                None,
-                source,
+                Sources(None, source),
                 small_tokenizer(),
-                rank=0,
-                world_size=1,
-                start_step=0,
-                total_steps=5,
-                max_length=8,
-                num_workers=workers,
+                LoaderOptions(total_steps=5, max_length=8, num_workers=workers),
             )
         )
     assert str(raised.value).startswith(f"{shard}: line 3 of sample 'pairs0001' differs")
     assert "\n" not in str(raised.value)
 
 
-def to_tensor(picture: Image.Image) -> torch.Tensor:
-    return torch.from_numpy(np.asarray(picture.resize((8, 8))).copy()).permute(2, 0, 1)
+def to_tensor(image: Image.Image) -> torch.Tensor:
+    return torch.from_numpy(np.asarray(image.resize((8, 8))).copy()).permute(2, 0, 1)
 
 
 def image_dataset(source: Source) -> StepDataset:
     plan = plan_of(None, source, seed=1, global_batch=source.num_items)
-    return StepDataset(plan, None, source, small_tokenizer(), 8, 0, 1, 1, image_transform=to_tensor)
+    options = LoaderOptions(1, 8, 0, image_transform=to_tensor)
+    return StepDataset(plan, Sources(None, source), small_tokenizer(), options)
 
 
 def test_pictures_are_decoded_in_the_worker(tmp_path: Path) -> None:
@@ -341,15 +330,15 @@ def test_an_undecodable_picture_names_its_sample(tmp_path: Path) -> None:
 
 
 GRAY16 = Image.fromarray(np.arange(64, dtype=np.uint16).reshape(8, 8) * 1000)
-PICTURES = {
-    "JPEG": picture_bytes(Image.new("RGB", (8, 8)), "JPEG"),
-    "PNG": picture_bytes(Image.new("P", (8, 8)), "PNG"),
-    "PNG with alpha": picture_bytes(Image.new("RGBA", (8, 8)), "PNG"),
-    "WebP": picture_bytes(Image.new("RGB", (8, 8)), "WEBP"),
-    "CMYK": picture_bytes(Image.new("CMYK", (8, 8)), "JPEG"),
-    "16 bit": picture_bytes(GRAY16, "PNG"),
-    "1 pixel": picture_bytes(Image.new("RGB", (1, 1)), "JPEG"),
-    "animated": picture_bytes(
+IMAGES = {
+    "JPEG": image_bytes(Image.new("RGB", (8, 8)), "JPEG"),
+    "PNG": image_bytes(Image.new("P", (8, 8)), "PNG"),
+    "PNG with alpha": image_bytes(Image.new("RGBA", (8, 8)), "PNG"),
+    "WebP": image_bytes(Image.new("RGB", (8, 8)), "WEBP"),
+    "CMYK": image_bytes(Image.new("CMYK", (8, 8)), "JPEG"),
+    "16 bit": image_bytes(GRAY16, "PNG"),
+    "1 pixel": image_bytes(Image.new("RGB", (1, 1)), "JPEG"),
+    "animated": image_bytes(
         Image.new("RGB", (8, 8)),
         "WEBP",
         save_all=True,
@@ -358,24 +347,24 @@ PICTURES = {
 }
 
 
-@pytest.mark.parametrize("data", PICTURES.values(), ids=PICTURES.keys())
+@pytest.mark.parametrize("data", IMAGES.values(), ids=IMAGES.keys())
 def test_usual_and_unusual_pictures_decode_to_rgb(data: bytes) -> None:
     assert check_image(data) in ("jpg", "png", "webp")
     assert decode_image(data).mode == "RGB"
 
 
-NO_PICTURES = {
+NO_IMAGES = {
     "empty": b"",
     "HTML": b"<html>not found</html>",
     "EPS": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
-    "GIF": picture_bytes(Image.new("P", (8, 8)), "GIF"),
+    "GIF": image_bytes(Image.new("P", (8, 8)), "GIF"),
     "half a JPEG": jpeg()[:-200],
-    "half a PNG": picture_bytes(Image.fromarray(np.eye(64, dtype=np.uint8)), "PNG")[:-40],
+    "half a PNG": image_bytes(Image.fromarray(np.eye(64, dtype=np.uint8)), "PNG")[:-40],
     "JPEG header only": jpeg()[:20],
 }
 
 
-@pytest.mark.parametrize("data", NO_PICTURES.values(), ids=NO_PICTURES.keys())
+@pytest.mark.parametrize("data", NO_IMAGES.values(), ids=NO_IMAGES.keys())
 def test_no_pictures_are_refused(data: bytes) -> None:
     for use in (check_image, decode_image):
         with pytest.raises(ValueError, match=r"cannot be decoded|is not a JPEG"):
@@ -383,7 +372,7 @@ def test_no_pictures_are_refused(data: bytes) -> None:
 
 
 def png_bomb(side: int) -> bytes:
-    small = picture_bytes(Image.new("1", (8, 8)), "PNG")
+    small = image_bytes(Image.new("1", (8, 8)), "PNG")
     header = b"IHDR" + side.to_bytes(4, "big") * 2 + small[24:29]
     return small[:12] + header + zlib.crc32(header).to_bytes(4, "big") + small[33:]
 
@@ -426,7 +415,7 @@ def test_batches_are_received_before_they_are_asked_for() -> None:
             yield number
         raise UserError("the fifth is broken")
 
-    received = ahead(items(), 2)
+    received = prefetch(items(), 2)
     assert next(received) == 0
     for _ in range(3):
         assert arrived.acquire(timeout=30)
@@ -434,7 +423,7 @@ def test_batches_are_received_before_they_are_asked_for() -> None:
     assert [next(received) for _ in range(3)] == [1, 2, 3]
     with pytest.raises(UserError, match="the fifth"):
         next(received)
-    assert list(ahead(iter("abc"), 1)) == list("abc")
+    assert list(prefetch(iter("abc"), 1)) == list("abc")
 
 
 def test_a_long_wait_for_a_batch_is_said(
@@ -447,9 +436,9 @@ def test_a_long_wait_for_a_batch_is_said(
         come.wait(30)
         yield 1
 
-    received = ahead(items(), 1)
+    received = prefetch(items(), 1)
     assert next(received) == 0 and not caplog.text
-    monkeypatch.setattr(loader_module, "_SLOW", 0.05)
+    monkeypatch.setattr(prefetch_module, "_WARN_AFTER", 0.05)
     threading.Timer(0.3, come.set).start()
     assert next(received) == 1
     assert "slow storage" in caplog.text

@@ -17,7 +17,7 @@ from dalr_scale.data.stream import order as order_module
 from dalr_scale.data.stream.augment import Augment, sample_rng
 from dalr_scale.data.stream.bad_rows import BadRows
 from dalr_scale.data.stream.batch import BadRow, Batch
-from dalr_scale.data.stream.loader import make_loader
+from dalr_scale.data.stream.loader import LoaderOptions, Sources, make_loader
 from dalr_scale.data.stream.order import Part, StreamPlan, epoch_order, share_rows
 from dalr_scale.data.stream.source import Source
 from dalr_scale.errors import UserError
@@ -56,10 +56,10 @@ def test_each_source_is_passed_once_at_its_own_pace() -> None:
     for start, part in ((0, Part(50, 9)), (50, Part(31, 3))):
         mine = [batch[(batch >= start) & (batch < start + part.items)] for batch in ids]
         assert {len(rows) for rows in mine} == {part.rows}
-        per_pass = part.items // part.rows
-        for first in range(0, steps - per_pass, per_pass):
-            one_pass = np.concatenate(mine[first : first + per_pass])
-            assert len(set(one_pass.tolist())) == per_pass * part.rows
+        per_epoch = part.items // part.rows
+        for first in range(0, steps - per_epoch, per_epoch):
+            one_pass = np.concatenate(mine[first : first + per_epoch])
+            assert len(set(one_pass.tolist())) == per_epoch * part.rows
     assert all(len(set(batch.tolist())) == 12 for batch in ids)
     assert plan.sources_before(13) == {
         "pair": divmod(13, 6),
@@ -74,7 +74,7 @@ def test_sources_are_spread_over_the_ranks() -> None:
 
 
 def test_a_mixture_reads_from_every_source(tmp_path: Path) -> None:
-    first = write_text_shards((f"picture {n}" for n in range(60)), tmp_path, "a", per_member=8)
+    first = write_text_shards((f"image {n}" for n in range(60)), tmp_path, "a", per_member=8)
     second = write_text_shards((f"caption {n}" for n in range(20)), tmp_path, "b", per_member=8)
     source = Source([*second, *first], part_sizes=[len(second), len(first)])
     assert source.part_items == (20, 60)
@@ -82,7 +82,7 @@ def test_a_mixture_reads_from_every_source(tmp_path: Path) -> None:
     plan = StreamPlan(seed=1, global_batch=8, text_items=80, text_parts=parts)
     for step in range(20):
         words = [text.split()[0] for text in source.read(plan.batch_ids(step)).sentences]
-        assert (words.count("caption"), words.count("picture")) == (2, 6)
+        assert (words.count("caption"), words.count("image")) == (2, 6)
     with pytest.raises(UserError, match="source 1 of the text stream has 20 items"):
         StreamPlan(seed=1, global_batch=80, text_items=80, text_parts=(Part(20, 70), Part(60, 10)))
     with pytest.raises(UserError, match="cannot be kept of weighted sources"):
@@ -112,8 +112,8 @@ plans = st.builds(
 @given(plan=plans, step=st.integers(0, 60))
 def test_stand_ins_are_never_in_the_batch_and_never_the_same(plan: StreamPlan, step: int) -> None:
     used = plan.batch_ids(step).tolist()
-    for attempt in range(1, plan.substitutes(plan.kind(step)) + 1):
-        found = [plan.substitute(step, row, attempt) for row in range(plan.global_batch)]
+    for attempt in range(1, plan.num_replacements(plan.kind(step)) + 1):
+        found = [plan.replacement(step, row, attempt) for row in range(plan.global_batch)]
         assert len(set(found)) == len(found)
         assert not set(found) & set(used)
 
@@ -123,11 +123,11 @@ def test_stand_ins_are_never_in_the_batch_and_never_the_same(plan: StreamPlan, s
 
 @pytest.fixture
 def broken(tmp_path: Path) -> Source:
-    """40 items; the captions of one picture changed after indexing, one picture is torn."""
+    """40 items; the captions of one image changed after indexing, one image is torn."""
     with ShardSetWriter(tmp_path, "p", samples_per_shard=20) as writer:
         for number in range(40):
             data = jpeg(number)[:-200] if number == 7 else jpeg(number)
-            writer.write(f"{number:03d}", {"jpg": data, "txt": b"caption of picture"})
+            writer.write(f"{number:03d}", {"jpg": data, "txt": b"caption of image"})
     source = Source(writer.shards, with_images=True)
     shard = writer.shards[1]
     content = shard.read_bytes()
@@ -139,13 +139,9 @@ def broken(tmp_path: Path) -> Source:
 
 def batches(source: Source, rank: int = 0, world: int = 1, **options: object) -> list[Batch]:
     plan = StreamPlan(seed=1, global_batch=8, pair_items=40)
-    settings_: dict = {"num_workers": 0, "start_step": 0} | options
-    return list(
-        make_loader(
-            plan, None, source, small_tokenizer(), rank=rank, world_size=world,
-            total_steps=10, max_length=8, image_transform=to_tensor, **settings_,
-        )
-    )  # fmt: skip
+    settings_: dict = {"num_workers": 0, "image_transform": to_tensor} | options
+    chosen = LoaderOptions(10, 8, rank=rank, world_size=world, **settings_)
+    return list(make_loader(plan, Sources(None, source), small_tokenizer(), chosen))
 
 
 def test_bad_rows_are_stood_in_for_alike_at_any_number_of_ranks(broken: Source) -> None:
@@ -155,7 +151,7 @@ def test_bad_rows_are_stood_in_for_alike_at_any_number_of_ranks(broken: Source) 
     assert sum(len(batch.bad) for batch in alone) == 4
     reasons = " ".join(row.why for batch in alone for row in batch.bad)
     assert "differs from what was indexed" in reasons
-    assert "sample '007', line 1: the picture cannot be decoded" in reasons
+    assert "sample '007', line 1: the image cannot be decoded" in reasons
     for batch in alone:
         ids = batch.item_ids.tolist()
         assert len(set(ids)) == len(ids) == 8 and not set(ids) & set(bad)
@@ -240,12 +236,12 @@ def test_random_changes_belong_to_the_sample(tmp_path: Path) -> None:
 
 
 def test_crops_stay_inside_and_keep_their_area() -> None:
-    picture = Image.new("RGB", (60, 40))
+    image = Image.new("RGB", (60, 40))
     for item in range(200):
-        cropped = Augment(0.25)(picture, sample_rng(1, "pair", 0, item))
+        cropped = Augment(0.25)(image, sample_rng(1, "pair", 0, item))
         assert 0.2 * 2400 <= cropped.width * cropped.height <= 2400
-    plain = Augment()(picture, sample_rng(1, "pair", 0, 0))
-    assert plain.tobytes() == picture.tobytes()
+    plain = Augment()(image, sample_rng(1, "pair", 0, 0))
+    assert plain.tobytes() == image.tobytes()
     for wrong in ({"min_area": 0}, {"min_area": 1.1}, {"flip": -0.1}):
         with pytest.raises(UserError):
             Augment(**wrong)

@@ -62,7 +62,7 @@ def _published(plan: StreamPlan) -> bool:
     return plan.alternation == "reference"
 
 
-def assert_exactly_once(plan: StreamPlan, passes: int = 2) -> None:
+def assert_exactly_once(plan: StreamPlan, epochs: int = 2) -> None:
     """Each item of floor(N / B) * B occurs once per pass, another tail is left out each pass."""
     for kind, items in (("text", plan.text_items), ("pair", plan.pair_items)):
         if not items or (kind == "text" and plan.reference_period == 1 and _published(plan)):
@@ -70,11 +70,11 @@ def assert_exactly_once(plan: StreamPlan, passes: int = 2) -> None:
         full = items // plan.global_batch
         seen: list[np.ndarray] = []
         step = 0
-        while len(seen) < passes * full:
+        while len(seen) < epochs * full:
             if plan.kind(step) == kind:
                 seen.append(plan.batch_ids(step))
             step += 1
-        for number in range(passes):
+        for number in range(epochs):
             used = np.concatenate(seen[number * full : (number + 1) * full])
             assert len(used) == len(np.unique(used)) == full * plan.global_batch
 

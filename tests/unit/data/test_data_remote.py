@@ -17,8 +17,8 @@ from shard_tools import write_pairs
 from dalr_scale.data.shards import remote as remote_module
 from dalr_scale.data.shards.features_store import features_path, open_features, write_features
 from dalr_scale.data.shards.files import expand_shards
-from dalr_scale.data.shards.index import ensure_index
 from dalr_scale.data.shards.index_file import index_path
+from dalr_scale.data.shards.indexing import ensure_index
 from dalr_scale.data.shards.remote import RemoteShards
 from dalr_scale.errors import UserError
 

@@ -17,16 +17,16 @@ import pytest
 from shard_tools import write_pairs
 
 from dalr_scale.data.shards import remote as remote_module
-from dalr_scale.data.shards.index import ensure_index
+from dalr_scale.data.shards.indexing import ensure_index
 from dalr_scale.data.shards.remote import RemoteShards
 from dalr_scale.errors import UserError
 
 
 class _Store(http.server.BaseHTTPRequestHandler):
-    """Files of a folder, as they are or with one bit or the second half of each shard lost."""
+    """Files of a directory, as they are or with one bit or the second half of each shard lost."""
 
     protocol_version = "HTTP/1.1"
-    folder: Path
+    directory: Path
     damage = "none"  # or "flipped", "cut"
     asked: list[str]
 
@@ -41,7 +41,7 @@ class _Store(http.server.BaseHTTPRequestHandler):
             self.wfile.write(body)
 
     def send_file(self, name: str, **headers: str) -> None:
-        content = (self.folder / name).read_bytes()
+        content = (self.directory / name).read_bytes()
         length = str(len(content))
         if name.endswith(".tar") and self.command == "GET" and self.damage == "flipped":
             content = content[:700] + bytes([content[700] ^ 1]) + content[701:]
@@ -65,7 +65,7 @@ class _Bucket(_Store):
             self.answer(403, b"")
         elif path.strip("/") == "bucket":
             self.answer(200, self.listing(query), Content_Type="application/xml")
-        elif (self.folder / path.removeprefix("/bucket/")).is_file():
+        elif (self.directory / path.removeprefix("/bucket/")).is_file():
             modified = "Thu, 01 Jan 2026 00:00:00 GMT"
             self.send_file(path.removeprefix("/bucket/"), Last_Modified=modified)
         else:
@@ -75,10 +75,10 @@ class _Bucket(_Store):
 
     def listing(self, query: dict[str, list[str]]) -> bytes:
         prefix = query.get("prefix", [""])[0]
-        names = [p.name for p in sorted(self.folder.iterdir()) if p.name.startswith(prefix)]
+        names = [p.name for p in sorted(self.directory.iterdir()) if p.name.startswith(prefix)]
         rows = "".join(
             f"<Contents><Key>{name}</Key><LastModified>2026-01-01T00:00:00.000Z</LastModified>"
-            f'<ETag>"0"</ETag><Size>{(self.folder / name).stat().st_size}</Size></Contents>'
+            f'<ETag>"0"</ETag><Size>{(self.directory / name).stat().st_size}</Size></Contents>'
             for name in names
         )
         return (
@@ -98,8 +98,8 @@ class _Hub(_Store):
         if path in (api, f"{api}/revision/main"):
             self.answer_json({"id": "me/mine", "sha": "0" * 40, "siblings": []})
         elif path.rstrip("/") == f"{api}/tree/main":
-            self.answer_json([self.entry(file) for file in sorted(self.folder.iterdir())])
-        elif path.startswith(files) and (self.folder / path.removeprefix(files)).is_file():
+            self.answer_json([self.entry(file) for file in sorted(self.directory.iterdir())])
+        elif path.startswith(files) and (self.directory / path.removeprefix(files)).is_file():
             self.send_file(path.removeprefix(files), X_Repo_Commit="0" * 40)
         else:
             self.answer(404, b"", X_Error_Code="EntryNotFound")
@@ -116,11 +116,11 @@ class _Hub(_Store):
         return {"type": "file", "oid": sha256[:40], "size": size, "path": file.name, "lfs": lfs}
 
 
-def serve(handler: type[_Store], folder: Path) -> Iterator[type[_Store]]:
+def serve(handler: type[_Store], directory: Path) -> Iterator[type[_Store]]:
     class Handler(handler):
         pass
 
-    Handler.folder, Handler.asked = folder, []
+    Handler.directory, Handler.asked = directory, []
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         Handler.address = f"http://127.0.0.1:{server.server_port}"  # type: ignore[attr-defined]

@@ -19,8 +19,9 @@ from dalr_scale.data.shards.features_store import (
     open_features,
     write_features,
 )
-from dalr_scale.data.shards.index import ensure_index
+from dalr_scale.data.shards.indexing import ensure_index
 from dalr_scale.data.shards.writer import write_text_shards
+from dalr_scale.data.stream import open_shard as open_shard_module
 from dalr_scale.data.stream import source as source_module
 from dalr_scale.data.stream.source import Source
 from dalr_scale.errors import UserError
@@ -63,7 +64,7 @@ def test_numbering_follows_content_not_names(tmp_path: Path) -> None:
     ids = np.arange(before.num_items)
     assert after.fingerprint == before.fingerprint
     assert after.read(ids).sentences == [
-        f"pairs caption {n % 5} of picture {p}" for n, p in enumerate(_pictures(after))
+        f"pairs caption {n % 5} of image {p}" for n, p in enumerate(_pictures(after))
     ]
     assert Source(after.shards[:2]).fingerprint != before.fingerprint
     (moved / "copy.tar").write_bytes(after.shards[0].read_bytes())
@@ -85,7 +86,7 @@ def test_text_items_have_no_image(tmp_path: Path) -> None:
     records = source.read(np.arange(50))
     assert sorted(records.sentences) == sorted(sentences)
     assert set(records.image_ids.tolist()) == {-1}
-    with pytest.raises(UserError, match="have no picture"):
+    with pytest.raises(UserError, match="have no image"):
         Source(shards, with_images=True)
 
 
@@ -112,18 +113,18 @@ def test_features_are_joined_by_sample_item_and_token(tmp_path: Path) -> None:
     ids = np.random.default_rng(1).permutation(35)[:16]
     records = source.read(ids)
     assert records.features["image"].dtype == np.float32
-    assert records.tokens is not None
-    tokens, mask = records.tokens
+    assert records.token_features is not None
+    tokens, mask = records.token_features
     assert tokens.shape == (16, int(mask.sum(1).max()), 2)
     for row, (item, text) in enumerate(zip(ids, records.sentences, strict=True)):
-        picture, line = int(text.rsplit(" ", 1)[1]), int(text.split()[2])
-        local = picture % 3 * 5 + line
-        assert records.features["image"][row, 0] == picture // 3 * 100 + picture % 3 * 4
-        assert records.features["text0"][row, 0] == picture // 3 * 100 + local * 3
+        image, line = int(text.rsplit(" ", 1)[1]), int(text.split()[2])
+        local = image % 3 * 5 + line
+        assert records.features["image"][row, 0] == image // 3 * 100 + image % 3 * 4
+        assert records.features["text0"][row, 0] == image // 3 * 100 + local * 3
         assert mask[row].sum() == local % 3 + 1
         assert (tokens[row][mask[row]] == local).all()
         assert not tokens[row][~mask[row]].any()
-        assert source.describe(int(item)).endswith(f"sample 'pairs{picture:04d}', line {line + 1}")
+        assert source.describe(int(item)).endswith(f"sample 'pairs{image:04d}', line {line + 1}")
     assert source.fingerprint != Source(shards).fingerprint
     with pytest.raises(UserError, match="no stored features for 'caption'"):
         source.feature_dim("caption")
@@ -132,7 +133,7 @@ def test_features_are_joined_by_sample_item_and_token(tmp_path: Path) -> None:
 
 
 def test_text_with_image_features_has_image_ids(tmp_path: Path) -> None:
-    """Shards may leave the pictures out once their features are stored."""
+    """Shards may leave the images out once their features are stored."""
     shard = tmp_path / "x.tar"
     members = [tar_member(b"%d.txt" % n, b"one\ntwo\n") for n in range(3)]
     shard.write_bytes(b"".join(members) + END)
@@ -157,12 +158,12 @@ def test_a_source_can_be_sent_to_another_process(tmp_path: Path) -> None:
     assert pickle.loads(pickle.dumps(source)).read(np.arange(20)).sentences == expected
 
 
-@pytest.mark.parametrize("what", ["caption 2 of picture 1", "picture"])
+@pytest.mark.parametrize("what", ["caption 2 of image 1", "image"])
 def test_damage_during_the_run_names_shard_and_sample(what: str, tmp_path: Path) -> None:
     shard = write_pairs(tmp_path, 3, per_shard=9)[0]
     source = Source([shard], with_images=True)
     good = shard.read_bytes()
-    target = jpeg(1) if what == "picture" else what.encode()
+    target = jpeg(1) if what == "image" else what.encode()
     with shard.open("r+b") as file:  # same size: only the checksum tells
         file.seek(good.index(target) + len(target) // 2)
         file.write(b"#")
@@ -174,7 +175,7 @@ def test_a_file_system_that_fails_is_asked_again(tmp_path: Path, monkeypatch, ca
     monkeypatch.setattr(source_module, "_RETRY_SECONDS", (0.0, 0.0))
     shards = write_pairs(tmp_path, 6, per_shard=3)
     source = Source(shards)
-    read, failures = source_module.read_exactly, []
+    read, failures = open_shard_module.read_exactly, []
 
     def stumble(descriptor: int, size: int, offset: int) -> bytes:
         if len(failures) < limit:
@@ -182,13 +183,13 @@ def test_a_file_system_that_fails_is_asked_again(tmp_path: Path, monkeypatch, ca
             raise OSError(5, "Input/output error")
         return read(descriptor, size, offset)
 
-    monkeypatch.setattr(source_module, "read_exactly", stumble)
+    monkeypatch.setattr(open_shard_module, "read_exactly", stumble)
     limit = 2
     assert len(source.read(np.arange(30)).sentences) == 30
     assert caplog.text.count("trying again") == 2
     failures.clear()
     limit = 3
-    with pytest.raises(UserError, match=r"Input/output error\) after 3 tries; bring it back"):
+    with pytest.raises(UserError, match=r"Input/output error\) after 3 tries; restore it"):
         source.read(np.arange(30))
 
 

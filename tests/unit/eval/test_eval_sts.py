@@ -36,14 +36,14 @@ PAIRS = [
 
 
 def write_year(root: Path, task: str, *, blanks: bool = True) -> None:
-    folder = root / "STS" / f"{task}-en-test"
-    folder.mkdir(parents=True)
+    directory = root / "STS" / f"{task}-en-test"
+    directory.mkdir(parents=True)
     for name in SUBSETS[task]:
         rows = [(a, b, str(score)) for a, b, score in PAIRS]
         if blanks:
             rows.insert(1, ("not", "scored", ""))
-        (folder / f"STS.input.{name}.txt").write_text("".join(f"{a}\t{b}\n" for a, b, _ in rows))
-        (folder / f"STS.gs.{name}.txt").write_text("".join(f"{score}\n" for *_, score in rows))
+        (directory / f"STS.input.{name}.txt").write_text("".join(f"{a}\t{b}\n" for a, b, _ in rows))
+        (directory / f"STS.gs.{name}.txt").write_text("".join(f"{score}\n" for *_, score in rows))
 
 
 def write_tables(root: Path) -> None:
@@ -117,17 +117,17 @@ def test_sentences_are_whitespace_tokens_joined_by_one_space(root):
 def test_missing_and_broken_files_are_named(root):
     with pytest.raises(UserError, match="unknown task 'STS99'"):
         load_sts(root, "STS99")
-    folder = root / "STS" / "STS16-en-test"
-    (folder / "STS.gs.headlines.txt").write_text("1.0\n")
+    directory = root / "STS" / "STS16-en-test"
+    (directory / "STS.gs.headlines.txt").write_text("1.0\n")
     with pytest.raises(UserError, match=r"STS\.input\.headlines\.txt has 5 lines"):
         load_sts(root, "STS16")
-    (folder / "STS.gs.headlines.txt").write_text("1.0\nhigh\n2\n3\n4\n")
+    (directory / "STS.gs.headlines.txt").write_text("1.0\nhigh\n2\n3\n4\n")
     with pytest.raises(UserError, match=r"STS\.gs\.headlines\.txt, line 2: 'high' is not a score"):
         load_sts(root, "STS16")
-    (folder / "STS.gs.headlines.txt").write_text("1.0\nnan\n2\n3\n4\n")
+    (directory / "STS.gs.headlines.txt").write_text("1.0\nnan\n2\n3\n4\n")
     with pytest.raises(UserError, match="line 2: 'nan'"):
         load_sts(root, "STS16")
-    (folder / "STS.input.headlines.txt").unlink()
+    (directory / "STS.input.headlines.txt").unlink()
     with pytest.raises(UserError, match=r"STS\.input\.headlines\.txt is missing"):
         load_sts(root, "STS16")
     (root / "SICK" / "SICK_trial.txt").write_text("pair_ID\n1\ta dog\n")

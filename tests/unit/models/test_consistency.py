@@ -1,4 +1,4 @@
-"""The consistency task: unmatched pictures, kept pairs, and its normalisation."""
+"""The consistency task: unmatched images, kept pairs, and its normalisation."""
 
 from __future__ import annotations
 
@@ -10,12 +10,10 @@ import torch
 from objective_tools import ROWS, objective, views, with_unmatched
 from torch import Tensor, nn
 
+from dalr_scale.config.schema import ConsistencyConfig
 from dalr_scale.models.consistency import Aligner, GlobalBatchNorm
-from dalr_scale.objective.terms import (
-    Views,
-    cross_terms,
-    unmatched_rows,
-)
+from dalr_scale.objective.cons import Consistency, unmatched_rows
+from dalr_scale.objective.views import LossBatch, Views
 
 
 def test_the_unmatched_row_is_five_earlier_or_shifted() -> None:
@@ -43,6 +41,13 @@ def test_the_shift_does_not_touch_any_generator() -> None:
     assert (np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == before
 
 
+def consistency(
+    rows: Views, cols: Views, spec: ConsistencyConfig, unmatched: np.ndarray, offset: int = 0
+) -> float:
+    batch = LossBatch(rows, cols, offset, unmatched=unmatched)
+    return float(Consistency().loss(spec, batch))
+
+
 def consistency_by_hand(v: Views, unmatched: np.ndarray, kept: np.ndarray) -> float:
     """The definition with torch's own loss, mean over matched and kept unmatched pairs."""
     loss = nn.CosineEmbeddingLoss(margin=0.2, reduction="none")
@@ -64,7 +69,7 @@ def test_consistency_is_the_mean_over_the_kept_pairs(preset: str) -> None:
         kept = ~same if preset == "dalr" else np.ones(ROWS, bool)
         dropped += int((~kept).sum())
         rows = with_unmatched(v, unmatched)
-        found = float(cross_terms(rows, v, spec, (0.33, 0.67), 0, unmatched)["cons"])
+        found = consistency(rows, v, spec, unmatched)
         assert found == pytest.approx(consistency_by_hand(v, unmatched, kept), rel=1e-9)
     assert (dropped > 0) == (preset == "dalr")
 
@@ -75,7 +80,7 @@ def test_consistency_of_two_ranks_is_that_of_one() -> None:
     unmatched = (np.arange(ROWS) - 1) % ROWS
     v = with_unmatched(views(), unmatched)
     v.ids = torch.tensor([0, 0, 0, 0, 1, 2, 3, 4, 5, 6])
-    whole = float(cross_terms(v, v, spec, (0.33, 0.67), 0, unmatched)["cons"])
+    whole = consistency(v, v, spec, unmatched)
     shares = []
     for start in (0, 5):
         own = slice(start, start + 5)
@@ -86,7 +91,7 @@ def test_consistency_of_two_ranks_is_that_of_one() -> None:
         }
         lists = {n: [t[own] for t in getattr(v, n)] for n in ("text", "tokens", "token_masks")}
         rows = dataclasses.replace(v, **cut, **lists)
-        shares.append(float(cross_terms(rows, v, spec, (0.33, 0.67), start, unmatched)["cons"]))
+        shares.append(consistency(rows, v, spec, unmatched, start))
     assert np.mean(shares) == pytest.approx(whole, rel=1e-12)
 
 
@@ -94,7 +99,7 @@ def test_rows_without_a_picture_number_are_never_dropped() -> None:
     unmatched = (np.arange(ROWS) - 3) % ROWS
     spec, v = objective(), with_unmatched(views(), unmatched)
     v.ids = torch.full((ROWS,), -1)
-    found = float(cross_terms(v, v, spec, (0.33, 0.67), 0, unmatched)["cons"])
+    found = consistency(v, v, spec, unmatched)
     everything = consistency_by_hand(v, unmatched, np.ones(ROWS, bool))
     assert found == pytest.approx(everything, rel=1e-9)
 

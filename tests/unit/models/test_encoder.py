@@ -104,7 +104,7 @@ def test_saved_folder_loads_to_the_same_embeddings(kind, pooler, tokenizer, tmp_
         return
     encoder = build(tokenizer, kind, pooler)
     encoder.save(tmp_path / "model")
-    again = SentenceEncoder.from_folder(tmp_path / "model")
+    again = SentenceEncoder.from_directory(tmp_path / "model")
     assert again.pooler == pooler
     assert torch.equal(encode_sentences(encoder, SENTENCES), encode_sentences(again, SENTENCES))
     names = {path.suffix for path in (tmp_path / "model").rglob("*") if path.is_file()}
@@ -113,8 +113,8 @@ def test_saved_folder_loads_to_the_same_embeddings(kind, pooler, tokenizer, tmp_
 
 def test_another_pooler_gives_other_embeddings(tokenizer, tmp_path):
     build(tokenizer).save(tmp_path / "model")
-    mean = SentenceEncoder.from_folder(tmp_path / "model")
-    cls = SentenceEncoder.from_folder(tmp_path / "model", "cls_before_pooler")
+    mean = SentenceEncoder.from_directory(tmp_path / "model")
+    cls = SentenceEncoder.from_directory(tmp_path / "model", "cls_before_pooler")
     gap = (encode_sentences(mean, SENTENCES) - encode_sentences(cls, SENTENCES)).abs().max()
     assert gap > 0.1
 
@@ -203,25 +203,25 @@ def test_config_errors_name_the_mistake(tokenizer):
 
 
 def test_folder_without_stated_pooling_needs_a_pooler(tokenizer, tmp_path):
-    folder = build(tokenizer).save(tmp_path / "model")
-    (folder / "modules.json").unlink()
+    directory = build(tokenizer).save(tmp_path / "model")
+    (directory / "modules.json").unlink()
     with pytest.raises(UserError, match="does not say how it pools"):
-        SentenceEncoder.from_folder(folder)
-    assert SentenceEncoder.from_folder(folder, "mean").pooler == "mean"
+        SentenceEncoder.from_directory(directory)
+    assert SentenceEncoder.from_directory(directory, "mean").pooler == "mean"
 
 
 def test_old_sentence_transformers_layout_with_a_subfolder(tokenizer, tmp_path):
     encoder = build(tokenizer)
-    folder = encoder.save(tmp_path / "model")
-    inner = folder / "0_Transformer"
+    directory = encoder.save(tmp_path / "model")
+    inner = directory / "0_Transformer"
     inner.mkdir()
     for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"):
-        (folder / name).rename(inner / name)
-    modules = json.loads((folder / "modules.json").read_text())
+        (directory / name).rename(inner / name)
+    modules = json.loads((directory / "modules.json").read_text())
     modules[0]["path"] = "0_Transformer"
     modules.append({"idx": 2, "name": "2", "path": "2_Normalize", "type": "x.models.Normalize"})
-    (folder / "modules.json").write_text(json.dumps(modules))
-    again = SentenceEncoder.from_folder(folder)
+    (directory / "modules.json").write_text(json.dumps(modules))
+    again = SentenceEncoder.from_directory(directory)
     assert torch.equal(encode_sentences(encoder, SENTENCES), encode_sentences(again, SENTENCES))
 
 
@@ -235,88 +235,90 @@ def test_old_sentence_transformers_layout_with_a_subfolder(tokenizer, tmp_path):
     ],
 )
 def test_pooling_of_sentence_transformers_is_read(pooling, expected, tokenizer, tmp_path):
-    folder = build(tokenizer).save(tmp_path / "model")
-    (folder / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
+    directory = build(tokenizer).save(tmp_path / "model")
+    (directory / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
     if expected is None:
         with pytest.raises(UserError, match="only cls and mean"):
-            SentenceEncoder.from_folder(folder)
+            SentenceEncoder.from_directory(directory)
     else:
-        assert SentenceEncoder.from_folder(folder).pooler == expected
+        assert SentenceEncoder.from_directory(directory).pooler == expected
 
 
 def test_foreign_modules_are_refused_without_an_explicit_pooler(tokenizer, tmp_path):
-    folder = build(tokenizer, pooler="cls").save(tmp_path / "model")
-    config = json.loads((folder / "config.json").read_text())
+    directory = build(tokenizer, pooler="cls").save(tmp_path / "model")
+    config = json.loads((directory / "config.json").read_text())
     del config["dalr_scale"]
-    (folder / "config.json").write_text(json.dumps(config))
+    (directory / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match="Transformer, Pooling, Dense"):
-        SentenceEncoder.from_folder(folder)
-    assert SentenceEncoder.from_folder(folder, "cls_before_pooler").pooler == "cls_before_pooler"
+        SentenceEncoder.from_directory(directory)
+    assert (
+        SentenceEncoder.from_directory(directory, "cls_before_pooler").pooler == "cls_before_pooler"
+    )
 
 
 def test_pickle_weights_and_custom_code_are_refused(tokenizer, tmp_path):
-    folder = build(tokenizer).save(tmp_path / "model")
-    config = json.loads((folder / "config.json").read_text())
+    directory = build(tokenizer).save(tmp_path / "model")
+    config = json.loads((directory / "config.json").read_text())
     foreign = config | {"model_type": "mine", "auto_map": {"AutoConfig": "mine.C"}}
     marker = tmp_path / "executed"
-    (folder / "mine.py").write_text(f"open({str(marker)!r}, 'w')\nclass C: pass\n")
-    (folder / "config.json").write_text(json.dumps(foreign))
+    (directory / "mine.py").write_text(f"open({str(marker)!r}, 'w')\nclass C: pass\n")
+    (directory / "config.json").write_text(json.dumps(foreign))
     with pytest.raises(UserError, match="without custom code"):
-        SentenceEncoder.from_folder(folder)
-    (folder / "config.json").write_text(json.dumps(config))
-    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
-    (folder / "model.safetensors").unlink()
+        SentenceEncoder.from_directory(directory)
+    (directory / "config.json").write_text(json.dumps(config))
+    torch.save(load_file(directory / "model.safetensors"), directory / "pytorch_model.bin")
+    (directory / "model.safetensors").unlink()
     with pytest.raises(UserError, match=r"pytorch_model\.bin instead of model\.safetensors"):
-        SentenceEncoder.from_folder(folder)
+        SentenceEncoder.from_directory(directory)
     assert not marker.exists()
 
 
 def test_incomplete_and_misshaped_weights_are_refused(tokenizer, tmp_path):
-    folder = build(tokenizer).save(tmp_path / "model")
-    weights = load_file(folder / "model.safetensors")
+    directory = build(tokenizer).save(tmp_path / "model")
+    weights = load_file(directory / "model.safetensors")
     partial = {k: v for k, v in weights.items() if "layer.1.output.dense.bias" not in k}
-    save_file(partial, folder / "model.safetensors", {"format": "pt"})
+    save_file(partial, directory / "model.safetensors", {"format": "pt"})
     with pytest.raises(UserError, match=r"lack encoder\.layer\.1\.output\.dense\.bias"):
-        SentenceEncoder.from_folder(folder)
+        SentenceEncoder.from_directory(directory)
     weights["embeddings.LayerNorm.bias"] = torch.zeros(7)
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    save_file(weights, directory / "model.safetensors", {"format": "pt"})
     with pytest.raises(UserError, match="does not load"):
-        SentenceEncoder.from_folder(folder)
+        SentenceEncoder.from_directory(directory)
 
 
 def test_cls_pooler_is_not_invented_for_a_checkpoint_without_one(tokenizer, tmp_path):
-    folder = build(tokenizer).save(tmp_path / "model")
+    directory = build(tokenizer).save(tmp_path / "model")
     with pytest.raises(UserError, match="no MLP pooler"):
-        SentenceEncoder.from_folder(folder, "cls")
+        SentenceEncoder.from_directory(directory, "cls")
 
 
 def test_save_refuses_to_overwrite_and_leaves_the_old_folder_on_failure(tokenizer, tmp_path):
     encoder = build(tokenizer)
-    folder = encoder.save(tmp_path / "model", scores={"STS-B": 71.5})
-    assert "| STS-B | 71.50 |" in (folder / "README.md").read_text()
+    directory = encoder.save(tmp_path / "model", scores={"STS-B": 71.5})
+    assert "| STS-B | 71.50 |" in (directory / "README.md").read_text()
     with pytest.raises(UserError, match="--overwrite"):
-        encoder.save(folder)
-    before = (folder / "model.safetensors").read_bytes()
+        encoder.save(directory)
+    before = (directory / "model.safetensors").read_bytes()
     with torch.no_grad():
         next(encoder.parameters())[0, 0] = float("nan")
     with pytest.raises(UserError, match="not finite"):
-        encoder.save(folder, overwrite=True)
-    assert (folder / "model.safetensors").read_bytes() == before
+        encoder.save(directory, overwrite=True)
+    assert (directory / "model.safetensors").read_bytes() == before
     with torch.no_grad():
         next(encoder.parameters())[0, 0] = 1.0
-    encoder.save(folder, overwrite=True)
-    assert (folder / "model.safetensors").read_bytes() != before
+    encoder.save(directory, overwrite=True)
+    assert (directory / "model.safetensors").read_bytes() != before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "vocab.txt"]
 
 
 def test_a_replacement_that_was_killed_half_way_is_undone(tokenizer, tmp_path):
-    folder = build(tokenizer).save(tmp_path / "model")
-    weights = (folder / "model.safetensors").read_bytes()
+    directory = build(tokenizer).save(tmp_path / "model")
+    weights = (directory / "model.safetensors").read_bytes()
     (tmp_path / ".model.new-1").mkdir()
-    folder.rename(tmp_path / ".model.old-1")  # killed between the two renames
+    directory.rename(tmp_path / ".model.old-1")  # killed between the two renames
     with pytest.raises(UserError, match="--overwrite"):
-        build(tokenizer).save(folder)
-    assert (folder / "model.safetensors").read_bytes() == weights
+        build(tokenizer).save(directory)
+    assert (directory / "model.safetensors").read_bytes() == weights
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "vocab.txt"]
 
 
@@ -326,8 +328,8 @@ def test_save_takes_consolidated_weights_and_checks_them(tokenizer, tmp_path):
         for parameter in other.parameters():
             parameter.add_(0.01)
     state = {name: value.to(torch.bfloat16) for name, value in other.state_dict().items()}
-    folder = encoder.save(tmp_path / "model", state_dict=state)
-    stored = load_file(folder / "model.safetensors")
+    directory = encoder.save(tmp_path / "model", state_dict=state)
+    stored = load_file(directory / "model.safetensors")
     assert {value.dtype for value in stored.values()} == {torch.float32}
     name = "embeddings.LayerNorm.weight"
     assert torch.equal(stored[name], state[f"backbone.{name}"].float())
@@ -342,11 +344,11 @@ def test_save_takes_consolidated_weights_and_checks_them(tokenizer, tmp_path):
 
 def test_package_folder_and_missing_names():
     with pytest.raises(UserError, match="'no_such_package' is not installed"):
-        SentenceEncoder.from_folder("package:no_such_package/model")
-    with pytest.raises(UserError, match="has no folder 'model'"):
-        SentenceEncoder.from_folder("package:json")
-    with pytest.raises(UserError, match=r"no model folder \./nowhere"):
-        SentenceEncoder.from_folder("./nowhere")
+        SentenceEncoder.from_directory("package:no_such_package/model")
+    with pytest.raises(UserError, match="has no directory 'model'"):
+        SentenceEncoder.from_directory("package:json")
+    with pytest.raises(UserError, match=r"no model directory \./nowhere"):
+        SentenceEncoder.from_directory("./nowhere")
 
 
 def test_tokenizer_from_a_vocabulary_file_lower_cases_when_the_vocabulary_does(tokenizer, tmp_path):
@@ -372,12 +374,12 @@ def test_tokenizer_of_another_model_is_refused(tokenizer, tmp_path):
     config = tiny("roberta") | {"pad_token_id": 1}
     with pytest.raises(UserError, match="padding id is 1, the tokenizer's 0"):
         SentenceEncoder.from_config(config, tokenizer, "mean")
-    folder = build(tokenizer).save(tmp_path / "model")
+    directory = build(tokenizer).save(tmp_path / "model")
     words = [f"word{chr(97 + i // 26)}{chr(97 + i % 26)}" for i in range(300)]
     big = tmp_path / "big.txt"
     big.write_text((tmp_path / "vocab.txt").read_text() + "\n".join(words) + "\n")
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        (folder / name).unlink()
-    shutil.copy(big, folder / "vocab.txt")
+        (directory / name).unlink()
+    shutil.copy(big, directory / "vocab.txt")
     with pytest.raises(UserError, match="tokens, the model only"):
-        SentenceEncoder.from_folder(folder)
+        SentenceEncoder.from_directory(directory)

@@ -27,7 +27,7 @@ def keys(rows: list[int], seed: int = 1, step: int = 0, views: int = 1) -> RowKe
     data=st.data(),
 )
 def test_a_mask_belongs_to_its_row(rows: list[int], short: int, place: int, data) -> None:
-    """Neither the order, nor the company, nor the padding of a row changes its mask."""
+    """The mask of a row depends neither on the order, nor on other rows, nor on padding."""
     whole = keys(rows).keep(place, torch.Size((len(rows), 3, 6, 8)), 0.3)
     order = data.draw(st.permutations(range(len(rows))))
     moved = keys([rows[i] for i in order]).keep(place, torch.Size((len(rows), 3, 6, 8)), 0.3)

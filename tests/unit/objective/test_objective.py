@@ -22,13 +22,10 @@ from torch import Tensor, nn
 from dalr_scale.config import ModelConfig, ObjectiveConfig
 from dalr_scale.errors import UserError
 from dalr_scale.models.dalr import DalrModel, FeatureWidths, LossSpec, TeacherBatch
-from dalr_scale.objective.terms import (
-    needs_of,
-    rank_similarity,
-    term_factors,
-    text_similarity,
-    text_terms,
-)
+from dalr_scale.objective.registry import TERMS, needs_of
+from dalr_scale.objective.text_teachers import rank_similarity, text_similarity
+from dalr_scale.objective.total import batch_loss
+from dalr_scale.objective.views import LossBatch
 
 # What an objective needs
 
@@ -278,12 +275,15 @@ def test_every_weight_scales_its_term_in_the_total() -> None:
     [("dalr", {}), ("dalr", {"rank_loss": "listnet"}), ("dalr-reference", {})],
 )
 def test_the_shared_pass_equals_separate_terms(preset: str, changes: dict[str, Any]) -> None:
-    spec, v = objective(preset, **changes, teacher_similarity_dtype="float64"), views()
-    weights, leaves = (0.33, 0.67), (v.z1.requires_grad_(), v.z2.requires_grad_())
-    text = text_terms(v, v, spec, weights, 0, paired=True, distil=True)
+    texts_alone = {"cross_weight": 0.0, "g2l_weight": 0.0}
+    spec = objective(preset, **changes, **texts_alone, teacher_similarity_dtype="float64")
+    v = views()
+    leaves = (v.z1.requires_grad_(), v.z2.requires_grad_())
+    batch = LossBatch(v, v, text_weights=(0.33, 0.67))
+    text = batch_loss(spec, batch)
     ids = {"row_ids": v.ids, "col_ids": v.ids} if spec.same_image == "mask" else {}
     margin, tau = spec.margin, spec.temperature
-    ima, rank = text_similarity(v, v, spec, weights), rank_similarity(v, v, spec, weights)
+    ima, rank = text_similarity(spec, batch), rank_similarity(spec, batch)
     student = {"temperature": tau, "margin": margin if spec.rank_student == "margin" else 0.0}
     shape = {"temperature": tau, "margin": margin} if spec.intra_kl_student == "margin" else {}
     mle = {"reduction": spec.listmle_reduction, "eps": spec.listmle_eps}
@@ -295,9 +295,9 @@ def test_the_shared_pass_equals_separate_terms(preset: str, changes: dict[str, A
         else kernels.list_mle(v.z1, v.z2, rank, **student, **mle),
     }
     assert {k: pytest.approx(float(x.detach()), rel=1e-12) for k, x in separate.items()} == {
-        k: float(x) for k, x in text.values.items()
+        k: float(x) for k, x in text.terms.items()
     }
-    factors = term_factors(spec)
+    factors = {term.name: term.weight(spec) for term in TERMS}
     total = torch.stack([factors[name] * value for name, value in separate.items()]).sum()
     for got, want in zip(
         torch.autograd.grad(text.total, leaves), torch.autograd.grad(total, leaves), strict=True
@@ -305,10 +305,7 @@ def test_the_shared_pass_equals_separate_terms(preset: str, changes: dict[str, A
         torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-14)
     # control: without one term's weight the gradient is another
     other = torch.autograd.grad(
-        text_terms(
-            v, v, dataclasses.replace(spec, rank_weight=0.0), weights, 0, paired=True, distil=True
-        ).total,
-        leaves,
+        batch_loss(dataclasses.replace(spec, rank_weight=0.0), batch).total, leaves
     )
     assert not torch.allclose(other[0], got, rtol=1e-3)
 
@@ -317,10 +314,10 @@ def test_teachers_are_mixed_as_wide_as_their_similarity() -> None:
     """float64 similarities of a sum that was rounded to float32 would be float64 in name only."""
     torch.manual_seed(0)
     features = [torch.randn(4, 6).half() for _ in range(2)]
-    side = SimpleNamespace(text=features)
+    side: Any = SimpleNamespace(text=features)
     for name, dtype in (("float64", torch.float64), ("float32", torch.float32)):
         objective = ObjectiveConfig(teacher_mix="features", teacher_similarity_dtype=name)  # type: ignore[arg-type]
-        found = text_similarity(side, side, objective, (0.33, 0.67))  # type: ignore[arg-type]
+        found = text_similarity(objective, LossBatch(side, side, text_weights=(0.33, 0.67)))
         mixed = found.factors[0][1]
         assert mixed.dtype == dtype
         exact = 0.33 * features[0].double() + 0.67 * features[1].double()

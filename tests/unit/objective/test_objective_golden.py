@@ -18,9 +18,7 @@ from golden_terms import Golden
 from objective_tools import all_terms, all_terms_and_total, objective, terms_and_total, views
 
 from dalr_scale.config import ObjectiveConfig
-from dalr_scale.objective.terms import (
-    Views,
-)
+from dalr_scale.objective.views import Views
 
 
 def golden_objective(g: Golden, preset: str, **changes: Any) -> ObjectiveConfig:

@@ -43,10 +43,10 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> QuickstartData:
         return build_quickstart(tmp_path_factory.mktemp("quickstart"), TINY, progress=False)
 
 
-def contents(folder: Path) -> dict[str, bytes]:
+def contents(directory: Path) -> dict[str, bytes]:
     return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in sorted(folder.rglob("*"))
+        str(path.relative_to(directory)): path.read_bytes()
+        for path in sorted(directory.rglob("*"))
         if path.is_file()
     }
 
@@ -65,8 +65,8 @@ def test_everything_is_there(data: QuickstartData):
     assert heldout.num_samples == 8
     assert Source(data.text).num_items == 20
     assert len(load_graded(data.graded_dev).pairs) == len(load_graded(data.graded_test).pairs) == 12
-    folder = data.train[0].parent
-    assert expand_shards([str(folder / "train-*.tar")]) == data.train  # not the feature shards
+    directory = data.train[0].parent
+    assert expand_shards([str(directory / "train-*.tar")]) == data.train  # not the feature shards
     assert set(data.seconds) == {"data", "tokenizer", "teacher", "features"}
 
 
@@ -100,11 +100,11 @@ def test_held_out_scenes_were_never_drawn_for_training(data: QuickstartData):
 
 
 def test_a_second_call_changes_nothing(data: QuickstartData):
-    folder = data.teacher.parent
-    before = contents(folder)
-    again = build_quickstart(folder, TINY, progress=False)
+    directory = data.teacher.parent
+    before = contents(directory)
+    again = build_quickstart(directory, TINY, progress=False)
     assert again.seconds == {} and again.train == data.train
-    assert contents(folder) == before
+    assert contents(directory) == before
 
 
 def test_the_data_depend_on_the_specification_alone(
@@ -143,15 +143,15 @@ def test_an_interrupted_stage_is_redone(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_two_jobs_do_not_build_at_once(tmp_path: Path):
-    """The second one waits: at its first look the first one has released the folder."""
+    """The second one waits: at its first look the first one has released the directory."""
     holder = """
 import fcntl, pathlib, sys, time
-folder = pathlib.Path(sys.argv[1])
-lock = open(folder / ".lock", "w")
+directory = pathlib.Path(sys.argv[1])
+lock = open(directory / ".lock", "w")
 fcntl.lockf(lock, fcntl.LOCK_EX)
 print("held", flush=True)
 time.sleep(0.5)
-(folder / "foreign.tar").touch()  # what the one that waited must find
+(directory / "foreign.tar").touch()  # what the one that waited must find
 """
     with subprocess.Popen(
         [sys.executable, "-c", holder, tmp_path], stdout=subprocess.PIPE
@@ -167,11 +167,11 @@ def test_foreign_and_other_data_are_refused(data: QuickstartData, tmp_path: Path
         build_quickstart(tmp_path, TINY, progress=False)
     assert (tmp_path / "train-000000.tar").read_bytes() == b"mine"
 
-    folder = data.teacher.parent
-    other = QuickstartSpec(**(json.loads((folder / "quickstart.json").read_text())["spec"]))
+    directory = data.teacher.parent
+    other = QuickstartSpec(**(json.loads((directory / "quickstart.json").read_text())["spec"]))
     assert other == TINY
     with pytest.raises(UserError, match="other settings"):
-        build_quickstart(folder, QuickstartSpec(), progress=False)
+        build_quickstart(directory, QuickstartSpec(), progress=False)
 
 
 @pytest.mark.parametrize(

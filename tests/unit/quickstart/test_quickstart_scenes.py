@@ -8,7 +8,14 @@ import pytest
 from dalr_scale.eval.graded import lexical_overlap
 from dalr_scale.eval.sts import spearman
 from dalr_scale.quickstart import captions
-from dalr_scale.quickstart.captions import BITS, FRAMES, SYNONYMS, similarity, tell, vocabulary
+from dalr_scale.quickstart.captions import (
+    BITS,
+    FRAMES,
+    SYNONYMS,
+    similarity,
+    vocabulary,
+    write_caption,
+)
 from dalr_scale.quickstart.graded import graded_pairs
 from dalr_scale.quickstart.scenes import FACTS, NUM_SCENES, Scene, partition, render
 
@@ -42,12 +49,12 @@ def test_rendering_depends_on_scene_and_generator_only():
 
 @pytest.mark.parametrize("fact", FACTS)
 def test_every_fact_can_be_seen(fact: str):
-    pictures = [
+    images = [
         np.asarray(render(dataclasses.replace(SCENE, **{fact: value}), 48, rng(1)), float)
         for value in FACTS[fact]
     ]
-    for i, first in enumerate(pictures):
-        for second in pictures[:i]:
+    for i, first in enumerate(images):
+        for second in images[:i]:
             assert (np.abs(first - second).max(axis=2) > 40).sum() > 20  # pixels
 
 
@@ -60,11 +67,11 @@ def test_each_value_has_four_words_of_its_own():
 
 def test_captions_tell_the_named_facts_and_no_others():
     for frame in FRAMES:
-        for told in (("count", "shape"), tuple(FACTS)):
-            caption = tell(SCENE, told, frame, rng())
+        for mentioned in (("count", "shape"), tuple(FACTS)):
+            caption = write_caption(SCENE, mentioned, frame, rng())
             words = {w for word in caption.text.split() for w in (word, word.removesuffix("s"))}
             found = {name for name in FACTS if words & set(SYNONYMS[SCENE.fact(name)])}
-            assert found == set(told) == set(caption.told), caption.text
+            assert found == set(mentioned) == set(caption.mentioned), caption.text
             assert "{" not in caption.text and "  " not in caption.text
 
 
@@ -72,23 +79,23 @@ def test_the_vocabulary_covers_every_caption():
     known = set(vocabulary())
     for number in rng().choice(NUM_SCENES, 300):
         scene = Scene.from_number(int(number))
-        for word in tell(scene, FACTS, FRAMES[number % len(FRAMES)], rng()).text.split():
+        for word in write_caption(scene, FACTS, FRAMES[number % len(FRAMES)], rng()).text.split():
             assert word in known or (word.endswith("s") and word[:-1] in known)
 
 
 def test_similarity_by_hand():
-    def told(scene: Scene, *names: str):
-        return tell(scene, names, FRAMES[0], rng())
+    def mentioned(scene: Scene, *names: str):
+        return write_caption(scene, names, FRAMES[0], rng())
 
-    red = told(SCENE, "count", "shape", "colour")
-    assert similarity(red, told(SCENE, "colour", "shape", "count")) == 1.0
-    blue = told(dataclasses.replace(SCENE, colour="blue"), "count", "shape", "colour")
+    red = mentioned(SCENE, "count", "shape", "colour")
+    assert similarity(red, mentioned(SCENE, "colour", "shape", "count")) == 1.0
+    blue = mentioned(dataclasses.replace(SCENE, colour="blue"), "count", "shape", "colour")
     shared = BITS["count"] + BITS["shape"]
     assert similarity(red, blue) == pytest.approx(shared / (shared + 3))
-    assert similarity(red, told(SCENE, "count", "shape")) == similarity(red, blue)
+    assert similarity(red, mentioned(SCENE, "count", "shape")) == similarity(red, blue)
     assert similarity(red, blue) == similarity(blue, red)
     other = Scene("one", "small", "blue", "bar", "fog", "sand")
-    assert similarity(red, told(other, *FACTS)) == 0.0
+    assert similarity(red, mentioned(other, *FACTS)) == 0.0
 
 
 def test_graded_pairs_cover_all_degrees_within_their_scenes():

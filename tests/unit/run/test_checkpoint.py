@@ -19,7 +19,7 @@ from dalr_scale.errors import UserError
 from dalr_scale.run import manifest
 from dalr_scale.run.checkpoint import Checkpoint, find_checkpoint, prune
 from dalr_scale.run.manifest import MANIFEST, MANIFEST_SUM, _sum_line, read_manifest, verify
-from dalr_scale.run.state import read_status
+from dalr_scale.run.status import read_status
 
 FILES = [MANIFEST, MANIFEST_SUM, "latest", "weights.safetensors", "model/shard0.bin"]
 WORLD = SoloWorld()

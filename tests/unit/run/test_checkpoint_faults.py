@@ -25,11 +25,12 @@ from checkpoint_worlds import (
 )
 
 from dalr_scale.errors import UserError
-from dalr_scale.run import checkpoint, manifest
-from dalr_scale.run import state as runstate
+from dalr_scale.run import checkpoint, files, lock, manifest
 from dalr_scale.run.checkpoint import SaveError, SaveErrors, find_checkpoint
+from dalr_scale.run.lock import lock_run_directory
 from dalr_scale.run.manifest import MANIFEST, verify
-from dalr_scale.run.state import lock_run_folder, read_status, start_status, write_status
+from dalr_scale.run.state import RunState
+from dalr_scale.run.status import read_status, start_status, write_status
 
 ROOT = Path(__file__).parents[3]
 WORLD = SoloWorld()
@@ -290,8 +291,8 @@ def test_ranks_that_see_different_newest_agree(
 # One job per run folder
 
 HOLD = """
-from dalr_scale.run.state import lock_run_folder
-lock = lock_run_folder(Path(sys.argv[1]), SoloWorld())
+from dalr_scale.run.lock import lock_run_directory
+lock = lock_run_directory(Path(sys.argv[1]), SoloWorld())
 print("held", flush=True)
 sys.stdin.readline()
 lock.release()
@@ -308,12 +309,12 @@ def test_second_job_is_refused_by_name(tmp_path: Path) -> None:
     process = holder(tmp_path, SLURM_JOB_ID="4711")
     try:
         with pytest.raises(UserError, match=rf"process {process.pid}, job 4711"):
-            lock_run_folder(tmp_path, WORLD)
-        errors = run_ranks(3, lambda world: lock_run_folder(tmp_path, world))
+            lock_run_directory(tmp_path, WORLD)
+        errors = run_ranks(3, lambda world: lock_run_directory(tmp_path, world))
         assert {type(error) for error in errors} == {UserError}
     finally:
         assert outcome(process)[0] == 0
-    with lock_run_folder(tmp_path, WORLD):
+    with lock_run_directory(tmp_path, WORLD):
         pass
 
 
@@ -323,7 +324,7 @@ def test_lock_of_a_killed_job_is_taken_over(
     process = holder(tmp_path)
     process.kill()
     outcome(process)
-    lock_run_folder(tmp_path, WORLD).release()
+    lock_run_directory(tmp_path, WORLD).release()
     assert "stale lock" in caplog.text and str(process.pid) in caplog.text
 
 
@@ -336,7 +337,7 @@ def test_a_forked_child_does_not_keep_the_lock(tmp_path: Path) -> None:
     try:
         process.kill()
         process.wait()
-        lock_run_folder(tmp_path, WORLD).release()
+        lock_run_directory(tmp_path, WORLD).release()
     finally:
         os.kill(child, signal.SIGKILL)
         outcome(process)
@@ -362,22 +363,22 @@ def test_locks_of_other_hosts(
     for name, value in me.items():
         monkeypatch.setenv(name, value)
     if allowed:
-        lock_run_folder(tmp_path, WORLD).release()
+        lock_run_directory(tmp_path, WORLD).release()
     else:
         with pytest.raises(UserError, match="host elsewhere"):
-            lock_run_folder(tmp_path, WORLD)
+            lock_run_directory(tmp_path, WORLD)
 
 
 def test_without_kernel_locks_the_process_decides(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runstate, "_record_lock", lambda descriptor: None)
+    monkeypatch.setattr(lock, "_record_lock", lambda descriptor: None)
     process = holder(tmp_path)
     with pytest.raises(UserError, match="in use"):
-        lock_run_folder(tmp_path, WORLD)
+        lock_run_directory(tmp_path, WORLD)
     process.kill()
     outcome(process)
-    lock_run_folder(tmp_path, WORLD).release()
+    lock_run_directory(tmp_path, WORLD).release()
 
 
 # Status
@@ -426,7 +427,7 @@ def test_status_is_unreadable_never_half(tmp_path: Path) -> None:
 
 def test_state_survives_json() -> None:
     state = state_at(9, best_score=0.1 + 0.2, best_step=6)
-    assert runstate.RunState.from_json(state.to_json()) == state
+    assert RunState.from_json(state.to_json()) == state
 
 
 @pytest.mark.parametrize(
@@ -446,7 +447,7 @@ def test_state_survives_json() -> None:
 )
 def test_states_that_make_no_sense_are_refused(change: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=f"run state: {next(iter(change))}"):
-        runstate.RunState.from_json(state_at(1).to_json() | change)
+        RunState.from_json(state_at(1).to_json() | change)
 
 
 def test_nobody_reads_a_status_without_its_job(
@@ -455,7 +456,7 @@ def test_nobody_reads_a_status_without_its_job(
     """The job script and people read the file at any moment, also while a start begins."""
     write_status(tmp_path, "preempted", step=4)
     seen = []
-    monkeypatch.setattr(runstate, "write_durably", lambda _, data: seen.append(json.loads(data)))
+    monkeypatch.setattr(files, "write_durably", lambda _, data: seen.append(json.loads(data)))
     start_status(tmp_path, 4)
     assert [status["outcome"] for status in seen] == ["running"]
     assert seen[0]["last_stop"]["outcome"] == "preempted" and "job_id" in seen[0]
@@ -484,4 +485,4 @@ def test_the_status_tells_how_the_start_before_ended(
     start_status(tmp_path, 6)  # it was killed
     last = (read_status(tmp_path) or {})["last_stop"]
     assert (last["outcome"], last["restart_count"]) == ("failed", 1)
-    assert "without a word" in last["reason"]
+    assert "without a report" in last["reason"]

@@ -1,5 +1,6 @@
 """The command that stores teacher features beside shards."""
 
+import dataclasses
 import io
 import json
 
@@ -10,12 +11,13 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from dalr_scale.commands.features import main, store
+from dalr_scale.commands.features import main
 from dalr_scale.data.shards.features_store import features_path, open_features
 from dalr_scale.data.shards.writer import ShardSetWriter, write_text_shards
 from dalr_scale.distributed import world as world_module
 from dalr_scale.errors import UserError
 from dalr_scale.models.encoder import SentenceEncoder, load_tokenizer
+from dalr_scale.teachers.extract import FeatureRequest, store_features
 from dalr_scale.teachers.models import load_image_teacher, load_text_teacher
 
 CAPTIONS = [["a dog runs", "the dog is on the beach"], ["a red cat"], ["man", "a big man", "cat"]]
@@ -50,20 +52,20 @@ def bert(tmp_path):
 
 
 @pytest.fixture
-def clip_folder(tmp_path, bert):
-    folder = tmp_path / "clip"
-    folder.mkdir()
+def clip_directory(tmp_path, bert):
+    directory = tmp_path / "clip"
+    directory.mkdir()
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        (folder / name).write_bytes((bert / name).read_bytes())
+        (directory / name).write_bytes((bert / name).read_bytes())
     text = {"context_length": 16, "vocab_size": 59, "width": 16, "heads": 2, "layers": 1}
     text |= {"pool_type": "eos", "eos_id": 3, "hf_tokenizer_name": "local"}
     vision = {"image_size": 16, "patch_size": 8, "width": 32, "layers": 1, "head_width": 16}
     config = {"model_cfg": {"embed_dim": 24, "vision_cfg": vision, "text_cfg": text}}
-    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    (directory / "open_clip_config.json").write_text(json.dumps(config))
     torch.manual_seed(0)
-    model = open_clip.create_model(f"local-dir:{folder}")
-    save_file(model.state_dict(), folder / "model.safetensors")
-    return folder
+    model = open_clip.create_model(f"local-dir:{directory}")
+    save_file(model.state_dict(), directory / "model.safetensors")
+    return directory
 
 
 def run(shards, *words):
@@ -87,17 +89,17 @@ def test_text_features_have_one_row_an_item(shards, bert):
 
 
 @pytest.mark.parametrize("kind", ["hf", "open_clip"])
-def test_token_features_follow_the_items(kind, shards, bert, clip_folder):
+def test_token_features_follow_the_items(kind, shards, bert, clip_directory):
     words = (
         ("--text-teacher", bert, "--pooler", "mean")
         if kind == "hf"
-        else ("--caption-teacher", clip_folder)
+        else ("--caption-teacher", clip_directory)
     )
     run(shards, "--name", "tok", "--tokens", "--batch-size", 2, *words)
     teacher = (
         load_text_teacher(str(bert), "mean", tokens=True)
         if kind == "hf"
-        else load_text_teacher(f"open_clip:{clip_folder}", tokens=True)
+        else load_text_teacher(f"open_clip:{clip_directory}", tokens=True)
     )
     table = open_features(shards[0], "tok")
     lines = CAPTIONS[0] + CAPTIONS[1]
@@ -108,10 +110,10 @@ def test_token_features_follow_the_items(kind, shards, bert, clip_folder):
         np.testing.assert_allclose(stored, tokens[row][mask[row]].numpy(), atol=4e-3)
 
 
-def test_image_and_caption_features(shards, clip_folder):
-    run(shards, "--name", "img", "--image-teacher", clip_folder, "--batch-size", 1)
-    run(shards, "--name", "cap", "--caption-teacher", clip_folder)
-    teacher = load_image_teacher(str(clip_folder))
+def test_image_and_caption_features(shards, clip_directory):
+    run(shards, "--name", "img", "--image-teacher", clip_directory, "--batch-size", 1)
+    run(shards, "--name", "cap", "--caption-teacher", clip_directory)
+    teacher = load_image_teacher(str(clip_directory))
     table = open_features(shards[0], "img")
     pixels = [teacher.transform(Image.open(io.BytesIO(picture(i)))) for i in (0, 1)]
     assert (table.level, table.rows, table.dim) == ("sample", 2, 24)
@@ -152,22 +154,22 @@ def test_ranks_share_the_shards(shards, bert, monkeypatch):
     assert done == [[True, False], [True, True], [True, True]]
 
 
-def test_the_bytes_do_not_depend_on_the_number_of_processes(tmp_path, bert, clip_folder):
+def test_the_bytes_do_not_depend_on_the_number_of_processes(tmp_path, bert, clip_directory):
     sentences = [f"dog {'ab ' * (n % 7)}" for n in range(40)]
     found = []
     for world in (1, 2, 3):
-        folder = tmp_path / str(world)
-        write_text_shards(sentences, folder, "w", per_member=4, members_per_shard=2)
-        paths = sorted(map(str, folder.glob("w-??????.tar")))
+        directory = tmp_path / str(world)
+        write_text_shards(sentences, directory, "w", per_member=4, members_per_shard=2)
+        paths = sorted(directory.glob("w-??????.tar"))
         for rank in reversed(range(world)):
-            for words in (
-                ("--name", "t", "--text-teacher", str(bert), "--pooler", "mean"),
-                ("--name", "k", "--text-teacher", str(bert), "--pooler", "mean", "--tokens"),
-                ("--name", "c", "--caption-teacher", str(clip_folder)),
+            for request in (
+                FeatureRequest("t", "text", str(bert), pooler="mean", batch_size=3),
+                FeatureRequest("k", "text", str(bert), pooler="mean", tokens=True, batch_size=3),
+                FeatureRequest("c", "caption", str(clip_directory), batch_size=3),
             ):
-                options = ("--quiet", "--device", "cpu", "--batch-size", "3")
-                assert store([*paths, *words, *options], rank, world) == 0
-        tars = sorted(folder.glob("*.features.tar"))
+                on_cpu = dataclasses.replace(request, device="cpu")
+                store_features(paths, on_cpu, rank=rank, world_size=world)
+        tars = sorted(directory.glob("*.features.tar"))
         found.append({path.name: path.read_bytes() for path in tars})
     assert len(found[0]) == 15 and found[0] == found[1] == found[2]
 
@@ -179,7 +181,7 @@ def write_npz(path, names, values=None):
 
 
 def test_npz_features_are_matched_by_name(shards, tmp_path, capsys):
-    names = ["img_2.jpg", "other.jpg", "img_0.jpg", "folder/img_1.jpg"]
+    names = ["img_2.jpg", "other.jpg", "img_0.jpg", "directory/img_1.jpg"]
     run(shards, "--name", "n", "--from-npz", write_npz(tmp_path / "f.npz", names))
     assert "1 of 4 names are in no shard" in capsys.readouterr().err
     table = open_features(shards[0], "n")
@@ -214,13 +216,13 @@ def test_npz_that_does_not_fit_is_refused(shards, tmp_path):
         run(shards, "--name", "n", "--from-npz", tmp_path / "none.npz")
 
 
-def test_wrong_options_are_refused(shards, bert, clip_folder):
+def test_wrong_options_are_refused(shards, bert, clip_directory):
     for words, message in (
         (("--text-teacher", bert), "needs a pooler"),
-        (("--image-teacher", clip_folder, "--tokens"), "--tokens needs"),
-        (("--image-teacher", clip_folder, "--pooler", "mean"), "belong to --text-teacher"),
-        (("--image-teacher", clip_folder, "--batch-size", 0), "use at least 1"),
-        (("--image-teacher", bert), "not an open_clip folder"),
+        (("--image-teacher", clip_directory, "--tokens"), "--tokens needs"),
+        (("--image-teacher", clip_directory, "--pooler", "mean"), "belong to --text-teacher"),
+        (("--image-teacher", clip_directory, "--batch-size", 0), "use at least 1"),
+        (("--image-teacher", bert), "not an open_clip directory"),
     ):
         with pytest.raises(UserError, match=message):
             run(shards, "--name", "x", *words)
@@ -238,9 +240,9 @@ def test_a_launch_that_starts_one_process_of_two_is_refused(shards, bert, monkey
     assert not features_path(shards[0], "t").exists()
 
 
-def test_unreadable_picture_names_its_sample(tmp_path, clip_folder):
+def test_unreadable_picture_names_its_sample(tmp_path, clip_directory):
     with ShardSetWriter(tmp_path / "bad", "pairs", samples_per_shard=9) as writer:
         writer.write("fine", {"png": picture(0), "txt": b"a dog\n"})
         writer.write("torn", {"png": picture(1)[:90], "txt": b"a cat\n"})
-    with pytest.raises(UserError, match="picture of sample 'torn' cannot be decoded"):
-        run(writer.shards, "--name", "img", "--image-teacher", clip_folder)
+    with pytest.raises(UserError, match="image of sample 'torn' cannot be decoded"):
+        run(writer.shards, "--name", "img", "--image-teacher", clip_directory)

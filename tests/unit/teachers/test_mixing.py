@@ -20,7 +20,8 @@ from dalr_scale.errors import UserError
 from dalr_scale.models.dalr import DalrModel, FeatureWidths, LossSpec
 from dalr_scale.models.encoder import SentenceEncoder
 from dalr_scale.models.tokenizer import load_tokenizer
-from dalr_scale.objective.terms import token_terms
+from dalr_scale.objective.g2l import GlobalToLocal
+from dalr_scale.objective.views import LossBatch
 from dalr_scale.teachers.mixing import resolve_token_mix, text_weights, token_weights
 from dalr_scale.teachers.online import OnlineTeachers, OnlineText
 from dalr_scale.training.build import build_model, build_streams
@@ -151,7 +152,7 @@ def g2l(tokens: Sequence[Tensor], weights: Sequence[float], spec: ObjectiveConfi
     own = dataclasses.replace(
         own, tokens=tokens, token_masks=[mask] * len(tokens), z1_tokens=[own.z1] * len(tokens)
     )
-    return float(token_terms(own, own, spec, weights, 0)["g2l"])
+    return float(GlobalToLocal().loss(spec, LossBatch(own, own, token_weights=weights)))
 
 
 def test_mixed_tokens_and_added_losses() -> None:

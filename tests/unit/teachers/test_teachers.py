@@ -47,22 +47,22 @@ def bert(tmp_path):
 
 
 @pytest.fixture
-def clip_folder(tmp_path):
-    """A tiny open_clip model with a WordPiece tokenizer, as a local folder."""
-    folder = tmp_path / "clip"
+def clip_directory(tmp_path):
+    """A tiny open_clip model with a WordPiece tokenizer, as a local directory."""
+    directory = tmp_path / "clip"
     tokenizer = make_tokenizer(tmp_path / "clip-vocab.txt")
-    tokenizer.save_pretrained(folder)
+    tokenizer.save_pretrained(directory)
     text = {"context_length": 12, "vocab_size": len(tokenizer), "width": 16, "heads": 2}
     text |= {"layers": 2, "pool_type": "eos", "eos_id": 3, "hf_tokenizer_name": "local"}
     vision = {"image_size": 16, "patch_size": 8, "width": 32, "layers": 1, "head_width": 16}
     model_cfg = {"embed_dim": 24, "vision_cfg": vision, "text_cfg": text}
     config = {"model_cfg": model_cfg, "preprocess_cfg": {"mean": [0.5] * 3, "std": [0.25] * 3}}
-    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    (directory / "open_clip_config.json").write_text(json.dumps(config))
     torch.manual_seed(0)
-    model = open_clip.create_model(f"local-dir:{folder}")
+    model = open_clip.create_model(f"local-dir:{directory}")
     assert model.logit_scale.ndim == 0
-    save_file(model.state_dict(), folder / "model.safetensors")
-    return folder
+    save_file(model.state_dict(), directory / "model.safetensors")
+    return directory
 
 
 def test_text_teacher_gives_pooled_and_token_features(bert, tmp_path):
@@ -103,11 +103,11 @@ def test_long_sentences_are_cut_where_asked(bert, tmp_path):
     assert teacher.facts["max_length"] == 6
 
 
-def test_teachers_stay_frozen_and_in_evaluation_mode(bert, clip_folder, tmp_path):
+def test_teachers_stay_frozen_and_in_evaluation_mode(bert, clip_directory, tmp_path):
     for teacher in (
         load_text_teacher(str(tmp_path / "bert"), "mean"),
-        load_text_teacher(f"open_clip:{clip_folder}"),
-        load_image_teacher(str(clip_folder)),
+        load_text_teacher(f"open_clip:{clip_directory}"),
+        load_image_teacher(str(clip_directory)),
     ):
         teacher.train()
         assert not any(module.training for module in teacher.modules())
@@ -124,15 +124,15 @@ def run_training_mode(encoder):
     return encoder.train()(batch["input_ids"], batch["attention_mask"])
 
 
-def test_open_clip_towers_equal_the_library(clip_folder):
-    model, transform = open_clip.create_model_from_pretrained(f"local-dir:{clip_folder}")
-    ids = open_clip.get_tokenizer(f"local-dir:{clip_folder}")(SENTENCES)
+def test_open_clip_towers_equal_the_library(clip_directory):
+    model, transform = open_clip.create_model_from_pretrained(f"local-dir:{clip_directory}")
+    ids = open_clip.get_tokenizer(f"local-dir:{clip_directory}")(SENTENCES)
     picture = Image.fromarray(
         np.random.default_rng(0).integers(0, 255, (20, 30, 3), dtype=np.uint8)
     )
     image, text = (
-        load_image_teacher(f"open_clip:{clip_folder}"),
-        load_text_teacher(f"open_clip:{clip_folder}", tokens=True),
+        load_image_teacher(f"open_clip:{clip_directory}"),
+        load_text_teacher(f"open_clip:{clip_directory}", tokens=True),
     )
     pixels = image.transform(picture)
     with torch.no_grad():
@@ -159,63 +159,63 @@ def test_a_named_architecture_with_a_checkpoint_file(tmp_path):
         load_image_teacher("RN50@missing.safetensors")
 
 
-def test_a_pretrained_tag_names_a_hub_repository(clip_folder, monkeypatch):
+def test_a_pretrained_tag_names_a_hub_repository(clip_directory, monkeypatch):
     asked = []
 
     def snapshot(name, **options):
         asked.append((name, options["allow_patterns"]))
-        return str(clip_folder)
+        return str(clip_directory)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
     teacher = load_image_teacher("ViT-B-32@laion2b_s34b_b79k")
-    assert teacher.width == load_image_teacher(str(clip_folder)).width
+    assert teacher.width == load_image_teacher(str(clip_directory)).width
     assert [name for name, _ in asked] == ["laion/CLIP-ViT-B-32-laion2B-s34B-b79K"]
     assert not any(pattern.endswith((".pt", ".bin")) for pattern in asked[0][1])
     with pytest.raises(UserError, match="no tag of ViT-B-32"):
         load_image_teacher("ViT-B-32@laion3b")
 
 
-def test_clip_tokenizer_counts_tokens_up_to_the_end_token(clip_folder):
-    config = json.loads((clip_folder / "open_clip_config.json").read_text())
+def test_clip_tokenizer_counts_tokens_up_to_the_end_token(clip_directory):
+    config = json.loads((clip_directory / "open_clip_config.json").read_text())
     text = config["model_cfg"]["text_cfg"]
     text |= {"vocab_size": 49408, "pool_type": "argmax"}
     del text["hf_tokenizer_name"]
-    (clip_folder / "open_clip_config.json").write_text(json.dumps(config))
-    (clip_folder / "model.safetensors").unlink()
-    model = open_clip.create_model(f"local-dir:{clip_folder}")
-    save_file(model.state_dict(), clip_folder / "model.safetensors")
-    teacher = load_text_teacher(f"open_clip:{clip_folder}", tokens=True)
+    (clip_directory / "open_clip_config.json").write_text(json.dumps(config))
+    (clip_directory / "model.safetensors").unlink()
+    model = open_clip.create_model(f"local-dir:{clip_directory}")
+    save_file(model.state_dict(), clip_directory / "model.safetensors")
+    teacher = load_text_teacher(f"open_clip:{clip_directory}", tokens=True)
     # In this vocabulary the padding id 0 is also the word piece "!".
     assert teacher.encode(["a ! dog", "a dog"])[2].sum(1).tolist() == [4, 3]
 
 
-def test_open_clip_weights_must_be_safetensors_finite_and_complete(clip_folder):
-    weights = load_file(clip_folder / "model.safetensors")
+def test_open_clip_weights_must_be_safetensors_finite_and_complete(clip_directory):
+    weights = load_file(clip_directory / "model.safetensors")
     save_file(
         weights | {"visual.proj": weights["visual.proj"] * torch.nan},
-        clip_folder / "model.safetensors",
+        clip_directory / "model.safetensors",
     )
     with pytest.raises(UserError, match=r"visual\.proj holds values that are not finite"):
-        load_image_teacher(str(clip_folder))
+        load_image_teacher(str(clip_directory))
     partial = {k: v for k, v in weights.items() if k != "visual.proj"}
-    save_file(partial, clip_folder / "model.safetensors")
+    save_file(partial, clip_directory / "model.safetensors")
     with pytest.raises(UserError, match="does not load"):
-        load_image_teacher(str(clip_folder))
-    (clip_folder / "model.safetensors").unlink()
-    torch.save(weights, clip_folder / "open_clip_pytorch_model.bin")
+        load_image_teacher(str(clip_directory))
+    (clip_directory / "model.safetensors").unlink()
+    torch.save(weights, clip_directory / "open_clip_pytorch_model.bin")
     with pytest.raises(UserError, match="only safetensors weights"):
-        load_image_teacher(str(clip_folder))
-    (clip_folder / "open_clip_config.json").unlink()
-    with pytest.raises(UserError, match="not an open_clip folder"):
-        load_image_teacher(str(clip_folder))
+        load_image_teacher(str(clip_directory))
+    (clip_directory / "open_clip_config.json").unlink()
+    with pytest.raises(UserError, match="not an open_clip directory"):
+        load_image_teacher(str(clip_directory))
 
 
-def test_a_pickle_beside_the_safetensors_is_not_read(clip_folder):
+def test_a_pickle_beside_the_safetensors_is_not_read(clip_directory):
     # open_clip itself would prefer this name over model.safetensors.
-    (clip_folder / "open_clip_pytorch_model.bin").write_bytes(b"not a model")
+    (clip_directory / "open_clip_pytorch_model.bin").write_bytes(b"not a model")
     with pytest.raises(Exception):  # noqa: B017 - the control: the library trips over it
-        open_clip.create_model(f"local-dir:{clip_folder}")
-    assert load_image_teacher(str(clip_folder)).width == 24
+        open_clip.create_model(f"local-dir:{clip_directory}")
+    assert load_image_teacher(str(clip_directory)).width == 24
 
 
 def test_tokenizers_are_compared_by_what_decides_the_ids(tmp_path):

@@ -17,12 +17,9 @@ from dalr_scale.config import Config, ObjectiveConfig, build_config, load_config
 from dalr_scale.config.presets import PRESETS
 from dalr_scale.data.stream.order import StreamPlan
 from dalr_scale.errors import UserError
-from dalr_scale.objective.terms import unmatched_rows
-from dalr_scale.training.contradictions import (
-    check_contradictions,
-    idle_terms,
-    settings_without_effect,
-)
+from dalr_scale.objective.cons import unmatched_rows
+from dalr_scale.objective.registry import keys_without_effect
+from dalr_scale.training.contradictions import check_contradictions, settings_without_effect
 from dalr_scale.training.preflight import warn_of_streams, warn_without_effect
 
 BASE = {
@@ -158,7 +155,7 @@ def test_what_is_said_to_change_nothing_changes_nothing(seed: int) -> None:
     rng = random.Random(seed)
     spec = random_objective(rng)
     before = total(spec)
-    for name in idle_terms(spec):
+    for name in keys_without_effect(spec):
         changed = dataclasses.replace(spec, **{name: other_value(name, getattr(spec, name), rng)})
         # a weight below a group of weight 0 is idle, and so is a group without weights
         assert total(changed) == before, name

@@ -15,24 +15,29 @@ from dalr_scale.commands import index as index_command
 from dalr_scale.commands import tokens as tokens_command
 from dalr_scale.data.shards.arrays import gather_rows
 from dalr_scale.data.shards.files import expand_shards
-from dalr_scale.data.shards.token_store import Encoding, open_tokens, tokens_path, write_tokens
+from dalr_scale.data.shards.token_id_store import (
+    Encoding,
+    open_token_ids,
+    token_ids_path,
+    write_token_ids,
+)
 from dalr_scale.data.shards.writer import write_text_shards
 from dalr_scale.data.stream.batch import Batch
-from dalr_scale.data.stream.loader import make_loader, tokenize
+from dalr_scale.data.stream.loader import LoaderOptions, Sources, make_loader, tokenize
 from dalr_scale.data.stream.source import Source
 from dalr_scale.errors import UserError
 from dalr_scale.teachers.models import tokenizer_hash
 
 TOKENIZER = small_tokenizer()
 SHA256 = tokenizer_hash(TOKENIZER)
-WORDS = ["sentence", "of", "picture", "zebra", "7", "99"]
+WORDS = ["sentence", "of", "image", "zebra", "7", "99"]
 sentences_lists = st.lists(
     st.lists(st.sampled_from(WORDS), min_size=1, max_size=40).map(" ".join), min_size=1, max_size=30
 )
 
 
-def shard_with(folder: Path, sentences: list[str]) -> Path:
-    path = folder / "t.tar"
+def shard_with(directory: Path, sentences: list[str]) -> Path:
+    path = directory / "t.tar"
     path.write_bytes(tar_member(b"0.txt", "\n".join(sentences).encode()) + END)
     return path
 
@@ -43,14 +48,14 @@ def test_ids_are_those_of_the_tokenizer(
     sentences: list[str], max_length: int, seed: int, tmp_path_factory
 ) -> None:
     shard = shard_with(tmp_path_factory.mktemp("ids"), sentences)
-    write_tokens(shard, sentences, TOKENIZER, SHA256)
+    write_token_ids(shard, sentences, TOKENIZER, SHA256)
     source = Source([shard], encoding=Encoding(SHA256, max_length, 0))
-    assert source.has_ids
+    assert source.has_token_ids
     order = np.random.default_rng(seed).integers(0, len(sentences), 8)
     records = source.read(order, text=False)
     expected = tokenize(TOKENIZER, [sentences[n] for n in order], max_length)
-    assert records.sentences == [] and records.encoded is not None
-    for found, wanted in zip(records.encoded, expected, strict=True):
+    assert records.sentences == [] and records.token_ids is not None
+    for found, wanted in zip(records.token_ids, expected, strict=True):
         np.testing.assert_array_equal(found, wanted.numpy())
 
 
@@ -68,24 +73,22 @@ def source(tmp_path: Path) -> Source:
 
 def batches_of(source: Source, workers: int = 0, **options: object) -> list[Batch]:
     plan = plan_of(source, None, seed=1, global_batch=8)
-    settings_: dict = {"rank": 0, "world_size": 1, "start_step": 0, "total_steps": 16} | options
-    loader = make_loader(
-        plan, source, None, TOKENIZER, max_length=8, num_workers=workers, **settings_
-    )
-    return list(loader)
+    settings_: dict = {"total_steps": 16} | options
+    chosen = LoaderOptions(max_length=8, num_workers=workers, **settings_)
+    return list(make_loader(plan, Sources(source, None), TOKENIZER, chosen))
 
 
 def store(source: Source) -> None:
     for shard in source.shards:
         own = Source([shard])
-        write_tokens(shard, own.read(np.arange(own.num_items)).sentences, TOKENIZER, SHA256)
+        write_token_ids(shard, own.read(np.arange(own.num_items)).sentences, TOKENIZER, SHA256)
 
 
 def test_batches_are_the_same_with_and_without(source: Source) -> None:
     before = digest(batches_of(source))
     store(source)
-    source.use_ids(Encoding(SHA256, 8, 0))
-    assert source.has_ids
+    source.use_token_ids(Encoding(SHA256, 8, 0))
+    assert source.has_token_ids
     assert digest(batches_of(source)) == before
     bare = batches_of(source, with_text=False, workers=1)
     assert all(batch.sentences == [] for batch in bare)
@@ -96,26 +99,26 @@ def test_batches_are_the_same_with_and_without(source: Source) -> None:
 
 def test_ids_of_some_shards_or_of_another_tokenizer_are_not_used(source, caplog) -> None:
     store(source)
-    source.use_ids(Encoding("0" * 64, 8, 0))
-    assert not source.has_ids
-    source.use_ids(Encoding(SHA256, 600, 0))  # more than is stored of an item
-    assert not source.has_ids
-    tokens_path(source.shards[0], SHA256).unlink()
-    source.use_ids(Encoding(SHA256, 8, 0))
-    assert not source.has_ids
+    source.use_token_ids(Encoding("0" * 64, 8, 0))
+    assert not source.has_token_ids
+    source.use_token_ids(Encoding(SHA256, 600, 0))  # more than is stored of an item
+    assert not source.has_token_ids
+    token_ids_path(source.shards[0], SHA256).unlink()
+    source.use_token_ids(Encoding(SHA256, 8, 0))
+    assert not source.has_token_ids
     assert "1 of 2 shards have no stored token ids" in caplog.text
 
 
 def test_a_changed_row_is_a_fault_of_that_row(source: Source) -> None:
     store(source)
-    path = tokens_path(source.shards[0], SHA256)
-    table = open_tokens(source.shards[0], SHA256)
+    path = token_ids_path(source.shards[0], SHA256)
+    table = open_token_ids(source.shards[0], SHA256)
     assert table is not None
     start = path.read_bytes().rindex(table.values.whole().tobytes())
     with path.open("r+b") as file:
         file.seek(start)
         file.write(b"\x09")
-    source.use_ids(Encoding(SHA256, 8, 0))
+    source.use_token_ids(Encoding(SHA256, 8, 0))
     with pytest.raises(UserError, match="the ids of item 0 have changed"):
         source.read(np.arange(source.num_items))
     found = [batch for batch in batches_of(source) if batch.bad]
@@ -127,8 +130,8 @@ def test_ids_of_another_state_of_the_shard_are_refused(source: Source) -> None:
     store(source)
     shard = source.shards[0]
     shard.write_bytes(shard.read_bytes().replace(b"sentence", b"Sentence", 1))
-    with pytest.raises(UserError, match="was made from another state"):
-        open_tokens(shard, SHA256)
+    with pytest.raises(UserError, match="belongs to another state"):
+        open_token_ids(shard, SHA256)
 
 
 def test_a_tokenizer_without_fixed_special_tokens_is_refused(tmp_path: Path) -> None:
@@ -143,7 +146,7 @@ def test_a_tokenizer_without_fixed_special_tokens_is_refused(tmp_path: Path) -> 
 
     shard = shard_with(tmp_path, ["a b c", "d"])
     with pytest.raises(UserError, match="same special tokens"):
-        write_tokens(shard, ["a b c", "d"], Odd(), SHA256)
+        write_token_ids(shard, ["a b c", "d"], Odd(), SHA256)
 
 
 def test_command_stores_checks_and_skips(source: Source, tmp_path: Path, capsys) -> None:
@@ -176,7 +179,7 @@ def test_loader_of_both_streams_still_reads_text(tmp_path: Path) -> None:
     before = digest(list(loader_of((text, pairs), plan=plan_of(text, pairs, seed=1, global_batch=8),
                                    total_steps=6)))  # fmt: skip
     store(text)
-    text.use_ids(Encoding(SHA256, 8, 0))
+    text.use_token_ids(Encoding(SHA256, 8, 0))
     after = loader_of((text, pairs), plan=plan_of(text, pairs, seed=1, global_batch=8),
                       total_steps=6)  # fmt: skip
     assert digest(list(after)) == before

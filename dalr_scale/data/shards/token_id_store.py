@@ -1,4 +1,4 @@
-"""Token ids made once: packed records beside each shard, so that training need not tokenise.
+"""Stored token ids: packed records next to each shard, so that training need not tokenize.
 
 ``X.ids-HASH.tokens.tar`` belongs to ``X.tar`` and to one tokenizer, whose hash it carries:
 
@@ -8,7 +8,7 @@
     00000000.sums.npy       uint32 [items], the checksum of each row
 
 Ids are stored without special tokens and before any truncation, so that one set serves every
-``max_length``: a row is PREFIX + its first ids + SUFFIX, which is what the tokenizer gives.
+``max_length``: a row is PREFIX + its first ids + SUFFIX, as the tokenizer returns it.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeGuard, cast
 
 import numpy as np
 
-from dalr_scale.data.shards.arrays import FileArray, gather_rows, places, row_sums
-from dalr_scale.data.shards.index import ensure_index
+from dalr_scale.data.shards.arrays import FileArray, RaggedRows, gather_rows, places, row_sums
+from dalr_scale.data.shards.indexing import ensure_index
 from dalr_scale.data.shards.index_file import IndexHeader
 from dalr_scale.data.shards.packed import (
     CRC,
@@ -30,42 +30,55 @@ from dalr_scale.data.shards.packed import (
     digest,
     write_packed,
 )
-from dalr_scale.data.shards.files import TOKENS_SUFFIX, beside
+from dalr_scale.data.shards.files import TOKENS_SUFFIX, companion
 from dalr_scale.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 SCHEMA = 1
 STORED_TOKENS = 512  # ids kept of one item; longer ones are cut by every loader anyway
 
-TOKEN_ARRAYS = frozenset(("values", "offsets", "sums"))
+TOKEN_ID_ARRAYS = frozenset(("values", "offsets", "sums"))
 _REMEDY = "remove it and run dalr-scale tokens again"
 _PROBES = 256
 _BLOCK = 4096
 _SHORT, _LONG = np.dtype("<u2"), np.dtype("<u4")
 
 
-def tokens_path(shard: Path, tokenizer_sha256: str) -> Path:
-    """Return where the ids of a shard lie for a tokenizer."""
-    return Path(beside(shard, tokens_ending(tokenizer_sha256)))
+def token_ids_path(shard: Path, tokenizer_sha256: str) -> Path:
+    """Return the path of a shard's token ids for a tokenizer."""
+    return Path(companion(shard, token_ids_ending(tokenizer_sha256)))
 
 
-def tokens_ending(tokenizer_sha256: str) -> str:
-    """Return what stands in place of ``.tar`` in the name of a shard's stored ids."""
+def token_ids_ending(tokenizer_sha256: str) -> str:
+    """Return what replaces ``.tar`` in the name of a shard's stored ids."""
     return f".ids-{tokenizer_sha256[:12]}{TOKENS_SUFFIX}"
 
 
 @dataclass(frozen=True)
 class Encoding:
-    """How a loader wants its ids.
+    """The token ids that a loader requests.
 
     Attributes:
-        tokenizer_sha256: the tokenizer (``models.teachers.tokenizer_hash``).
+        tokenizer_sha256: the tokenizer (``models.tokenizer.tokenizer_hash``).
         max_length: tokens kept of a sentence, special tokens included.
-        pad_id: what fills shorter rows.
+        pad_id: padding id.
     """
 
     tokenizer_sha256: str
     max_length: int
     pad_id: int
+
+
+class SpecialTokens(NamedTuple):
+    """Ids of the special tokens before and after every sentence."""
+
+    prefix: tuple[int, ...]
+    suffix: tuple[int, ...]
+
+
+NO_SPECIAL_TOKENS = SpecialTokens((), ())
 
 
 class FoundIds(NamedTuple):
@@ -83,20 +96,19 @@ class FoundIds(NamedTuple):
 
 
 @dataclass(frozen=True)
-class TokenTable:
+class TokenIdTable:
     """The stored ids of one shard, read from their file row by row.
 
     Attributes:
         path: the tar.
-        prefix, suffix: ids of the special tokens before and after a sentence.
+        special: special tokens around every sentence.
         values: uint16 or uint32 [ids].
         offsets: int64 [items + 1].
         sums: CRC-32 of each row, uint32 [items].
     """
 
     path: Path
-    prefix: tuple[int, ...]
-    suffix: tuple[int, ...]
+    special: SpecialTokens
     values: FileArray
     offsets: FileArray
     sums: FileArray
@@ -105,7 +117,7 @@ class TokenTable:
         """Return the ids of some items, cut so that they fit with their special tokens.
 
         Raises:
-            CutOff: the file has become shorter.
+            TruncatedFile: the file has become shorter.
             OSError: the storage fails.
         """
         starts, ends = np.split(self.offsets.rows(np.concatenate([rows, rows + 1])), 2)
@@ -116,49 +128,49 @@ class TokenTable:
             n: f"{self.path}: the ids of item {rows[n]} have changed; {_REMEDY}"
             for n in changed.tolist()
         }
-        room = max_length - len(self.prefix) - len(self.suffix)
-        kept = np.minimum(lengths, room)
-        if len(kept) and int(lengths.max()) > room:
+        free = max_length - sum(map(len, self.special))
+        kept = np.minimum(lengths, free)
+        if len(kept) and int(lengths.max()) > free:
             values = gather_rows(values, np.cumsum(lengths) - lengths, kept)
         return FoundIds(values, kept, faults)
 
 
-def pad_rows(
-    parts: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]],
-    count: int,
-    special: tuple[tuple[int, ...], tuple[int, ...]],
-    pad_id: int,
+def pad_ids(
+    parts: Sequence[RaggedRows], count: int, special: SpecialTokens, pad_id: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Lay rows of ids out as a matrix, padded on the right to the longest.
+    """Lay rows of ids out as a matrix, padded on the right to the longest row.
 
     Args:
-        parts: (positions of the rows in the batch, ids one row after the other, ids of each row).
+        parts: ids of the rows of the batch, without special tokens.
         count: rows of the batch, n.
-        special: prefix and suffix of every row.
-        pad_id: what fills shorter rows.
+        special: special tokens around every row.
+        pad_id: padding id.
 
     Returns:
         Ids and mask, int64 [n, L].
     """
     prefix, suffix = special
     extra = len(prefix) + len(suffix)
-    longest = max((int(lengths.max()) for _, _, lengths in parts if len(lengths)), default=0)
+    longest = max((int(part.lengths.max()) for part in parts if len(part.lengths)), default=0)
     ids = np.full((count, max(1, longest + extra)), pad_id, np.int64)
-    kept = np.zeros(count, np.int64)
-    for where, values, lengths in parts:
-        ids[np.repeat(where, lengths), places(lengths) + len(prefix)] = values
-        kept[where] = lengths
+    lengths_of_rows = np.zeros(count, np.int64)
+    for rows, values, lengths in parts:
+        ids[np.repeat(rows, lengths), places(lengths) + len(prefix)] = values
+        lengths_of_rows[rows] = lengths
     ids[:, : len(prefix)] = prefix
     for number, token in enumerate(suffix):
-        ids[np.arange(count), kept + len(prefix) + number] = token
-    mask = (np.arange(ids.shape[1]) < (kept + extra)[:, None]).astype(np.int64)
+        ids[np.arange(count), lengths_of_rows + len(prefix) + number] = token
+    mask = (np.arange(ids.shape[1]) < (lengths_of_rows + extra)[:, None]).astype(np.int64)
     return ids, mask
 
 
-def write_tokens(
-    shard: Path, sentences: Sequence[str], tokenizer: Any, tokenizer_sha256: str
+def write_token_ids(
+    shard: Path,
+    sentences: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    tokenizer_sha256: str,
 ) -> Path:
-    """Tokenise the items of a shard and write their ids beside it.
+    """Tokenize the items of a shard and write their ids next to it.
 
     Args:
         shard: the shard; its index is built when missing.
@@ -170,7 +182,30 @@ def write_tokens(
         UserError: the tokenizer's rows are not prefix + ids + suffix.
     """
     header = ensure_index(shard).header
-    prefix, suffix = _special_tokens(tokenizer, sentences)
+    special = _special_tokens(tokenizer, sentences)
+    values, offsets = _all_ids(tokenizer, sentences)
+    if not len(values):
+        raise UserError(f"{shard}: no sentence has a token; is this the right tokenizer?")
+    manifest = {
+        "schema": SCHEMA,
+        "tokenizer_sha256": tokenizer_sha256,
+        "prefix": special.prefix,
+        "suffix": special.suffix,
+        "rows": len(sentences),
+        "stored_tokens": STORED_TOKENS,
+        "shard_sha256": header.sha256,
+        "values_sha256": digest([values, offsets]),
+    }
+    path = token_ids_path(shard, tokenizer_sha256)
+    arrays = {"values": values, "offsets": offsets, "sums": row_sums(values, np.diff(offsets))}
+    write_packed(path, manifest, arrays)
+    return path
+
+
+def _all_ids(
+    tokenizer: PreTrainedTokenizerBase, sentences: Sequence[str]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the ids of all sentences, one after the other, and offsets int64 [sentences + 1]."""
     dtype: np.dtype = _SHORT if len(tokenizer) <= 1 << 16 else _LONG
     blocks: list[np.ndarray] = [np.empty(0, dtype)]
     lengths: list[int] = []
@@ -179,48 +214,24 @@ def write_tokens(
         rows = [row[:STORED_TOKENS] for row in _encode(tokenizer, part, add_special_tokens=False)]
         lengths += map(len, rows)
         blocks.append(np.array([token for row in rows for token in row], dtype))
-    values = np.concatenate(blocks)
-    if not len(values):
-        raise UserError(f"{shard}: no sentence has a token; is this the right tokenizer?")
     offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(OFFSET)
-    manifest = {
-        "schema": SCHEMA,
-        "tokenizer_sha256": tokenizer_sha256,
-        "prefix": prefix,
-        "suffix": suffix,
-        "rows": len(lengths),
-        "stored_tokens": STORED_TOKENS,
-        "shard_sha256": header.sha256,
-        "values_sha256": digest([values, offsets]),
-    }
-    path = tokens_path(shard, tokenizer_sha256)
-    arrays = {"values": values, "offsets": offsets, "sums": row_sums(values, np.diff(offsets))}
-    write_packed(path, manifest, arrays)
-    return path
+    return np.concatenate(blocks), offsets
 
 
-def open_tokens(
+def open_token_ids(
     shard: Path, tokenizer_sha256: str, header: IndexHeader | None = None
-) -> TokenTable | None:
+) -> TokenIdTable | None:
     """Open the ids of a shard for a tokenizer; None when there are none.
 
     Raises:
-        UserError: they are malformed, or made from another state of the shard.
+        UserError: they are malformed, or belong to another state of the shard.
     """
-    path = tokens_path(shard, tokenizer_sha256)
+    path = token_ids_path(shard, tokenizer_sha256)
     if not path.exists():
         return None
-    packed = PackedTar(path, TOKEN_ARRAYS, _REMEDY)
-    manifest = packed.manifest
+    packed = PackedTar(path, TOKEN_ID_ARRAYS, _REMEDY)
     header = header or ensure_index(shard).header
-    if manifest.get("schema") != SCHEMA or manifest.get("tokenizer_sha256") != tokenizer_sha256:
-        raise packed.malformed("is of another version or tokenizer")
-    if manifest.get("shard_sha256") != header.sha256:
-        raise packed.malformed(f"was made from another state of {shard.name}")
-    special = manifest.get("prefix"), manifest.get("suffix")
-    if not all(map(_is_ids, special)):
-        raise packed.malformed("has a manifest without special tokens")
-    prefix, suffix = (tuple(part or ()) for part in special)
+    special = _checked_manifest(packed, tokenizer_sha256, shard, header)
     dtype = _LONG if packed.itemsize("values") == _LONG.itemsize else _SHORT
     values = packed.array("values", dtype, 1)
     offsets, sums = packed.array("offsets", OFFSET, 1), packed.array("sums", CRC, 1)
@@ -230,10 +241,24 @@ def open_tokens(
         raise packed.malformed("has offsets that do not rise from 0 to the number of ids")
     if len(offsets) != header.items + 1 or len(sums) != header.items:
         raise packed.malformed(f"has {len(offsets) - 1} rows for {header.items} items")
-    return TokenTable(path, prefix, suffix, values, offsets, sums)
+    return TokenIdTable(path, special, values, offsets, sums)
 
 
-def verify_tokens(table: TokenTable) -> None:
+def _checked_manifest(
+    packed: PackedTar, tokenizer_sha256: str, shard: Path, header: IndexHeader
+) -> SpecialTokens:
+    manifest = packed.manifest
+    if manifest.get("schema") != SCHEMA or manifest.get("tokenizer_sha256") != tokenizer_sha256:
+        raise packed.malformed("is of another version or tokenizer")
+    if manifest.get("shard_sha256") != header.sha256:
+        raise packed.malformed(f"belongs to another state of {shard.name}")
+    prefix, suffix = manifest.get("prefix"), manifest.get("suffix")
+    if not (_is_ids(prefix) and _is_ids(suffix)):
+        raise packed.malformed("has a manifest without special tokens")
+    return SpecialTokens(tuple(prefix), tuple(suffix))
+
+
+def verify_token_ids(table: TokenIdTable) -> None:
     """Compare every row with its checksum.
 
     Raises:
@@ -246,8 +271,14 @@ def verify_tokens(table: TokenTable) -> None:
             raise UserError(next(iter(faults.values())))
 
 
-def _special_tokens(tokenizer: Any, sentences: Sequence[str]) -> tuple[list[int], list[int]]:
-    """Find what the tokenizer puts around a sentence, and check that it always does."""
+def _special_tokens(
+    tokenizer: PreTrainedTokenizerBase, sentences: Sequence[str]
+) -> SpecialTokens:
+    """Find the special tokens around a sentence, and check that they are always the same.
+
+    Raises:
+        UserError: they differ between sentences or with the length.
+    """
     probes = ["a", *sentences[:_PROBES]]
     bare = _encode(tokenizer, probes, add_special_tokens=False)
     whole = _encode(tokenizer, probes)
@@ -259,27 +290,38 @@ def _special_tokens(tokenizer: Any, sentences: Sequence[str]) -> tuple[list[int]
     start = next(splits, None)
     if start is not None:
         prefix, suffix = whole[first][:start], whole[first][start + len(bare[first]) :]
-        for limit in (8, STORED_TOKENS):
-            cut = _encode(tokenizer, probes, truncation=True, max_length=limit)
-            room = limit - extra
-            if all(w == prefix + b[:room] + suffix for w, b in zip(cut, bare, strict=True)):
-                continue
-            break
-        else:
-            return prefix, suffix
+        if all(
+            row == prefix + ids[: limit - extra] + suffix
+            for limit in (8, STORED_TOKENS)
+            for row, ids in zip(
+                _encode(tokenizer, probes, truncation=True, max_length=limit), bare, strict=True
+            )
+        ):
+            return SpecialTokens(tuple(prefix), tuple(suffix))
     raise UserError(
         "this tokenizer does not put the same special tokens around every sentence; leave its "
-        "ids to training, which tokenises as it reads"
+        "ids to training, which tokenizes while it reads"
     )
 
 
-def _encode(tokenizer: Any, sentences: Sequence[str], **options: Any) -> list[list[int]]:
-    options = {"truncation": False} | options
+def _encode(
+    tokenizer: PreTrainedTokenizerBase,
+    sentences: Sequence[str],
+    *,
+    add_special_tokens: bool = True,
+    truncation: bool = False,
+    max_length: int | None = None,
+) -> list[list[int]]:
     encoded = tokenizer(
-        list(sentences), return_attention_mask=False, return_token_type_ids=False, **options
+        list(sentences),
+        add_special_tokens=add_special_tokens,
+        truncation=truncation,
+        max_length=max_length,
+        return_attention_mask=False,
+        return_token_type_ids=False,
     )
-    return encoded["input_ids"]
+    return cast("list[list[int]]", encoded["input_ids"])
 
 
-def _is_ids(value: object) -> bool:
+def _is_ids(value: object) -> TypeGuard[list[int]]:
     return isinstance(value, list) and all(isinstance(v, int) and v >= 0 for v in value)

@@ -15,7 +15,7 @@ import numpy as np
 
 from dalr_scale.data.shards.images import check_image
 from dalr_scale.data.shards.index_file import (
-    ASIDE,
+    QUARANTINE,
     CAPTION_LIMIT,
     ITEM,
     MEMBER_LIMIT,
@@ -40,18 +40,18 @@ from dalr_scale.data.shards.files import (
     walk_tar,
 )
 from dalr_scale.errors import UserError
-from dalr_scale.run.state import process_name
+from dalr_scale.run.files import process_name
 
-_log = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 
 def ensure_index(shard: Path, *, deep: bool = False) -> IndexFile:
     """Return the index of a shard; build and write it when it is missing, damaged or stale.
 
-    With ``deep`` every picture is decoded, and those that cannot be are set aside.
+    With ``deep`` every image is decoded, and those that cannot be decoded are quarantined.
 
     Several processes may do this at once: each writes its own temporary file and renames it. In a
-    folder that cannot be written to, the index stays in memory.
+    directory that cannot be written to, the index stays in memory.
 
     Raises:
         UserError: the shard is not a valid WebDataset tar of samples, or holds none.
@@ -60,14 +60,14 @@ def ensure_index(shard: Path, *, deep: bool = False) -> IndexFile:
     if found is not None and found.header.deep >= deep:
         return found
     if found is None and index_path(shard).exists():
-        _log.warning("%s: the index is damaged or older than the shard; building it again", shard)
+        log.warning("%s: the index is damaged or older than the shard; building it again", shard)
     header, blob = build_index(shard, deep=deep)
-    if header.aside:
-        _log.warning("%s: %d lines or samples are set aside", shard, header.aside)
+    if header.quarantined:
+        log.warning("%s: %d lines or samples are quarantined", shard, header.quarantined)
     try:
         write_index(shard, blob)
     except OSError as error:
-        _log.warning("%s: the index is kept in memory only (%s)", shard, error.strerror)
+        log.warning("%s: the index is kept in memory only (%s)", shard, error.strerror)
         return IndexFile(shard, header, blob)
     return IndexFile(shard, header)
 
@@ -88,7 +88,7 @@ def build_index(shard: Path, *, deep: bool = False) -> tuple[IndexHeader, bytes]
 
     Args:
         shard: the shard.
-        deep: decode every picture too.
+        deep: decode every image too.
 
     Raises:
         UserError: the tar is irregular (see ``walk_tar``), a sample is torn apart, no sample can
@@ -123,13 +123,13 @@ def build_index(shard: Path, *, deep: bool = False) -> tuple[IndexHeader, bytes]
         key_bytes=len(rows.keys),
         sha256=sha256,
         body_crc32=zlib.crc32(body),
-        aside=len(rows.aside),
+        quarantined=len(rows.quarantined),
         deep=deep,
     )
     return header, header.pack() + body
 
 
-class _SetAside(Exception):
+class _Quarantined(Exception):
     """A sample cannot be used; the argument is the number of its reason."""
 
 
@@ -139,7 +139,7 @@ class _Rows:
 
     items: list[tuple[int, int, int, int, int]] = field(default_factory=list)
     samples: list[tuple[int, int, int, int, int, int]] = field(default_factory=list)
-    aside: list[tuple[int, int, int]] = field(default_factory=list)
+    quarantined: list[tuple[int, int, int]] = field(default_factory=list)
     keys: bytearray = field(default_factory=bytearray)
 
     def add(self, descriptor: int, key: str, members: list[Member], deep: bool) -> None:
@@ -151,10 +151,12 @@ class _Rows:
             image = _image_row(descriptor, by_extension, deep)
             if "txt" in by_extension:
                 self._add_lines(descriptor, by_extension["txt"], number)
-            if len(self.items) == first and not any(row[0] == number for row in self.aside[-1:]):
-                raise _SetAside(NO_CAPTION)
-        except _SetAside as fault:
-            self.aside.append((number, WHOLE, fault.args[0]))
+            if len(self.items) == first and not any(
+                row[0] == number for row in self.quarantined[-1:]
+            ):
+                raise _Quarantined(NO_CAPTION)
+        except _Quarantined as fault:
+            self.quarantined.append((number, WHOLE, fault.args[0]))
         raw_key = key.encode("utf-8")
         self.samples.append((len(self.keys), len(raw_key), image[2], image[0], image[1], first))
         self.keys += raw_key
@@ -162,7 +164,7 @@ class _Rows:
     def _add_lines(self, descriptor: int, member: Member, sample: int) -> None:
         """Append a row for each line that is not blank."""
         if member.size > MEMBER_LIMIT:
-            raise _SetAside(5)
+            raise _Quarantined(5)
         start = member.offset
         lines = read_exactly(descriptor, member.size, start).split(b"\n")
         for number, line in enumerate(lines):
@@ -171,16 +173,16 @@ class _Rows:
                 try:
                     text = _cut(text)
                 except UnicodeDecodeError:
-                    self.aside.append((sample, number, 1))
+                    self.quarantined.append((sample, number, 1))
                 else:
                     offset = start + len(line) - len(line.lstrip())
                     self.items.append((offset, len(text), zlib.crc32(text), sample, number))
             start += len(line) + 1
 
     def first_fault(self) -> str:
-        if not self.aside:
+        if not self.quarantined:
             return ""
-        sample, line, reason = self.aside[0]
+        sample, line, reason = self.quarantined[0]
         start, size = self.samples[sample][:2]
         key = self.keys[start : start + size].decode()
         where = "" if line == WHOLE else f"line {line + 1} of "
@@ -191,7 +193,7 @@ class _Rows:
             (
                 np.array(self.items, ITEM).tobytes(),
                 np.array(self.samples, SAMPLE).tobytes(),
-                np.array(self.aside, ASIDE).tobytes(),
+                np.array(self.quarantined, QUARANTINE).tobytes(),
                 bytes(self.keys),
             )
         )
@@ -220,7 +222,7 @@ def check_shard(shard: Path) -> list[str]:
 
 
 def _crc_faults(index: ShardIndex) -> Iterator[str]:
-    """Name every caption and picture whose bytes have another checksum than the index says."""
+    """Name every caption and image whose bytes have another checksum than the index says."""
     descriptor = open_regular(index.shard)
     try:
         for offset, size, crc, sample, line in index.items.tolist():
@@ -229,7 +231,7 @@ def _crc_faults(index: ShardIndex) -> Iterator[str]:
         for number, row in enumerate(index.samples):
             data = read_exactly(descriptor, int(row["image_size"]), int(row["image"]))
             if zlib.crc32(data) != int(row["image_crc32"]):
-                yield f"the picture of sample {index.key(number)!r} has changed"
+                yield f"the image of sample {index.key(number)!r} has changed"
     finally:
         os.close(descriptor)
 
@@ -250,27 +252,27 @@ def _grouped(shard: Path) -> Iterator[tuple[str, list[Member]]]:
 def _by_extension(members: list[Member]) -> dict[str, Member]:
     found = {split_name(member.name)[1]: member for member in members}
     if len(found) < len(members):
-        raise _SetAside(2)
+        raise _Quarantined(2)
     return found
 
 
 def _image_row(descriptor: int, members: dict[str, Member], deep: bool) -> tuple[int, int, int]:
-    """Return (offset, size, crc32) of the sample's picture, zeros where it has none."""
-    pictures = [members[extension] for extension in IMAGE_EXTENSIONS if extension in members]
-    if not pictures:
+    """Return (offset, size, crc32) of the sample's image, zeros where it has none."""
+    images = [members[extension] for extension in IMAGE_EXTENSIONS if extension in members]
+    if not images:
         return 0, 0, 0
-    if len(pictures) > 1:
-        raise _SetAside(3)
-    picture = pictures[0]
-    if not 0 < picture.size <= MEMBER_LIMIT:
-        raise _SetAside(4)
-    data = read_exactly(descriptor, picture.size, picture.offset)
+    if len(images) > 1:
+        raise _Quarantined(3)
+    image = images[0]
+    if not 0 < image.size <= MEMBER_LIMIT:
+        raise _Quarantined(4)
+    data = read_exactly(descriptor, image.size, image.offset)
     if deep:
         try:
             check_image(data)
         except ValueError as error:
-            raise _SetAside(6) from error
-    return picture.offset, picture.size, zlib.crc32(data)
+            raise _Quarantined(6) from error
+    return image.offset, image.size, zlib.crc32(data)
 
 
 def _cut(text: bytes) -> bytes:

@@ -1,4 +1,4 @@
-"""A folder of twelve pictures with five captions each, and ``dalr-scale prepare`` on it."""
+"""A directory of twelve images with five captions each, and ``dalr-scale prepare`` on it."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ def quoted(text: str) -> str:
     return '"' + text.replace('"', '""') + '"'
 
 
-def captions_csv(folder: Path, names: list[str] = NAMES) -> Path:
+def captions_csv(directory: Path, names: list[str] = NAMES) -> Path:
     lines = [f"{name},{quoted(text)}" for name in names for text in texts(name)]
-    path = folder / "captions.csv"
+    path = directory / "captions.csv"
     path.write_text("\n".join(["image,caption", *lines]) + "\n")
     return path
 
@@ -45,7 +45,7 @@ def run(capsys, *arguments: object) -> tuple[int, str, str]:
 
 
 def contents(output: Path) -> dict[str, tuple[bytes, list[str]]]:
-    """Return key -> (picture, captions) of all shards of a folder."""
+    """Return key -> (image, captions) of all shards of a directory."""
     source = Source(expand_shards([str(output)]), with_images=True)
     records = source.read(np.arange(source.num_items))
     assert records.images is not None
