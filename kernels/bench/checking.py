@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from bench import ours
-from bench.problems import Problem
 from bench.timing import step
+
+if TYPE_CHECKING:
+    from bench.problems import Problem
 
 # What an implementation may add to the error of eager 16-bit torch on the same inputs. A wrong
 # scale, a dropped term or a dropped negative is far outside, rounding of 16-bit factors inside.

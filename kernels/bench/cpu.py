@@ -169,8 +169,7 @@ def render(document: dict[str, Any]) -> str:
                 *(f"{key}: time, memory over ours" for key in DENSE),
             )
         ]
-        for entry in entries:
-            rows.append((str(entry["size"]), *_values(entry), *_ratios(entry)))
+        rows += [(str(entry["size"]), *_values(entry), *_ratios(entry)) for entry in entries]
         lines += table.markdown(rows)
     lines += ["", "## Goals", "", *table.markdown(goals(document))]
     return "\n".join(lines) + "\n"

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import dalr_kernels as kernels
-from torch import Tensor
 
 from bench.problems import (
     KL_STUDENT,
@@ -21,7 +20,11 @@ from bench.problems import (
     objective_loss,
     separate_losses,
 )
-from dalr_scale.objective.views import KernelOptions
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dalr_scale.objective.views import KernelOptions
 
 
 def loss(problem: Problem, **how: Any) -> Callable[[], Tensor]:

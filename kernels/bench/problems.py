@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import dalr_kernels as kernels
 import torch
@@ -17,11 +17,13 @@ from dalr_kernels import Similarity
 from torch import Tensor
 
 from bench import counts
-from bench.counts import Group
 from dalr_scale.config import ObjectiveConfig, build_config
 from dalr_scale.objective.cons import unmatched_rows
 from dalr_scale.objective.total import batch_loss
 from dalr_scale.objective.views import KernelOptions, LossBatch, Views
+
+if TYPE_CHECKING:
+    from bench.counts import Group
 
 TEMPERATURE = 0.05
 MARGIN = 0.18

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bench.problems import operations
-from bench.schedule import Cell
+
+if TYPE_CHECKING:
+    from bench.schedule import Cell
 
 # In schema 1 the rows of a cell are saved under "contestants".
 SCHEMA = 1
@@ -50,7 +51,7 @@ def write(path: Path, results: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".tmp")
     part.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    os.replace(part, path)
+    part.replace(path)
 
 
 def read(path: Path) -> dict[str, Any]:

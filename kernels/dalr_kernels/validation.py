@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from dalr_kernels.similarity import Similarity
+if TYPE_CHECKING:
+    from dalr_kernels.similarity import Similarity
 
 IMPLEMENTATIONS = ("auto", "triton", "torch", "reference")
 MODES = ("auto", "workspace", "stream")

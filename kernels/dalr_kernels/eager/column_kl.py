@@ -181,7 +181,7 @@ def _statistics(
 
 
 def _gradient(rows_RD: Tensor, problem: _Problem, log_sums: Tensor) -> Tensor:
-    """d (sum over all columns / R) / d rows: (p - q) through the margin, times the columns."""
+    """Gradient by the rows of (sum over all columns / R): (p - q) through the margin."""
     gradient = torch.empty_like(rows_RD)
     for block in problem.blocks(rows_RD, grads=True):
         grad = block.student.sub_(log_sums[0]).exp_()

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from typing import Protocol
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Protocol
 
 from dalr_kernels.eager import closed_form
 from dalr_kernels.eager.closed_form import Block, BufferPool, GradientSink, Shift
-from dalr_kernels.similarity import Similarity
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from dalr_kernels.similarity import Similarity
 
 
 class BlockTerm(Protocol):

@@ -18,10 +18,11 @@ some kernels on sm_90 (see compile_report.py after a change).
 
 from __future__ import annotations
 
-from typing import Generic, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 
-import triton.language as tl
-from torch import Tensor
+if TYPE_CHECKING:
+    import triton.language as tl
+    from torch import Tensor
 
 T = TypeVar("T")
 

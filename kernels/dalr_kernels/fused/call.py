@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,7 +13,9 @@ from dalr_kernels.fused import tuning
 from dalr_kernels.fused.arguments import Constants, Flags, Ids, Margin, PerSoftmax, PerTerm
 from dalr_kernels.fused.operands import StudentVectors, Teacher, student, teachers
 from dalr_kernels.fused.products import add_product
-from dalr_kernels.fused.tuning import Layout, Limits, Matrices, Scalars, Sizes
+
+if TYPE_CHECKING:
+    from dalr_kernels.fused.tuning import Layout, Limits, Matrices, Scalars, Sizes
 
 
 class Inputs(NamedTuple):

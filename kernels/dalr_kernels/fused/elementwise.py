@@ -25,7 +25,7 @@ SOFT = tl.constexpr(2)
 
 @triton.jit
 def clamp(x, low, high):
-    # Comparisons, not tl.clamp: a NaN must stay one.
+    """Limit to low .. high. Comparisons, not tl.clamp: a NaN must stay one."""
     return tl.where(x < low, low, tl.where(x > high, high, x))
 
 

@@ -11,11 +11,10 @@ block that the gradient products then read.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from dalr_kernels.fused.arguments import PerSoftmax
 from dalr_kernels.fused.elementwise import (
@@ -26,6 +25,9 @@ from dalr_kernels.fused.elementwise import (
     load_teachers,
 )
 from dalr_kernels.fused.tiles import cosine_tile, halves, offset_constants
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class BlockRows(NamedTuple):

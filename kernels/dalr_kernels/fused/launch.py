@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
@@ -9,7 +11,9 @@ from dalr_kernels.fused import stream, tuning, workspace
 from dalr_kernels.fused.call import Inputs, PreparedCall, prepare
 from dalr_kernels.fused.normalize_kernels import normalize_backward
 from dalr_kernels.fused.products import full_sums
-from dalr_kernels.fused.tuning import Limits
+
+if TYPE_CHECKING:
+    from dalr_kernels.fused.tuning import Limits
 
 
 def run(

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from dalr_kernels.eager.chunked import Context
 from dalr_kernels.fused import launch
 from dalr_kernels.fused.call import Inputs
 from dalr_kernels.fused.tuning import Limits, unpack
+
+if TYPE_CHECKING:
+    from dalr_kernels.eager.chunked import Context
 
 Result = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -93,5 +95,5 @@ def scaled(gradient: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 @scaled.register_fake
-def _(gradient: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
+def _(gradient: Tensor, _upstream: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty_like(gradient, dtype=dtype)

@@ -11,11 +11,10 @@ Blocks of the teachers come from library products.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from dalr_kernels.fused.arguments import Expectations, PerSoftmax, Sums
 from dalr_kernels.fused.elementwise import (
@@ -30,6 +29,9 @@ from dalr_kernels.fused.elementwise import (
     shifted,
 )
 from dalr_kernels.fused.tiles import cosine_tile, halves, offset_constants
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # Cosine of the positive and `Sums`: values per row and column split in `states`.
 NUM_STATES = 1 + 2 * len(PerSoftmax._fields) + len(Expectations._fields)
@@ -184,6 +186,7 @@ def load_state(place, offset, exists, constant, STORED: tl.constexpr):
 
 @triton.jit
 def store_state(place, offset, exists, value, STORED: tl.constexpr):
+    """The inverse of `load_state`."""
     if STORED:
         tl.store(place + offset, value, mask=exists)
 

@@ -10,13 +10,15 @@ import functools
 import logging
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from dalr_kernels.similarity import Similarity
 from dalr_kernels.terms import AlignmentKL, InfoNCE, ListMLE, ListNet, Term
+
+if TYPE_CHECKING:
+    from dalr_kernels.similarity import Similarity
 
 LOG2E = math.log2(math.e)
 # Shifts of a student similarity: none, the whole margin, the margin softened by labels.
@@ -119,47 +121,61 @@ def describe(terms: Sequence[Term]) -> tuple[Scalars, Layout, list[Similarity]]:
     """The numbers of terms that share a call, and the distinct matrices they read."""
     scalars, layout = Scalars(), Layout()
     matrices: list[Similarity] = []
-
-    def index(similarity: Similarity | None) -> int:
-        assert similarity is not None
-        for known, other in enumerate(matrices):
-            if other is similarity:
-                return known
-        matrices.append(similarity)
-        return len(matrices) - 1
-
     for term in terms:
         if term.margin > 0.0:
             scalars = scalars._replace(margin=term.margin)
         if isinstance(term, InfoNCE):
-            scalars = scalars._replace(nce_weight=term.weight, nce_temperature=term.temperature)
-            soft = term.soft_labels is not None and term.margin > 0.0
-            shift = SOFT if soft else HARD if term.margin > 0.0 else PLAIN
-            layout = layout._replace(nce=1, nce_shift=shift, clamp=int(term.clamp_soft_labels))
-            if soft:
-                layout = layout._replace(label_matrix=index(term.soft_labels))
-            if term.mask_above is not None:
-                layout = layout._replace(mask_matrix=index(term.mask_above[0]))
-                scalars = scalars._replace(threshold=term.mask_above[1])
+            scalars, layout = _add_info_nce(term, scalars, layout, matrices)
         elif isinstance(term, AlignmentKL):
             scalars = scalars._replace(
                 kl_weight=term.weight,
                 kl_temperature=term.temperature * term.student_temperature,
                 kl_teacher_temperature=term.teacher_temperature,
             )
-            shift = HARD if term.margin > 0.0 else PLAIN
-            layout = layout._replace(kl=1, kl_shift=shift, kl_matrix=index(term.teacher))
+            matrix = _index(term.teacher, matrices)
+            layout = layout._replace(kl=1, kl_shift=_shift(term), kl_matrix=matrix)
         elif isinstance(term, ListNet):
             scalars = scalars._replace(
                 list_net_weight=term.weight,
                 list_net_temperature=term.temperature,
                 list_net_teacher_temperature=term.teacher_temperature,
             )
-            shift = HARD if term.margin > 0.0 else PLAIN
+            matrix = _index(term.teacher, matrices)
             layout = layout._replace(
-                list_net=1, list_net_shift=shift, list_net_matrix=index(term.teacher)
+                list_net=1, list_net_shift=_shift(term), list_net_matrix=matrix
             )
     return scalars, layout, matrices
+
+
+def _add_info_nce(
+    term: InfoNCE, scalars: Scalars, layout: Layout, matrices: list[Similarity]
+) -> tuple[Scalars, Layout]:
+    scalars = scalars._replace(nce_weight=term.weight, nce_temperature=term.temperature)
+    layout = layout._replace(nce=1, nce_shift=_shift(term), clamp=int(term.clamp_soft_labels))
+    if layout.nce_shift == SOFT:
+        layout = layout._replace(label_matrix=_index(term.soft_labels, matrices))
+    if term.mask_above is not None:
+        layout = layout._replace(mask_matrix=_index(term.mask_above[0], matrices))
+        scalars = scalars._replace(threshold=term.mask_above[1])
+    return scalars, layout
+
+
+def _shift(term: Term) -> int:
+    """PLAIN, HARD or SOFT."""
+    shift = term.shift()
+    if shift.margin == 0.0:
+        return PLAIN
+    return HARD if shift.labels is None else SOFT
+
+
+def _index(similarity: Similarity | None, matrices: list[Similarity]) -> int:
+    """Position of a similarity among the known ones; a new one is appended."""
+    assert similarity is not None
+    for index, known in enumerate(matrices):
+        if known is similarity:
+            return index
+    matrices.append(similarity)
+    return len(matrices) - 1
 
 
 def flatten(similarities: Sequence[Similarity]) -> Matrices:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import triton
-from torch import Tensor
 
 from dalr_kernels.eager.chunked import spans
 from dalr_kernels.fused.call import PreparedCall, add_gradients, constants_of, ids_of
 from dalr_kernels.fused.products import scores
 from dalr_kernels.fused.row_kernel import row_kernel
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 EVERYTHING = slice(None)
 

@@ -250,7 +250,7 @@ def test_a_broken_write_leaves_the_old_file(
     def broken(*_: Any) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr("bench.results.os.replace", broken)
+    monkeypatch.setattr("bench.results.Path.replace", broken)
     with pytest.raises(OSError, match="disk full"):
         results.write(path, {"cells": 2})
     assert results.read(path) == {"cells": 1}
