@@ -226,7 +226,7 @@ EARLY_COLUMNS = ("z2", "u", "u_caption")
 def teacher_columns(batch: Batch, needs: Needs) -> dict[str, Tensor]:
     """The frozen columns of this rank's rows; they can be gathered before a sentence is encoded.
 
-    Tokens are not among them: they stay where they are (``dalr_kernels.eager.stationary``).
+    Tokens are not among them: they stay where they are (``dalr_kernels.eager.global_to_local``).
     """
     columns = {"ids": batch.image_ids}
     columns |= {f"text{k}": e for k, e in enumerate(batch.text if needs.text else ())}

@@ -1,19 +1,22 @@
-"""Correctness before speed: every contestant against a dense float64 answer on the same inputs."""
+"""Correctness before speed: every implementation against dense float64 on the same inputs."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from bench import ours
-from bench.problems import Problem
 from bench.timing import step
 
-# What a contestant may add to the error of eager 16-bit torch on the same inputs. A wrong scale, a
-# dropped term or a dropped negative is far outside, rounding of 16-bit factors inside.
+if TYPE_CHECKING:
+    from bench.problems import Problem
+
+# What an implementation may add to the error of eager 16-bit torch on the same inputs. A wrong
+# scale, a dropped term or a dropped negative is far outside, rounding of 16-bit factors inside.
 LOSS_TOLERANCE = 2e-3
 GRADIENT_TOLERANCE = 2e-2
 
@@ -42,7 +45,7 @@ def exact(problem: Problem) -> Answer:
 
 
 def errors(problem: Problem, loss: Callable[[], Tensor], answer: Answer) -> Errors:
-    """Distance of one contestant from the exact answer; NaN counts as infinite."""
+    """Distance of one implementation from the exact answer; NaN counts as infinite."""
     value = step(problem, loss).double()
     worst = 0.0
     found = problem.gradients()

@@ -1,6 +1,6 @@
 """Operations and bytes each loss needs, and the time no implementation can beat.
 
-Everything here is arithmetic on shapes. A *pair* is one cell of the R x N matrix. A product of
+Everything here is arithmetic on shapes. A *pair* is one element of the R x N matrix. A product of
 ``[R, d]`` with ``[N, d]`` costs ``2 d`` operations a pair, so with u = R N d one matrix costs 2u.
 """
 
@@ -62,43 +62,43 @@ def global_to_local(width: int, tokens: int, mode: str) -> int:
 
 
 def dalr_groups(
-    *, width: int = 768, picture: int = 768, projected: int = 256, share_across: bool = False
+    *, width: int = 768, image: int = 768, projected: int = 256, share_across: bool = False
 ) -> list[Group]:
     """The pair terms of ``dalr-reference`` with two teachers of `width` (L_g2l apart).
 
-    Text against text (mixed and concatenated teachers), text against picture (KL by rows and by
-    columns, gradient into the text only), two projected views against the pictures. With
-    `share_across` T and the picture matrix are made once for all three groups.
+    Text against text (mixed and concatenated teachers), text against image (KL by rows and by
+    columns, gradient into the text only), two projected views against the images. With
+    `share_across` T and the image matrix are made once for all three groups.
     """
     again = () if share_across else (width,)
-    soft = () if share_across else (picture,)
+    soft = () if share_across else (image,)
     return [
         Group(((width, 2),), (width, 2 * width)),
-        Group(((width, 1),), (*again, picture)),
+        Group(((width, 1),), (*again, image)),
         Group(((projected, 2), (projected, 2)), soft),
     ]
 
 
-def dalr_separate(*, width: int = 768, picture: int = 768, projected: int = 256) -> list[Group]:
+def dalr_separate(*, width: int = 768, image: int = 768, projected: int = 256) -> list[Group]:
     """The same terms, each loss in a kernel of its own."""
     return [
         Group(((width, 2),)),
         Group(((width, 2),), (width,)),
         Group(((width, 2),), (2 * width,)),
         Group(((width, 1),), (width,)),
-        Group(((width, 1),), (picture,)),
-        Group(((projected, 2),), (picture,)),
-        Group(((projected, 2),), (picture,)),
+        Group(((width, 1),), (image,)),
+        Group(((projected, 2),), (image,)),
+        Group(((projected, 2),), (image,)),
     ]
 
 
 def default_dalr_groups(
-    *, width: int = 768, picture: int = 768, projected: int = 256, consistency: int = 256
+    *, width: int = 768, image: int = 768, projected: int = 256, consistency: int = 256
 ) -> list[Group]:
     """The pair terms of the default preset: one concatenated teacher, labels of S_aux."""
     return [
         Group(((width, 2),), (2 * width,)),
-        Group(((width, 1),), (2 * width, picture)),
+        Group(((width, 1),), (2 * width, image)),
         Group(((projected, 2), (projected, 2)), (consistency,)),
     ]
 
@@ -157,14 +157,14 @@ H200 = Device("H200", matmul=790e12, memory=4.3e12, l2=6.0e12, special=3.6e12, f
 
 @dataclass(frozen=True)
 class Epilogue:
-    """Least work on one cell: special functions, other fp32 instructions, workspace bytes."""
+    """Least work on one element: special functions, other fp32 instructions, workspace bytes."""
 
     special: float
     fp32: float
     workspace_bytes: float
 
 
-# exp2 and rsqrt of one pass over the cells; additions and products that no formulation avoids.
+# exp2 and rsqrt of one sweep over the elements; additions and products that no formulation avoids.
 # Workspace traffic: fp16 S and T written and read once, bf16 dS written once and read twice; plain
 # InfoNCE keeps e^logit only.
 EPILOGUES = {
@@ -217,7 +217,7 @@ def roofline(
 ) -> Roofline:
     """Prediction for forward and backward of one kernel of `EPILOGUES`.
 
-    `cols` counts sentences where `tokens` > 1. "stream" evaluates the cells twice and keeps no
+    `cols` counts sentences where `tokens` > 1. "stream" evaluates the elements twice and keeps no
     workspace; its gradient of the columns is accumulated once per block of rows.
     """
     width = max(width for width, _ in group.students)

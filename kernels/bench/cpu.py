@@ -3,8 +3,8 @@
 usage: python kernels/bench/cpu.py [--only TEXT] [--plot-only]
 
 Every measurement has a process of its own. Times of one cell are interleaved in one process, so
-that load on the machine hits all contestants alike; peak memory is the growth of the resident set
-of a process that runs one contestant once.
+that load on the machine affects all implementations alike; peak memory is the growth of the
+resident set of a process that runs one implementation once.
 """
 
 # ruff: noqa: E402
@@ -18,19 +18,19 @@ from pathlib import Path
 from typing import Any
 
 # a checkout runs as it is, without an installation
-sys.path[:0] = [str(folder) for folder in Path(__file__).resolve().parents[1:3]]
+sys.path[:0] = [str(directory) for directory in Path(__file__).resolve().parents[1:3]]
 
 import torch
 
 from bench import host, problems, results, table
-from bench.peers import DENSE_REFERENCE, EAGER, Contestant, contestants, dense_reference
+from bench.peers import DENSE_REFERENCE, EAGER, Implementation, dense_reference, implementations
 from bench.problems import TITLES, square
 from bench.timing import Budget, HostClock, interleave, step
 
 HERE = Path(__file__).resolve().parent
 OURS = "ours, torch path"
 DENSE = (EAGER[0], DENSE_REFERENCE)
-# timed rounds of every contestant at each N, after one that is thrown away
+# timed rounds of every implementation at each N, after one that is thrown away
 ROUNDS = {2048: 9, 4096: 5, 8192: 3, 16384: 2}
 CELLS = tuple(
     (name, size, width)
@@ -39,15 +39,15 @@ CELLS = tuple(
 )
 # seconds after which no further round of a cell begins
 CELL_SECONDS = 120.0
-# a dense contestant starts only with this share of the free memory in hand
+# a dense implementation starts only with this share of the free memory in hand
 MEMORY_SHARE = 0.7
 GOALS = (("time", 2.0, "x faster"), ("memory", 20.0, "x smaller"))
 
 
-def known() -> dict[str, Contestant]:
-    """The three contestants; the dense definition does every row loss here."""
-    found = contestants()
-    definition = Contestant(DENSE_REFERENCE, problems.ROW_LOSSES, dense_reference)
+def known() -> dict[str, Implementation]:
+    """The three implementations; the dense definition does every row loss here."""
+    found = implementations()
+    definition = Implementation(DENSE_REFERENCE, problems.ROW_LOSSES, dense_reference)
     return {OURS: found[OURS], EAGER[0]: found[EAGER[0]], DENSE_REFERENCE: definition}
 
 
@@ -55,23 +55,23 @@ def known() -> dict[str, Contestant]:
 
 
 def child(request: dict[str, Any]) -> dict[str, Any]:
-    """Measure one cell: the time of several contestants, or the memory of one."""
+    """Measure one cell: the time of several implementations, or the memory of one."""
     problem = problems.make(
         request["problem"], square(request["size"], request["width"]), torch.device("cpu"),
         dtype=torch.float32,
     )  # fmt: skip
     found = known()
-    losses = {name: found[name].build(problem) for name in request["contestants"]}
+    losses = {name: found[name].build(problem) for name in request["implementations"]}
     if request["what"] == "memory":
         (loss,) = losses.values()
         tiny = problems.make(
             request["problem"], square(64, 16), torch.device("cpu"), dtype=torch.float32
         )
-        step(tiny, found[request["contestants"][0]].build(tiny))  # libraries are loaded here
+        step(tiny, found[request["implementations"][0]].build(tiny))  # libraries are loaded here
         before = _status("VmRSS")
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
         step(problem, loss)
-        return {request["contestants"][0]: {"peak_bytes": _status("VmHWM") - before}}
+        return {request["implementations"][0]: {"peak_bytes": _status("VmHWM") - before}}
     samples = interleave(
         problem, losses, HostClock(), Budget(CELL_SECONDS), rounds=request["rounds"], warmups=1
     )
@@ -96,24 +96,25 @@ def ask(**request: Any) -> dict[str, Any]:
     if done.returncode:
         lines = done.stderr.strip().splitlines()
         reason = lines[-1] if lines else f"ended with {done.returncode} (out of memory?)"
-        return {name: {"status": f"failed: {reason}"} for name in request["contestants"]}
+        return {name: {"status": f"failed: {reason}"} for name in request["implementations"]}
     return json.loads(done.stdout)
 
 
 def cell(name: str, size: int, width: int, rounds: int, bytes_a_pair: dict[str, float]) -> dict:
-    """One cell: memory of each contestant first, then the interleaved times of what fits."""
+    """One cell: memory of each implementation first, then the interleaved times of what fits."""
     what = {"problem": name, "size": size, "width": width}
     rows: dict[str, dict[str, Any]] = {}
-    for contestant in (OURS, *DENSE):
-        need = bytes_a_pair.get(contestant, 0.0) * size * size
-        if contestant != OURS and need > MEMORY_SHARE * _available():
-            rows[contestant] = {"status": f"not measured: needs about {need / 1e9:.0f} GB"}
+    for implementation in (OURS, *DENSE):
+        need = bytes_a_pair.get(implementation, 0.0) * size * size
+        if implementation != OURS and need > MEMORY_SHARE * _available():
+            rows[implementation] = {"status": f"not measured: needs about {need / 1e9:.0f} GB"}
             continue
-        rows[contestant] = ask(what="memory", contestants=[contestant], **what)[contestant]
-        if "peak_bytes" in rows[contestant]:
-            bytes_a_pair[contestant] = rows[contestant]["peak_bytes"] / size**2
+        found = ask(what="memory", implementations=[implementation], **what)
+        rows[implementation] = found[implementation]
+        if "peak_bytes" in rows[implementation]:
+            bytes_a_pair[implementation] = rows[implementation]["peak_bytes"] / size**2
     names = [key for key, row in rows.items() if "peak_bytes" in row]
-    for key, row in ask(what="time", contestants=names, rounds=rounds, **what).items():
+    for key, row in ask(what="time", implementations=names, rounds=rounds, **what).items():
         rows[key] |= {**row, "peak_bytes": rows[key]["peak_bytes"]}
     return {**what, "contestants": rows}
 
@@ -137,7 +138,7 @@ def merge(path: Path, found: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def ratio(entry: dict[str, Any], dense: str, what: str) -> float | None:
-    """How much slower or larger the dense contestant is than ours; None when not measured."""
+    """How much slower or larger the dense implementation is than ours; None when not measured."""
     values = []
     for name in (dense, OURS):
         row = entry["contestants"].get(name, {})
@@ -168,8 +169,7 @@ def render(document: dict[str, Any]) -> str:
                 *(f"{key}: time, memory over ours" for key in DENSE),
             )
         ]
-        for entry in entries:
-            rows.append((str(entry["size"]), *_values(entry), *_ratios(entry)))
+        rows += [(str(entry["size"]), *_values(entry), *_ratios(entry)) for entry in entries]
         lines += table.markdown(rows)
     lines += ["", "## Goals", "", *table.markdown(goals(document))]
     return "\n".join(lines) + "\n"
@@ -248,7 +248,7 @@ def plot(path: Path, document: dict[str, Any]) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="CPU benchmark of the torch path")
-    parser.add_argument("--out", type=Path, default=HERE / "results", help="folder of the results")
+    parser.add_argument("--out", type=Path, default=HERE / "results", help="directory for results")
     parser.add_argument("--only", default="", help="cells whose key (problem/N/d) has this text")
     parser.add_argument("--plot-only", action="store_true", help="table and plot of what is there")
     parser.add_argument("--child", help=argparse.SUPPRESS)

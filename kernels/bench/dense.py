@@ -1,4 +1,4 @@
-"""The torch rivals: eager, compiled, and row chunks with the gradient made in the forward pass.
+"""The torch baselines: eager, compiled, and row chunks with the gradient made in the forward pass.
 
 Written the way a careful user of plain torch would: no masks of size N^2, no inverse cosine, the
 positives read from the diagonal.
@@ -29,7 +29,7 @@ MIN_SINE_SQUARED = 1e-7
 
 
 def unit(vectors: Tensor, dtype: torch.dtype) -> Tensor:
-    """Unit vectors, normalised in float32 and rounded once."""
+    """Unit vectors, normalized in float32 and rounded once."""
     return normalize(vectors.float(), dim=1).to(dtype)
 
 
@@ -124,7 +124,7 @@ class ChunkOptions(NamedTuple):
 def chunk_step(
     cosines: Tensor, teacher: Tensor | None, own: Tensor, name: str
 ) -> tuple[Tensor, Tensor]:
-    """Loss of a block ``[r, N]`` and its slope by the cosines, in closed form, in one graph.
+    """Loss of a block ``[r, N]`` and its derivative by the cosines, in closed form, in one graph.
 
     Args:
         cosines: 16-bit block of S.
@@ -133,18 +133,18 @@ def chunk_step(
         name: Problem.
 
     Returns:
-        The sum of the row losses (float32) and the slope of that sum (bfloat16).
+        The sum of the row losses (float32) and the derivative of that sum (bfloat16).
     """
     c = cosines.float()
     t = None if teacher is None else teacher.float()
     diagonal = torch.arange(c.shape[1], device=c.device) == own[:, None]
     total = c.new_zeros(())
-    slope = torch.zeros_like(c)
+    grad = torch.zeros_like(c)
     for term, weight in terms_of(name).items():
         value, part = _term(term, c, t, diagonal, own)
         total = total + weight * value
-        slope = slope + weight * part
-    return total, slope.to(torch.bfloat16)
+        grad = grad + weight * part
+    return total, grad.to(torch.bfloat16)
 
 
 def _term(
@@ -154,9 +154,9 @@ def _term(
         moved, inner = (c, None) if term == "info_nce" else _margin(c, t, diagonal)
         logits = moved / TEMPERATURE
         lse = logits.logsumexp(1, keepdim=True)
-        slope = ((logits - lse).exp() - diagonal.float()) / TEMPERATURE
+        grad = ((logits - lse).exp() - diagonal.float()) / TEMPERATURE
         positive = c.gather(1, own[:, None]) / TEMPERATURE
-        return (lse - positive).sum(), slope if inner is None else slope * inner
+        return (lse - positive).sum(), grad if inner is None else grad * inner
     assert t is not None
     if term == "alignment_kl":
         log_r = torch.log_softmax(c / KL_STUDENT, 1)
@@ -200,11 +200,11 @@ class _Chunked(torch.autograd.Function):
             first = slice(part.start + options.offset, part.stop + options.offset)
             block = None if scores is None else scores[first] @ scores.T
             cosines = logit_rows[part] @ logit_cols.T
-            value, slope = step(cosines, block, own, options.name)
+            value, grad = step(cosines, block, own, options.name)
             total += value
             if wanted:
-                grad_rows[part] = slope @ gradient_cols
-                accumulate(grad_cols, slope.T, gradient_rows[part])
+                grad_rows[part] = grad @ gradient_cols
+                accumulate(grad_cols, grad.T, gradient_rows[part])
         ctx.save_for_backward(grad_rows, grad_cols)
         return total / len(rows)
 
@@ -212,7 +212,7 @@ class _Chunked(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         (upstream,) = grad_outputs
         grad_rows, grad_cols = ctx.saved_tensors
-        # 1/R here, in float32: slopes of single cells keep their size in 16 bits
+        # 1/R here, in float32: derivatives of single cells keep their size in 16 bits
         scale = upstream / len(grad_rows)
         return grad_rows * scale, grad_cols * scale, None, None
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import dalr_kernels as kernels
-from torch import Tensor
 
 from bench.problems import (
     KL_STUDENT,
@@ -21,7 +20,11 @@ from bench.problems import (
     objective_loss,
     separate_losses,
 )
-from dalr_scale.objective.views import KernelOptions
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dalr_scale.objective.views import KernelOptions
 
 
 def loss(problem: Problem, **how: Any) -> Callable[[], Tensor]:
@@ -34,11 +37,11 @@ def loss(problem: Problem, **how: Any) -> Callable[[], Tensor]:
     if problem.name in OBJECTIVES:
         return lambda: objective_loss(problem, cast("KernelOptions", how))
     if problem.name == "triple":
-        return lambda: shared_pass(problem, how)
+        return lambda: shared_call(problem, how)
     return lambda: separate_losses(problem, **how)
 
 
-def shared_pass(problem: Problem, how: dict[str, Any]) -> Tensor:
+def shared_call(problem: Problem, how: dict[str, Any]) -> Tensor:
     """The three losses in one call, S and T made once."""
     teacher = problem.teacher
     info, divergence, ranking = WEIGHTS

@@ -1,7 +1,7 @@
-"""Every contestant in one place: who it is, what it can do, how it is called fairly.
+"""Every implementation in one place: who it is, what it can do, how it is called fairly.
 
-A contestant that is not installed, cannot do a problem, is wrong or runs out of memory is a named
-row with the reason. Calls were read in inf-cl 1.2.1, memeff 0.3.1, liger-kernel 0.8.5 and
+One that is not installed, cannot do a problem, is wrong or runs out of memory is a named row with
+the reason. Calls were read in inf-cl 1.2.1, memeff 0.3.1, liger-kernel 0.8.5 and
 cut-cross-entropy 25.1.1.
 """
 
@@ -24,11 +24,11 @@ CHUNK_ROWS = (512, 1024, 2048, 4096)
 
 
 class Unavailable(Exception):
-    """The contestant cannot run this problem here; the message is the reason in the table."""
+    """The implementation cannot run this problem here; the message is the reason in the table."""
 
 
 @dataclass(frozen=True)
-class Contestant:
+class Implementation:
     """One row of the benchmark.
 
     Attributes:
@@ -37,7 +37,7 @@ class Contestant:
         build: Makes the loss of a problem as a function of its current leaves; raises
             `Unavailable` with the reason where it cannot.
         backend: What really runs, where a library chooses by itself.
-        family: Contestants that are checked as one.
+        family: Implementations that are checked as one.
         checked: Compared with float64 before it is timed (the plain products are not a loss).
     """
 
@@ -243,7 +243,7 @@ def products(problem: Problem) -> Loss:
     teacher = problem.constants.get("teacher")
     height = min(4096, len(rows))
     block = rows.new_empty(height, len(cols))
-    slope = torch.randn_like(block)
+    grad = torch.randn_like(block)
     grad_rows = torch.empty_like(rows)
     grad_cols = torch.zeros(cols.shape, dtype=torch.float32, device=cols.device)
 
@@ -254,15 +254,15 @@ def products(problem: Problem) -> Loss:
             torch.mm(rows[part], cols.T, out=block[:size])
             if teacher is not None:
                 torch.mm(teacher[part], teacher.T, out=block[:size])
-            torch.mm(slope[:size], cols, out=grad_rows[part])
-            dense.accumulate(grad_cols, slope[:size].T, rows[part])
+            torch.mm(grad[:size], cols, out=grad_rows[part])
+            dense.accumulate(grad_cols, grad[:size].T, rows[part])
         return grad_cols[0, 0]
 
     return loss
 
 
 PLAIN = ("info_nce",)
-NO_RIVAL = ("list_mle", "global_to_local", *OBJECTIVES)
+NO_BASELINE = ("list_mle", "global_to_local", *OBJECTIVES)
 FUSED = tuple(name for name in ROW_LOSSES if name != "list_mle")
 PRODUCTS = "GEMMs alone"
 OURS = ("ours, mode W", "ours, mode S", "ours, auto")
@@ -275,24 +275,27 @@ COMPILED = "torch.compile, full matrices"
 CHUNKS = {rows: f"torch.compile, {rows}-row chunks" for rows in CHUNK_ROWS}
 
 
-def contestants() -> dict[str, Contestant]:
+def implementations() -> dict[str, Implementation]:
     """All rows of the benchmark by name, ours first."""
     rows = [
-        Contestant(OURS[0], FUSED, own("triton", "workspace")),
-        Contestant(OURS[1], FUSED, own("triton", "stream")),
-        Contestant(OURS[2], PROBLEMS, own("auto")),
-        Contestant(ROOMY, FUSED, own("triton", "workspace", workspace_bytes=ROOMY_BYTES)),
-        Contestant("ours, torch path", PROBLEMS, own("torch")),
-        Contestant(PRODUCTS, FUSED, products, checked=False),
-        Contestant(EAGER[0], FUSED, eager(torch.float32)),
-        Contestant(EAGER[1], FUSED, eager(torch.bfloat16)),
-        Contestant(COMPILED, FUSED, compiled),
-        *(Contestant(CHUNKS[size], FUSED, chunks(size), family="chunks") for size in CHUNK_ROWS),
-        Contestant("inf-cl", PLAIN, inf_cl),
-        Contestant("memeff", PLAIN, memeff, memeff_backend),
-        Contestant("cut-cross-entropy", PLAIN, cut_cross_entropy),
-        Contestant("liger-kernel, FLCE", PLAIN, liger, lambda _: "triton"),
-        Contestant("liger-kernel, scaled CE", PLAIN, liger_scaled, liger_scaled_backend),
-        Contestant(DENSE_REFERENCE, NO_RIVAL, dense_reference),
+        Implementation(OURS[0], FUSED, own("triton", "workspace")),
+        Implementation(OURS[1], FUSED, own("triton", "stream")),
+        Implementation(OURS[2], PROBLEMS, own("auto")),
+        Implementation(ROOMY, FUSED, own("triton", "workspace", workspace_bytes=ROOMY_BYTES)),
+        Implementation("ours, torch path", PROBLEMS, own("torch")),
+        Implementation(PRODUCTS, FUSED, products, checked=False),
+        Implementation(EAGER[0], FUSED, eager(torch.float32)),
+        Implementation(EAGER[1], FUSED, eager(torch.bfloat16)),
+        Implementation(COMPILED, FUSED, compiled),
+        *(
+            Implementation(CHUNKS[size], FUSED, chunks(size), family="chunks")
+            for size in CHUNK_ROWS
+        ),
+        Implementation("inf-cl", PLAIN, inf_cl),
+        Implementation("memeff", PLAIN, memeff, memeff_backend),
+        Implementation("cut-cross-entropy", PLAIN, cut_cross_entropy),
+        Implementation("liger-kernel, FLCE", PLAIN, liger, lambda _: "triton"),
+        Implementation("liger-kernel, scaled CE", PLAIN, liger_scaled, liger_scaled_backend),
+        Implementation(DENSE_REFERENCE, NO_BASELINE, dense_reference),
     ]
     return {row.name: row for row in rows}

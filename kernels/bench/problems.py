@@ -1,7 +1,7 @@
 """The benchmarked problems: inputs, what is differentiated, and the exact float64 answer.
 
-Inputs are 16-bit vectors that are *not* normalised, as an encoder leaves them: normalising and
-casting is inside the time of every contestant. The positive of row i is column i + offset.
+Inputs are 16-bit vectors that are *not* normalized, as an encoder leaves them: normalizing and
+casting is inside the time of every implementation. The positive of row i is column i + offset.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import dalr_kernels as kernels
 import torch
@@ -17,11 +17,13 @@ from dalr_kernels import Similarity
 from torch import Tensor
 
 from bench import counts
-from bench.counts import Group
 from dalr_scale.config import ObjectiveConfig, build_config
 from dalr_scale.objective.cons import unmatched_rows
 from dalr_scale.objective.total import batch_loss
 from dalr_scale.objective.views import KernelOptions, LossBatch, Views
+
+if TYPE_CHECKING:
+    from bench.counts import Group
 
 TEMPERATURE = 0.05
 MARGIN = 0.18
@@ -127,7 +129,7 @@ class Problem:
 
 
 def group_of(name: str, width: int) -> list[Group]:
-    """Matrices of a problem; of an objective with teachers and pictures of `width`."""
+    """Matrices of a problem; of an objective with teachers and images of `width`."""
     if name == "info_nce":
         return [counts.row_losses(width)]
     if name in ROW_LOSSES:
@@ -136,9 +138,9 @@ def group_of(name: str, width: int) -> list[Group]:
         return [counts.row_losses(width, sides=1)]
     projected = min(256, width)
     if name.startswith("dalr-reference"):
-        return counts.dalr_groups(width=width, picture=width, projected=projected)
+        return counts.dalr_groups(width=width, image=width, projected=projected)
     return counts.default_dalr_groups(
-        width=width, picture=width, projected=projected, consistency=projected
+        width=width, image=width, projected=projected, consistency=projected
     )
 
 
@@ -186,7 +188,7 @@ def make(
 ) -> Problem:  # fmt: skip
     """Inputs of a problem, positives at a cosine of about 0.3 with their rows.
 
-    Closer positives would have probabilities of almost 1, whose complement is mere rounding in 16
+    Closer positives would have probabilities of almost 1, whose complement is only rounding in 16
     bits: no check could tell a right gradient from a wrong one.
     """
     generator = torch.Generator(device).manual_seed(seed)
@@ -227,7 +229,7 @@ def _add_objective(
     dtype: torch.dtype,
     generator: torch.Generator,
 ) -> None:
-    """Everything an objective sees of a batch on one GPU: pictures 1.2 captions each."""
+    """Everything an objective sees of a batch on one GPU: images 1.2 captions each."""
     shape, device = problem.shape, problem.device
     if shape.rows != shape.cols:
         raise ValueError(f"an objective runs on all rows, got {shape.rows} x {shape.cols}")
@@ -236,9 +238,9 @@ def _add_objective(
         problem.leaves[key] = draw(size, projected)
     for key in ("image", "text0", "text1"):
         problem.constants[key] = draw(size, shape.width)
-    pictures = max(1, int(size / 1.2))
+    images = max(1, int(size / 1.2))
     problem.constants["ids"] = torch.randint(
-        pictures, (size,), generator=generator, device=device
+        images, (size,), generator=generator, device=device
     )  # fmt: skip
     if problem.name.endswith("-full"):
         problem.constants |= _tokens(shape, dtype, generator, device)

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from bench.plan import Cell
 from bench.problems import operations
 
+if TYPE_CHECKING:
+    from bench.schedule import Cell
+
+# In schema 1 the rows of a cell are saved under "contestants".
 SCHEMA = 1
 NOT_REACHED = "not measured: the time was used up before"
 
 
 def new(host: dict[str, Any], cells: list[Cell], settings: dict[str, Any]) -> dict[str, Any]:
-    """An empty result with one row per cell and contestant."""
+    """An empty result with one row per cell and implementation."""
     return {
         "schema": SCHEMA,
         "host": host,
@@ -40,7 +42,7 @@ def _cell(cell: Cell) -> dict[str, Any]:
         "flop": flop,
         "flop_formula": formula,
         "state": {},
-        "contestants": {name: {"status": NOT_REACHED} for name in cell.contestants},
+        "contestants": {name: {"status": NOT_REACHED} for name in cell.implementations},
     }
 
 
@@ -49,7 +51,7 @@ def write(path: Path, results: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".tmp")
     part.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    os.replace(part, path)
+    part.replace(path)
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -85,12 +87,12 @@ def resume(path: Path, fresh: dict[str, Any]) -> dict[str, Any]:
 
 
 def pending(cell: dict[str, Any]) -> list[str]:
-    """Contestants of a cell that the time has not reached."""
+    """Implementations of a cell that the time has not reached."""
     return [name for name, row in cell["contestants"].items() if row["status"] == NOT_REACHED]
 
 
 def find(results: dict[str, Any], problem: str, size: int, width: int) -> dict[str, dict[str, Any]]:
-    """Rows of one square cell on random data by contestant; empty when it is not planned."""
+    """Rows of one square cell on random data by implementation; empty when it is not planned."""
     wanted = (problem, "random", size, size, width)
     for cell in results["cells"]:
         if wanted == tuple(cell[k] for k in ("problem", "data", "rows", "cols", "width")):

@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import Any
 
 # a checkout runs as it is, without an installation
-sys.path[:0] = [str(folder) for folder in Path(__file__).resolve().parents[1:3]]
+sys.path[:0] = [str(directory) for directory in Path(__file__).resolve().parents[1:3]]
 
 import torch
 from torch import Tensor
 
-from bench import checking, host, plan, problems, results, table, targets
-from bench.peers import EAGER, NO_RIVAL, Contestant, Unavailable, contestants
+from bench import checking, host, problems, results, schedule, table, targets
+from bench.peers import EAGER, NO_BASELINE, Implementation, Unavailable, implementations
 from bench.problems import Problem, square
 from bench.timing import Budget, Clock, CudaClock, HostClock, interleave
 
@@ -39,7 +39,7 @@ Loss = Callable[[], Tensor]
 
 
 class Benchmark:
-    """One run over the plan: builds, checks, times and writes as it goes."""
+    """One run over the schedule: builds, checks, times and writes as it goes."""
 
     def __init__(
         self,
@@ -47,14 +47,14 @@ class Benchmark:
         path: Path,
         document: dict[str, Any],
         budget: Budget,
-        rivals: Mapping[str, Contestant],
+        implementations: Mapping[str, Implementation],
     ) -> None:
         self.device = device
         self.path = path
         self.document = document
         self.budget = budget
         self.clock: Clock = CudaClock() if device.type == "cuda" else HostClock()
-        self.contestants = rivals
+        self.implementations = implementations
         self._answers: dict[tuple[Any, ...], tuple[Problem, checking.Answer, checking.Errors]] = {}
         self._verdicts: dict[tuple[Any, ...], tuple[str, checking.Errors | None]] = {}
 
@@ -68,8 +68,8 @@ class Benchmark:
             self.document["machine"] = ceilings()
         self.save()
 
-    def cell(self, cell: plan.Cell, entry: dict[str, Any]) -> None:
-        """Measure what is pending of a cell; every outcome is written down."""
+    def cell(self, cell: schedule.Cell, entry: dict[str, Any]) -> None:
+        """Measure what is pending of a cell; every outcome is recorded."""
         names = results.pending(entry)
         least = 2.0 if cell.warm else cell.seconds / 2
         if not names or not self.budget.allows(least):
@@ -86,7 +86,7 @@ class Benchmark:
         for name in names:
             if losses and not share.allows(TIMING_SHARE * cell.seconds):
                 break  # the rest of the cell's time belongs to those that are ready
-            rows[name] = self._prepare(problem, self.contestants[name], cell, losses)
+            rows[name] = self._prepare(problem, self.implementations[name], cell, losses)
             self._release()
         samples = interleave(
             problem, losses, self.clock, share, rounds=cell.rounds,
@@ -99,45 +99,49 @@ class Benchmark:
         self._release()
 
     def _prepare(
-        self, problem: Problem, contestant: Contestant, cell: plan.Cell, losses: dict[str, Loss]
+        self,
+        problem: Problem,
+        implementation: Implementation,
+        cell: schedule.Cell,
+        losses: dict[str, Loss],
     ) -> dict[str, Any]:
         """Check, build and run once; adds the loss when it may be timed."""
         row: dict[str, Any] = {"status": results.NOT_REACHED}
         start = time.monotonic()
-        reason, errors = self._verdict(contestant, problem)
+        reason, errors = self._verdict(implementation, problem)
         if reason:
             return {"status": reason}
         try:
-            row["backend"] = contestant.backend(problem)
-            loss = contestant.build(problem)
+            row["backend"] = implementation.backend(problem)
+            loss = implementation.build(problem)
             if cell.warm:
                 self.clock.step(problem, loss)
                 row["first_call_s"] = round(time.monotonic() - start, 3)
-        except Exception as error:  # a rival's failure is a result, not an end of the run
+        except Exception as error:  # a baseline's failure is a result, not an end of the run
             problem.clear()
             return {"status": outcome(error)}
-        losses[contestant.name] = loss
+        losses[implementation.name] = loss
         if errors is not None:
             row["errors"] = asdict(errors)
         return row
 
     def _verdict(
-        self, contestant: Contestant, problem: Problem
+        self, implementation: Implementation, problem: Problem
     ) -> tuple[str, checking.Errors | None]:
-        """Whether the contestant is right at a small size, tried once per width and data.
+        """Whether the implementation is right at a small size, tried once per width and data.
 
         Rows of one family differ in a block size only, and compiling costs seconds: one of them
         is checked.
         """
-        if not contestant.checked:
+        if not implementation.checked:
             return "", None
         shape = problem.shape
-        who = contestant.family or contestant.name
+        who = implementation.family or implementation.name
         key = (who, problem.name, shape.width, problem.data)
         if key not in self._verdicts:
             try:
                 small, answer, eager16 = self._answer(problem)
-                found = checking.errors(small, contestant.build(small), answer)
+                found = checking.errors(small, implementation.build(small), answer)
                 self._verdicts[key] = checking.verdict(found, eager16), found
             except Exception as error:  # as in _prepare, and it would fail again in other cells
                 self._verdicts[key] = outcome(error), None
@@ -158,8 +162,8 @@ class Benchmark:
             )  # fmt: skip
             answer = checking.exact(small)
             eager16 = checking.Errors(0.0, 0.0)
-            if problem.name not in NO_RIVAL:
-                loss = self.contestants[EAGER[1]].build(small)
+            if problem.name not in NO_BASELINE:
+                loss = self.implementations[EAGER[1]].build(small)
                 eager16 = checking.errors(small, loss, answer)
             self._answers[key] = small, answer, eager16
         return self._answers[key]
@@ -235,7 +239,7 @@ def prepare_torch() -> None:
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="GPU benchmarks of dalr_kernels")
     parser.add_argument("--seconds", type=float, default=470.0, help="time for all cells")
-    parser.add_argument("--out", type=Path, default=HERE / "results", help="folder of the results")
+    parser.add_argument("--out", type=Path, default=HERE / "results", help="directory for results")
     parser.add_argument("--resume", action="store_true", help="keep the rows measured before")
     parser.add_argument("--only", default="", help="cells whose key contains this text")
     parser.add_argument("--dry-run", action="store_true", help="tiny cells on the CPU")
@@ -249,7 +253,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     budget = Budget(options.seconds)
     device = torch.device("cpu" if options.dry_run else "cuda")
-    cells = plan.dry_cells() if options.dry_run else plan.gpu_cells()
+    cells = schedule.dry_cells() if options.dry_run else schedule.gpu_cells()
     cells = [cell for cell in cells if options.only in cell.key]
     about = host.describe(device)
     name = "dry-run" if options.dry_run else host.slug(about["device"])
@@ -260,7 +264,7 @@ def main(arguments: list[str] | None = None) -> int:
         document = results.resume(path, document)
     timer = end_in_time(options.seconds + GRACE)
     prepare_torch()
-    run(device, path, document, cells, budget, contestants())
+    run(device, path, document, cells, budget, implementations())
     timer.cancel()
     for goal in targets.check(document):
         print(f"{goal.verdict.strip('*')}: {goal.name}: {goal.value} (must {goal.must:g})")
@@ -269,11 +273,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run(
-    device: torch.device, path: Path, document: dict[str, Any], cells: list[plan.Cell],
-    budget: Budget, rivals: Mapping[str, Contestant],
+    device: torch.device, path: Path, document: dict[str, Any], cells: list[schedule.Cell],
+    budget: Budget, implementations: Mapping[str, Implementation],
 ) -> None:  # fmt: skip
     """Measure the cells in order until the budget ends."""
-    benchmark = Benchmark(device, path, document, budget, rivals)
+    benchmark = Benchmark(device, path, document, budget, implementations)
     benchmark.machine()
     for cell, entry in zip(cells, document["cells"], strict=True):
         start = time.monotonic()

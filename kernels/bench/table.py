@@ -10,9 +10,9 @@ from bench.problems import OBJECTIVES, TITLES, Shape, group_of
 
 MODE_OF = {OURS[0]: "workspace", ROOMY: "workspace", OURS[1]: "stream"}
 HEADER: tuple[str, ...] = (
-    "contestant", "loss only, ms", "forward, ms", "backward, ms", "both, ms [p10 - p90]", "runs",
-    "TFLOP/s", "% of GEMM rate", "peak, GiB", "error of loss / gradient", "predicted floor, ms",
-    "what ran",
+    "implementation", "loss only, ms", "forward, ms", "backward, ms", "both, ms [p10 - p90]",
+    "runs", "TFLOP/s", "% of GEMM rate", "peak, GiB", "error of loss / gradient",
+    "predicted floor, ms", "what ran",
 )  # fmt: skip
 
 

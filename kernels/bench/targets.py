@@ -57,13 +57,13 @@ def _ratios(results: dict[str, Any]) -> Iterable[Target]:
         ("info_nce", "memeff", ("memeff",), 1.5, 2),
         ("info_nce", "cut-cross-entropy", ("cut-cross-entropy",), 1.5, 2),
     )
-    for problem, label, rivals, must, stretch in goals:
+    for problem, label, others, must, stretch in goals:
         rows = find(results, problem, SIZE, WIDE)
-        ours, theirs = _fastest(rows, OURS), _fastest(rows, rivals)
+        ours, theirs = _fastest(rows, OURS), _fastest(rows, others)
         losses = "three losses" if problem == "triple" else "plain InfoNCE"
         name = f"{losses}, d = {WIDE}: faster than {label}"
         value = theirs[0] / ours[0] if ours and theirs else None
-        note = f"{ours[1]} against {theirs[1]}" if ours and theirs else _reasons(rows, rivals)
+        note = f"{ours[1]} against {theirs[1]}" if ours and theirs else _reasons(rows, others)
         yield Target(name, "x", must, stretch, value, note)
 
 

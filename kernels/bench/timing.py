@@ -38,7 +38,7 @@ class Budget:
 
 @dataclass
 class Samples:
-    """Milliseconds of one contestant, one number per timed run and phase."""
+    """Milliseconds of one implementation, one number per timed run and phase."""
 
     runs: dict[str, list[float]] = field(default_factory=lambda: {name: [] for name in PHASES})
     peak_bytes: int = 0
@@ -183,12 +183,12 @@ def interleave(
     evaluations: int = 0,
     warmups: int = 0,
 ) -> dict[str, Samples]:
-    """Round after round, every contestant once per round, until `rounds` or the budget ends.
+    """Round after round, every implementation once per round, until `rounds` or the budget ends.
 
-    Slow contestants leave once they used their fair share of the budget, so that one of them
-    cannot take the rounds of the others; everybody runs at least once. Contestants must have been
+    Slow implementations leave once they used their fair share of the budget, so that one of them
+    cannot take the rounds of the others; each runs at least once. Implementations must have been
     called before where compilation is not to be timed. Rounds before `warmups` are thrown away:
-    they fill the allocator after other contestants emptied it.
+    they fill the allocator after other implementations emptied it.
     """
     samples = {name: Samples() for name in losses}
     spent = dict.fromkeys(losses, 0.0)

@@ -1,4 +1,4 @@
-"""Sweep of the block sizes: rows per chunk of both modes and of the compiled rival.
+"""Sweep of the block sizes: rows per chunk of both modes and of the compiled baseline.
 
 usage: python kernels/bench/tune.py [--seconds 300] [--only TEXT]
 
@@ -13,34 +13,34 @@ import sys
 from pathlib import Path
 
 # a checkout runs as it is, without an installation
-sys.path[:0] = [str(folder) for folder in Path(__file__).resolve().parents[1:3]]
+sys.path[:0] = [str(directory) for directory in Path(__file__).resolve().parents[1:3]]
 
 import torch
 
 from bench import host, results, run
-from bench.peers import EAGER, FUSED, Contestant, chunks, contestants, own
-from bench.plan import Cell
+from bench.peers import EAGER, FUSED, Implementation, chunks, implementations, own
 from bench.problems import square
+from bench.schedule import Cell
 from bench.timing import Budget
 
 ROWS = (512, 1024, 2048, 4096, 8192)
 WIDTHS = (768, 256, 1024)
 
 
-def sweep() -> dict[str, Contestant]:
-    """A contestant for every block size, and eager for the limits of the check."""
-    rows = [contestants()[EAGER[1]]]
+def sweep() -> dict[str, Implementation]:
+    """An implementation for every block size, and eager for the limits of the check."""
+    rows = [implementations()[EAGER[1]]]
     for size in ROWS:
         modes = (("W", "workspace"), ("S", "stream"))
         rows += [
-            Contestant(f"mode {name}, R = {size}", FUSED, own("triton", mode, chunk_rows=size))
+            Implementation(f"mode {name}, R = {size}", FUSED, own("triton", mode, chunk_rows=size))
             for name, mode in modes
         ]
-        rows.append(Contestant(f"torch.compile, R = {size}", FUSED, chunks(size), family="c"))
+        rows.append(Implementation(f"torch.compile, R = {size}", FUSED, chunks(size), family="c"))
     return {row.name: row for row in rows}
 
 
-def cells(rows: dict[str, Contestant]) -> list[Cell]:
+def cells(rows: dict[str, Implementation]) -> list[Cell]:
     names = tuple(name for name in rows if name != EAGER[1])
     return [
         Cell(problem, square(32768, width), names, 10, 60)
@@ -52,7 +52,7 @@ def cells(rows: dict[str, Contestant]) -> list[Cell]:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="block sizes of dalr_kernels on a GPU")
     parser.add_argument("--seconds", type=float, default=300.0, help="time for all cells")
-    parser.add_argument("--out", type=Path, default=run.HERE / "results", help="folder")
+    parser.add_argument("--out", type=Path, default=run.HERE / "results", help="directory")
     parser.add_argument("--only", default="", help="cells whose key contains this text")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():

@@ -1,7 +1,7 @@
 """Losses of DALR on large batches: memory-linear, exact, and independent of the trainer."""
 
 from dalr_kernels.eager.column_kl import column_alignment_kl
-from dalr_kernels.eager.stationary import own_token_loss, token_negatives
+from dalr_kernels.eager.global_to_local import own_token_loss, token_negatives
 from dalr_kernels.losses import (
     alignment_kl,
     consistency,

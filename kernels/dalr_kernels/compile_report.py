@@ -15,13 +15,17 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections import namedtuple
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 
 from dalr_kernels.fused.tuning import HARD, PLAIN, SOFT
+
+if TYPE_CHECKING:
+    from dalr_kernels.fused.arguments import Flags, TileShape
 
 ARCHITECTURES = (80, 90, 100)
 # Bytes of shared memory that one block may use.
@@ -35,29 +39,44 @@ stack in bytes; spills are local loads and stores inside loops.
 DTYPES = {torch.float16: "fp16", torch.float32: "fp32"}
 
 
+# Types of parameters as Triton writes them, by name.
+Signature = dict[str, str | tuple[str, ...]]
+
+
+class Kernel(Protocol):
+    """What the report needs of a `triton.JITFunction`."""
+
+    __name__: str
+    arg_names: list[str]
+
+
 class Terms(NamedTuple):
-    """Compile-time switches of one objective."""
+    """Compile-time choices of one objective; see `Flags` for the fields after the name."""
 
     name: str
     nce: bool = False
     kl: bool = False
-    net: bool = False
+    list_net: bool = False
     nce_shift: int = PLAIN
     kl_shift: int = PLAIN
-    net_shift: int = PLAIN
+    list_net_shift: int = PLAIN
     ids: bool = False
     mask: bool = False
     online: bool = False
 
-    def switches(self) -> dict[str, Any]:
-        """As `engine.kernel_switches` gives them."""
-        return {
-            "NCE": self.nce, "KL": self.kl, "NET": self.net, "NCE_SHIFT": self.nce_shift,
-            "KL_SHIFT": self.kl_shift, "NET_SHIFT": self.net_shift, "CLAMP": False,
-            "POLYNOMIAL": True, "ONE_TEACHER": self.kl and self.net,
-            "TAUGHT_LABELS": self.kl and self.nce_shift == SOFT,
-            "IDS": self.ids, "MASK": self.mask, "ONLINE": self.online,
-        }  # fmt: skip
+    def flags(self) -> Flags:
+        """As `call.kernel_flags` gives them."""
+        from triton.language import constexpr
+
+        from dalr_kernels.fused.arguments import Flags
+
+        values = self._asdict() | {
+            "clamp": False,
+            "polynomial": True,
+            "one_teacher": self.kl and self.list_net,
+            "teacher_labels": self.kl and self.nce_shift == SOFT,
+        }
+        return Flags(**{name: constexpr(values[name]) for name in Flags._fields})
 
 
 # What the presets and the benchmark run, and the online forms.
@@ -67,9 +86,9 @@ OBJECTIVES = (
     Terms("InfoNCE, soft margin, ids", nce=True, nce_shift=SOFT, ids=True),
     Terms("InfoNCE, soft margin, ids, mask", nce=True, nce_shift=SOFT, ids=True, mask=True),
     Terms("KL", kl=True),
-    Terms("ListNet", net=True),
+    Terms("ListNet", list_net=True),
     Terms("dalr: margin, ids + KL", nce=True, kl=True, nce_shift=HARD, ids=True),
-    Terms("triple, plain", nce=True, kl=True, net=True),
+    Terms("triple, plain", nce=True, kl=True, list_net=True),
     Terms("triple, one margin", True, True, True, HARD, HARD, HARD),
     Terms("triple, soft margin", True, True, True, SOFT),
     Terms("InfoNCE, online", nce=True, online=True),
@@ -79,12 +98,22 @@ QUICK = ("InfoNCE", "triple, one margin", "triple, soft margin")
 
 
 class Case(NamedTuple):
-    """One kernel to compile."""
+    """One kernel to compile.
 
-    kernel: Any
+    Attributes:
+        kernel: A `triton.JITFunction`.
+        objective: Name of the objective, or the width of the vectors.
+        dtype: Type of the operands.
+        constants: Compile-time parameters; named tuples of `tl.constexpr` or plain numbers.
+        tile: Shape of the tile, for the table.
+        launch: Warps and pipeline stages where they are not Triton's defaults.
+    """
+
+    kernel: Kernel
     objective: str
     dtype: torch.dtype
-    constants: dict[str, Any]
+    constants: dict[str, Flags | TileShape | bool | int]
+    tile: tuple[int, ...]
     launch: dict[str, int]
 
 
@@ -118,7 +147,7 @@ class Row(NamedTuple):
     @property
     def dots(self) -> bool:
         """Whether the kernel multiplies matrices."""
-        return self.kernel in ("statistics_kernel", "slopes_kernel")
+        return self.kernel in ("statistics_kernel", "gradient_kernel")
 
 
 def cases(
@@ -129,64 +158,120 @@ def cases(
     In float16 all objectives; in float32, where tiles are the same for all, and without gradient
     those of QUICK.
     """
-    from dalr_kernels.fused import stream
-    from dalr_kernels.fused.launch import row_launch
-    from dalr_kernels.fused.rows import row_kernel
-    from dalr_kernels.fused.tiles import slopes_kernel, statistics_kernel
-    from dalr_kernels.fused.units import tile_of, unit_gradient_kernel, unit_kernel
+    from dalr_kernels.fused.normalize_kernels import (
+        normalize_gradient_kernel,
+        normalize_kernel,
+        tile_of,
+    )
 
-    statistics, slopes = stream.tables(architecture)
     for dtype in DTYPES:
         for objective in OBJECTIVES:
             quick = objective.name in QUICK
-            if objective.name not in names or (dtype == torch.float32 and not quick):
-                continue
-            switches = objective.switches()
-            for gradient in (False, True) if quick else (True,):
-                launch = row_launch(32768)
-                constants = switches | {"GRADIENT": gradient, "BLOCK": launch.pop("BLOCK")}
-                name = objective.name + ("" if gradient else " (no gradient)")
-                yield Case(row_kernel, name, dtype, constants, launch)
-            for kernel, table in ((statistics_kernel, statistics), (slopes_kernel, slopes)):
-                tile = table[dtype, stream.kind_of(switches)]._asdict()
-                launch = {key: tile.pop(key) for key in ("num_warps", "num_stages")}
-                yield Case(kernel, objective.name, dtype, switches | tile | {"EVEN": True}, launch)
-        for kernel in (unit_kernel, unit_gradient_kernel):
-            yield Case(kernel, "width 768", dtype, tile_of(768), {})
+            if objective.name in names and (dtype == torch.float16 or quick):
+                yield from row_cases(objective, dtype, (False, True) if quick else (True,))
+                yield from tile_cases(objective, dtype, architecture)
+        for kernel in (normalize_kernel, normalize_gradient_kernel):
+            tile = tile_of(768)
+            yield Case(kernel, "width 768", dtype, {**tile}, tuple(tile.values()), {})
 
 
-def types_of(case: Case) -> dict[str, str]:
-    """Types of all parameters, by name."""
-    pointers = {
-        "losses": "*fp32", "states": "*fp32", "row_sums": "*fp32", "norms": "*fp32",
-        "grads": "*fp32", "row_ids": "*i64", "col_ids": "*i64", "vectors": "*bf16",
+def row_cases(objective: Terms, dtype: torch.dtype, gradients: tuple[bool, ...]) -> Iterator[Case]:
+    """The kernel of mode "workspace"."""
+    from dalr_kernels.fused.row_kernel import row_kernel
+    from dalr_kernels.fused.workspace import row_launch
+
+    for gradient in gradients:
+        launch = row_launch(32768)
+        block = launch.pop("BLOCK")
+        constants = {"FLAGS": objective.flags(), "GRADIENT": gradient, "BLOCK": block}
+        name = objective.name + ("" if gradient else " (no gradient)")
+        yield Case(row_kernel, name, dtype, constants, (block,), launch)
+
+
+def tile_cases(objective: Terms, dtype: torch.dtype, architecture: int) -> Iterator[Case]:
+    """The two kernels of mode "stream"."""
+    from dalr_kernels.fused.gradient_kernel import gradient_kernel
+    from dalr_kernels.fused.statistics_kernel import statistics_kernel
+    from dalr_kernels.fused.tile_tables import kind_of, tables
+
+    flags = objective.flags()
+    kernels = statistics_kernel, gradient_kernel
+    for kernel, table in zip(kernels, tables(architecture), strict=True):
+        tile = table[dtype, kind_of(flags)]
+        constants = {"FLAGS": flags, "TILE": tile.shape(padded_width=768)}
+        launch = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+        yield Case(kernel, objective.name, dtype, constants, (tile.BM, tile.BN, tile.BK), launch)
+
+
+# Types of the parameters that are not `i32` or `fp32`; "operand" is the type of the products.
+TYPES = {
+    **dict.fromkeys(
+        ("losses", "states", "row_sums", "norms", "unit_grads", "vector_grads"), "*fp32"
+    ),
+    **dict.fromkeys(("student", "constants", "grads", "out"), "operand"),
+    "vectors": "*bf16", "ids": "*i64",
+}  # fmt: skip
+FLOATS = ("margin", "threshold", "factors", "offsets", "weights", "weight", "factor")
+# Integers that are multiples of 16 at run time, so that loads become vectors.
+ALIGNED = {
+    "padded_cols", "stride", "strides", "row_stride", "col_stride", "grad_stride", "out_stride",
+    "width", "padded_width", "first_col", "last_col",
+}  # fmt: skip
+
+
+def fields_of(case: Case) -> dict[str, tuple[str, ...]]:
+    """Names of the members of every parameter that is a named tuple."""
+    from dalr_kernels.fused import arguments as groups
+
+    found = {
+        "constants": groups.Constants._fields, "ids": groups.Ids._fields,
+        "margin": groups.Margin._fields, "strides": groups.Strides._fields,
+        "factors": groups.PerSoftmax._fields, "offsets": groups.PerSoftmax._fields,
+        "weights": groups.PerTerm._fields,
+        "FLAGS": groups.Flags._fields, "TILE": groups.TileShape._fields,
     }  # fmt: skip
-    matrices = {
-        "student", "kl_teacher", "net_teacher", "labels", "scores", "slopes", "student_rows",
-        "student_cols", "out",
-    }  # fmt: skip
-    found = {}
-    for name in case.kernel.arg_names:
-        if name in case.constants:
-            found[name] = "constexpr"
-        elif name in pointers:
-            found[name] = pointers[name]
-        elif name == "out" and case.kernel.__name__ == "unit_gradient_kernel":
-            found[name] = "*fp32"
-        elif name in matrices:
-            found[name] = f"*{DTYPES[case.dtype]}"
-        elif re.search("factor|offset|weight|margin|threshold", name):
-            found[name] = "fp32"
-        else:
-            found[name] = "i32"
+    if case.kernel.__name__ != "row_kernel":
+        found["student"] = groups.Student._fields
     return found
 
 
-# Integers that are multiples of 16 at run time, so that loads become vectors.
-ALIGNED = {
-    "padded_cols", "stride", "row_stride", "col_stride", "grad_stride", "out_stride", "width",
-    "padded_width", "first_col", "last_col",
-}  # fmt: skip
+def types_of(case: Case) -> Signature:
+    """Types of all parameters by name; a named tuple of types for a named tuple."""
+    fields = fields_of(case)
+    found: Signature = {}
+    for name in case.kernel.arg_names:
+        kind = TYPES.get(name, "fp32" if name in FLOATS else "i32")
+        kind = f"*{DTYPES[case.dtype]}" if kind == "operand" else kind
+        kind = "constexpr" if name in case.constants else kind
+        if name in fields:
+            found[name] = namedtuple(name, fields[name])(*[kind] * len(fields[name]))
+        else:
+            found[name] = kind
+    return found
+
+
+def constants_of(case: Case) -> dict[tuple[int, ...], object]:
+    """Compile-time values by the path of their parameter: its index, and that in a tuple."""
+    found: dict[tuple[int, ...], object] = {}
+    for name, value in case.constants.items():
+        index = case.kernel.arg_names.index(name)
+        if isinstance(value, tuple):
+            found |= {(index, member): constant for member, constant in enumerate(value)}
+        else:
+            found[index,] = value
+    return found
+
+
+def aligned_paths(case: Case, types: Signature) -> list[tuple[int, ...]]:
+    """Paths of all pointers, and of the integers that are multiples of 16."""
+    found: list[tuple[int, ...]] = []
+    for index, name in enumerate(case.kernel.arg_names):
+        members = types[name]
+        kind = members if isinstance(members, str) else members[0]
+        if kind.startswith("*") or (kind == "i32" and name in ALIGNED):
+            paths = [()] if isinstance(members, str) else [(k,) for k in range(len(members))]
+            found += [(index, *path) for path in paths]
+    return found
 
 
 def build(case: Case, architecture: int) -> Row:
@@ -195,25 +280,19 @@ def build(case: Case, architecture: int) -> Row:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    types = types_of(case)
-    constants = dict(case.constants)
-    if case.kernel.__name__.startswith("unit"):
+    types, constants = types_of(case), constants_of(case)
+    if "col_stride" in types:
         # Vectors are contiguous as a rule; Triton then takes their stride of 1 for a constant.
-        constants["col_stride"] = 1
+        constants[case.kernel.arg_names.index("col_stride"),] = 1
         types["col_stride"] = "constexpr"
-    aligned = {
-        (index,): [["tt.divisibility", 16]]
-        for index, name in enumerate(case.kernel.arg_names)
-        if types[name].startswith("*") or (types[name] == "i32" and name in ALIGNED)
-    }
+    aligned = {path: [["tt.divisibility", 16]] for path in aligned_paths(case, types)}
     source = ASTSource(case.kernel, types, constants, aligned)
     compiled = triton.compile(source, GPUTarget("cuda", architecture, 32), case.launch)
     cubin = compiled.asm["cubin"]
     usage = inspect(cubin, "-res-usage")
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     assert found is not None, usage
-    tile = {k: v for k, v in case.constants.items() if k in ("BM", "BN", "BK", "ROWS", "BLOCK")}
-    shape = "x".join(str(v) for v in tile.values())
+    shape = "x".join(str(size) for size in case.tile)
     options = ", ".join(f"{k[4:]} {v}" for k, v in case.launch.items())
     return Row(
         case.kernel.__name__, case.objective, DTYPES[case.dtype], architecture,
@@ -254,8 +333,8 @@ def markdown(rows: Sequence[Row]) -> str:
     head = ("kernel", "terms", "type", "sm", "tile", "regs", "stack", "shared", "spills", "faults")
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for row in rows:
-        cells = (*row[:-1], "; ".join(row.faults()) or "-")
-        lines.append("| " + " | ".join(str(cell) for cell in cells) + " |")
+        fields = (*row[:-1], "; ".join(row.faults()) or "-")
+        lines.append("| " + " | ".join(str(field) for field in fields) + " |")
     return "\n".join(lines) + "\n"
 
 

@@ -3,7 +3,7 @@
 All of them share these conventions. Rows are this rank's ``[R, D]``, columns the gathered
 ``[N, D]``; the positive of row i is column ``i + col_offset``. Inputs may be float16, bfloat16,
 float32 (computed in float32) or float64 (computed in float64), also inside autocast, and are
-normalised here. The result is the mean over the R local rows, a scalar: averaging the gradients
+normalized here. The result is the mean over the R local rows, a scalar: averaging the gradients
 over ranks then gives the gradient of the mean over the global batch, provided the gather of the
 columns sums gradients in its backward.
 """
@@ -15,8 +15,9 @@ from torch import Tensor
 
 from dalr_kernels import reference
 from dalr_kernels import validation as checks
-from dalr_kernels.eager import chunked
-from dalr_kernels.row_losses import How, weighted_mean, workspace_of
+from dalr_kernels.eager.chunked import workspace_of
+from dalr_kernels.eager.global_to_local import TokenArguments, stream_global_to_local
+from dalr_kernels.row_losses import How, weighted_mean
 from dalr_kernels.similarity import Similarity, unit
 from dalr_kernels.terms import AlignmentKL, InfoNCE, ListMLE, ListNet, Term
 
@@ -276,8 +277,8 @@ def global_to_local(
         temperature: Divides the products, positive.
         norm: "token" for unit tokens; "axis" for the published division of each feature by its
             norm over the token axis, which depends on the padding.
-        unit_rows: Normalise the rows; the published code does not.
-        row_ids: Image ids ``[R]``; sentences of the same image (ids >= 0) are no negatives.
+        unit_rows: Normalize the rows; the published code does not.
+        row_ids: Image ids ``[R]``; sentences of the same image (ids >= 0) are not negatives.
         col_ids: Image ids ``[N]``, given together with `row_ids`.
         col_offset: Sentence index of row 0 in `tokens`.
         impl: "torch" (streams over sentences), "reference" (builds ``[R, N, T]``) or "auto".
@@ -290,39 +291,29 @@ def global_to_local(
     Raises:
         ValueError: Shapes, types, devices or values that do not fit, named in the message.
     """
-    checks.matrix("rows", rows)
-    checks.tokens("own_tokens", own_tokens, own_mask, rows)
-    checks.tokens("tokens", tokens, mask, rows)
-    if own_tokens.shape[0] != rows.shape[0]:
-        raise ValueError(f"own_tokens has {own_tokens.shape[0]} sentences for {rows.shape[0]} rows")
-    checks.offset(col_offset, rows.shape[0], tokens.shape[0])
-    checks.temperatures(checks.compute_dtype(rows), temperature=temperature)
-    checks.ids(row_ids, col_ids, rows, tokens.shape[0])
-    checks.token_norm(norm)
     resolved = checks.implementation(impl, WITHOUT_KERNEL)
     workspace = workspace_of(rows.device, chunk_rows, workspace_bytes)
-    arguments = chunked.TokenArguments(
-        own_tokens.detach(), own_mask != 0, tokens.detach(), mask != 0, norm, temperature,
-        col_offset, row_ids, col_ids,
-    )  # fmt: skip
+    arguments = TokenArguments(
+        own_tokens, own_mask, tokens, mask, norm, temperature, col_offset, row_ids, col_ids
+    ).checked(rows)
     with torch.autocast(rows.device.type, enabled=False):
         values = rows.to(checks.compute_dtype(rows))
         values = unit(values) if unit_rows else values
         if resolved == "torch":
-            return chunked.global_to_local(values, arguments, chunk_rows, workspace)
+            return stream_global_to_local(values, arguments, chunk_rows, workspace)
         return _dense_global_to_local(values, arguments)
 
 
-def _dense_global_to_local(rows_RD: Tensor, arguments: chunked.TokenArguments) -> Tensor:
-    excluded = chunked.excluded_cells(
+def _dense_global_to_local(rows_RD: Tensor, arguments: TokenArguments) -> Tensor:
+    excluded = reference.excluded_elements(
         rows_RD.shape[0], arguments.tokens_NTD.shape[0], arguments.col_offset,
         arguments.row_ids, arguments.col_ids, rows_RD.device, own=True,
     )  # fmt: skip
     return reference.global_to_local_rows(
         rows_RD,
-        reference.normalise_tokens(arguments.own_RTD.to(rows_RD.dtype), arguments.norm),
+        reference.normalize_tokens(arguments.own_RTD.to(rows_RD.dtype), arguments.norm),
         arguments.own_mask_RT,
-        reference.normalise_tokens(arguments.tokens_NTD.to(rows_RD.dtype), arguments.norm),
+        reference.normalize_tokens(arguments.tokens_NTD.to(rows_RD.dtype), arguments.norm),
         arguments.mask_NT,
         excluded,
         temperature=arguments.temperature,

@@ -47,8 +47,8 @@ def angular_margin(
         return cosines_RN
     gate_RN = cosines_RN.detach() < math.cos(margin)
     gate_RN.diagonal(first_column).fill_(False)
-    # Ungated cells are replaced before the root: should its slope be infinite there, the zero from
-    # `where` would make it NaN (pytorch/pytorch#15506).
+    # Ungated elements are replaced before the root: should its derivative be infinite there, the
+    # zero from `where` would make it NaN (pytorch/pytorch#15506).
     safe_RN = torch.where(gate_RN, cosines_RN, 0.0)
     sine_squared_RN = (1.0 - safe_RN) * (1.0 + safe_RN)
     sine_RN = sine_squared_RN.clamp_min(MIN_SINE_SQUARED[cosines_RN.dtype]).sqrt()

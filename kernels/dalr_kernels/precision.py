@@ -17,7 +17,7 @@ _state = {"half": False}
 def half_operands(wanted: bool = True) -> Iterator[None]:
     """Inside, the fused kernels multiply float32 unit vectors as float16.
 
-    Vectors are normalised, losses computed and gradients summed in float32 as ever; see "How the
+    Vectors are normalized, losses computed and gradients summed in float32 as ever; see "How the
     kernels compute" in the package's README for the error. The other implementations are not
     concerned.
 

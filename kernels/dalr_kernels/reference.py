@@ -21,6 +21,36 @@ from dalr_kernels.similarity import unit
 RANK_GRID = {torch.float32: 2.0**-20, torch.float64: 2.0**-40}
 
 
+def excluded_elements(
+    num_rows: int,
+    num_cols: int,
+    first_column: int,
+    row_ids: Tensor | None,
+    col_ids: Tensor | None,
+    device: torch.device,
+    *,
+    own: bool,
+) -> Tensor:
+    """True where an element has the id of its row (ids >= 0); bool ``[R, N]``.
+
+    Args:
+        num_rows: R.
+        num_cols: N.
+        first_column: Column of the positive of row 0; may lie outside the block.
+        row_ids: Image ids ``[R]``, or None.
+        col_ids: Image ids ``[N]``, or None.
+        device: Of the result.
+        own: Value of the diagonal of positives.
+    """
+    if row_ids is None or col_ids is None:
+        excluded = torch.zeros(num_rows, num_cols, dtype=torch.bool, device=device)
+    else:
+        excluded = (row_ids[:, None] == col_ids) & (row_ids[:, None] >= 0)
+    if -num_rows < first_column < num_cols:
+        excluded.diagonal(first_column).fill_(own)
+    return excluded
+
+
 def info_nce_rows(
     cosines_RN: Tensor,
     first_column: int,
@@ -63,7 +93,7 @@ def list_net_rows(
     temperature: float,
     margin: float = 0.0,
 ) -> Tensor:
-    """Cross-entropy of teacher and student lists without the diagonal cells; ``[R]``.
+    """Cross-entropy of teacher and student lists without the diagonal; ``[R]``.
 
     A list of one column is empty after that and costs nothing.
     """
@@ -71,7 +101,7 @@ def list_net_rows(
     student_RN = angular_margin(cosines_RN, first_column, margin) / temperature
     log_r_RN = student_RN.masked_fill(own_RN, -math.inf).log_softmax(dim=1)
     q_RN = (teacher_RN / teacher_temperature).masked_fill(own_RN, -math.inf).softmax(dim=1)
-    # Zero both sides of the removed cells: 0 * -inf is NaN.
+    # Zero both sides of the removed elements: 0 * -inf is NaN.
     return -(q_RN.masked_fill(own_RN, 0.0) * log_r_RN.masked_fill(own_RN, 0.0)).sum(dim=1)
 
 
@@ -102,7 +132,7 @@ def list_mle_rows(
     return terms_RN.mean(dim=1) if mean else terms_RN.sum(dim=1)
 
 
-def normalise_tokens(tokens_NTD: Tensor, norm: str) -> Tensor:
+def normalize_tokens(tokens_NTD: Tensor, norm: str) -> Tensor:
     """Token features of unit length per token ("token") or per feature over all T ("axis")."""
     if norm == "token":
         return unit(tokens_NTD)
@@ -122,8 +152,8 @@ def global_to_local_rows(
 ) -> Tensor:
     """Each real token of the own sentence against all real tokens of the others; ``[R]``.
 
-    Tokens and rows are already normalised, masks boolean. `excluded_RN` holds the own sentence and
-    any further sentence that is no negative. A row without tokens or negatives costs nothing.
+    Tokens and rows are already normalized, masks boolean. `excluded_RN` holds the own sentence and
+    any further sentence that is not a negative. A row without tokens or negatives costs nothing.
     """
     own_RT = torch.einsum("rd,rtd->rt", rows_RD, own_RTD) / temperature
     others_RNT = torch.einsum("rd,ntd->rnt", rows_RD, tokens_NTD) / temperature

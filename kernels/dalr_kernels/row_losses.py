@@ -1,4 +1,4 @@
-"""One pass for all row losses that use the same student matrix.
+"""All row losses that use the same student matrix, computed together.
 
 ``cos(rows, cols)`` and every teacher matrix are made once, and the gradients of all terms are added
 before the two products that need them. That is 8 N^2 D operations instead of 8 per term.
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dalr_kernels import validation as checks
 from dalr_kernels.eager import chunked
-from dalr_kernels.eager.row_pass import RowPass
+from dalr_kernels.eager.row_terms import RowTerms
 from dalr_kernels.similarity import Similarity, unit
 from dalr_kernels.terms import (
     AlignmentKL,
@@ -90,27 +90,27 @@ def row_losses(
         ValueError: No term, or shapes, types, devices or values that do not fit.
     """
     checks.rows_and_columns(rows, cols, col_offset)
-    named: dict[str, Term | None] = {
-        "info_nce": info_nce,
-        "alignment_kl": _taught(alignment_kl, teacher),
-        "list_net": _taught(list_net, teacher),
-        "list_mle": _taught(list_mle, teacher),
-    }
-    terms = {name: term for name, term in named.items() if term is not None}
-    if not terms:
-        raise ValueError("row_losses needs at least one term")
-    for term in terms.values():
-        term.check(rows, cols)
+    terms = _checked_terms(rows, cols, teacher, info_nce, alignment_kl, list_net, list_mle)
     how = How(impl, mode, deterministic, check_finite, chunk_rows, workspace_bytes)
     total, components = weighted_mean(rows, cols, list(terms.values()), col_offset, how)
-    found = dict(zip(terms, components.detach().unbind(), strict=True))
-    return RowLosses(
-        total,
-        found.get("info_nce"),
-        found.get("alignment_kl"),
-        found.get("list_net"),
-        found.get("list_mle"),
-    )
+    return RowLosses(total, **dict(zip(terms, components.detach().unbind(), strict=True)))
+
+
+def _checked_terms(
+    rows: Tensor, cols: Tensor, teacher: Similarity | None, *terms: Term | None
+) -> dict[str, Term]:
+    """The terms that are not None by their names in `RowLosses`, each with its teacher."""
+    names = RowLosses._fields[1:]
+    found = {
+        name: _with_teacher(term, teacher)
+        for name, term in zip(names, terms, strict=True)
+        if term is not None
+    }
+    if not found:
+        raise ValueError("row_losses needs at least one term")
+    for term in found.values():
+        term.check(rows, cols)
+    return found
 
 
 def weighted_mean(
@@ -119,7 +119,7 @@ def weighted_mean(
     """Weighted sum of checked terms and the mean of each, ``[K]``."""
     checks.implementation(how.impl)
     checks.mode(how.mode)
-    workspace = workspace_of(rows.device, how.chunk_rows, how.workspace_bytes)
+    workspace = chunked.workspace_of(rows.device, how.chunk_rows, how.workspace_bytes)
     if _checks_values(how, rows):
         checks.finite("rows", rows)
         checks.finite("cols", cols)
@@ -137,16 +137,8 @@ def _checks_values(how: How, rows: Tensor) -> bool:
     return rows.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
-def workspace_of(device: torch.device, chunk_rows: int | None, workspace_bytes: int | None) -> int:
-    """Check the two memory options; the workspace in bytes."""
-    for name, value in (("chunk_rows", chunk_rows), ("workspace_bytes", workspace_bytes)):
-        if value is not None and value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
-    return chunked.default_workspace(device) if workspace_bytes is None else workspace_bytes
-
-
-def _taught(term: Term | None, teacher: Similarity | None) -> Term | None:
-    if term is None or isinstance(term, InfoNCE) or term.teacher is not None:
+def _with_teacher(term: Term, teacher: Similarity | None) -> Term:
+    if isinstance(term, InfoNCE) or term.teacher is not None:
         return term
     return replace(term, teacher=teacher)
 
@@ -167,8 +159,8 @@ def _in_chunks(
 ) -> tuple[Tensor, Tensor]:
     dtype = checks.compute_dtype(rows, cols)
     fit = chunked.rows_per_chunk(rows, len(cols), dtype, workspace)
-    row_pass = RowPass(terms, len(rows), col_offset, dtype)
-    return chunked.mean_over_rows(rows, cols, row_pass, dtype, how.chunk_rows or fit)
+    row_terms = RowTerms(terms, len(rows), col_offset, dtype)
+    return chunked.mean_over_rows(rows, cols, row_terms, dtype, how.chunk_rows or fit)
 
 
 def _fused(impl: str, rows: Tensor, cols: Tensor, terms: Sequence[Term]) -> bool:

@@ -34,7 +34,7 @@ class Similarity:
 
     Attributes:
         factors: Tuples ``(weight, rows [R, D_k], cols [N, D_k])`` of floating-point tensors, not
-            necessarily normalised; the widths ``D_k`` may differ between factors.
+            necessarily normalized; the widths ``D_k`` may differ between factors.
         dtype: Round every cosine to this type before mixing (``torch.float16`` repeats what half
             precision teachers do to a ranking); ``None`` keeps the type of the loss. With
             ``torch.float64`` cosines are computed and mixed in it and rounded once, at the end, to
@@ -69,8 +69,8 @@ class Similarity:
         """Device of the factors."""
         return self.factors[0][1].device
 
-    def normalised(self, dtype: torch.dtype) -> UnitSimilarity:
-        """Normalise all factors once, detached, for use block by block in ``dtype``."""
+    def normalized(self, dtype: torch.dtype) -> UnitSimilarity:
+        """Normalize all factors once, detached, for use block by block in ``dtype``."""
         compute = torch.float64 if self.wider_than(dtype) else dtype
         factors = tuple(
             (float(weight), *_unit_pair(rows.detach(), cols.detach(), compute))

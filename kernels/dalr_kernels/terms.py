@@ -15,8 +15,8 @@ from torch import Tensor
 
 from dalr_kernels import reference
 from dalr_kernels import validation as checks
-from dalr_kernels.eager import chunked, closed_form
-from dalr_kernels.eager.closed_form import Block, Sink
+from dalr_kernels.eager import closed_form
+from dalr_kernels.eager.closed_form import Block, GradientSink, Shift
 from dalr_kernels.similarity import Similarity
 
 # A constant similarity and a span of rows to its block [stop - start, N].
@@ -56,6 +56,12 @@ class InfoNCE:
             found.append(self.mask_above[0])
         return found
 
+    def shift(self) -> Shift:
+        """The margin that is applied to the cosines before the term sees them."""
+        if self.margin > 0.0 and self.soft_labels is not None:
+            return Shift(self.margin, self.soft_labels, self.clamp_soft_labels)
+        return Shift(self.margin)
+
     def losses(self, cosines: Tensor, start: int, col_offset: int, blocks: Blocks) -> Tensor:
         """One loss per row of a block that starts at row `start`; ``[r]``."""
         stop = start + cosines.shape[0]
@@ -72,7 +78,7 @@ class InfoNCE:
             excluded_RN=self._excluded(cosines, start, col_offset, blocks),
         )
 
-    def closed_losses(self, student: Tensor, block: Block, sink: Sink) -> Tensor:
+    def closed_losses(self, student: Tensor, block: Block, gradient_sink: GradientSink) -> Tensor:
         """The losses of a block in closed form; ``[r]``.
 
         Args:
@@ -80,7 +86,7 @@ class InfoNCE:
             block: Where the rows lie, and their constants.
             sink: Takes their derivative by `student`.
         """
-        with block.spare.lend(1, len(student)) as (excluded,):
+        with block.buffers.borrow(1, len(student)) as (excluded,):
             masked = self.row_ids is not None or self.mask_above is not None
             if masked:
                 self._mark_excluded(excluded, block)
@@ -89,8 +95,8 @@ class InfoNCE:
                 block.first_column,
                 self.temperature,
                 excluded if masked else None,
-                sink,
-                block.spare,
+                gradient_sink,
+                block.buffers,
             )
 
     def _mark_excluded(self, excluded: Tensor, block: Block) -> None:
@@ -100,7 +106,7 @@ class InfoNCE:
             torch.eq(rows[block.start : block.stop, None], cols, out=excluded)
         if self.mask_above is not None:
             similarity, threshold = self.mask_above
-            with block.spare.lend(1, len(excluded)) as (above,):
+            with block.buffers.borrow(1, len(excluded)) as (above,):
                 excluded += torch.gt(block.constant(similarity), threshold, out=above)
         excluded.diagonal(block.first_column).zero_()
 
@@ -111,7 +117,7 @@ class InfoNCE:
             return None
         stop, own = start + cosines.shape[0], col_offset + start
         part = None if self.row_ids is None else self.row_ids[start:stop]
-        excluded = chunked.excluded_cells(
+        excluded = reference.excluded_elements(
             cosines.shape[0], cosines.shape[1], own, part, self.col_ids, cosines.device, own=False
         )
         if self.mask_above is not None:
@@ -120,10 +126,15 @@ class InfoNCE:
         return excluded
 
 
-class _Taught:
-    """What the terms with a teacher share; without one of their own they take the shared one."""
+class _WithTeacher:
+    """Common part of the terms with a teacher, their own or the one given to `row_losses`."""
 
+    margin: float
     teacher: Similarity | None
+
+    def shift(self) -> Shift:
+        """The margin that is applied to the cosines before the term sees them."""
+        return Shift(self.margin)
 
     def similarities(self) -> list[Similarity]:
         """Constant matrices that the term reads."""
@@ -140,7 +151,7 @@ class _Taught:
 
 
 @dataclass(frozen=True, eq=False)
-class AlignmentKL(_Taught):
+class AlignmentKL(_WithTeacher):
     """Arguments of `dalr_kernels.alignment_kl`; without `teacher` the shared one is used."""
 
     student_temperature: float = 0.45
@@ -176,7 +187,7 @@ class AlignmentKL(_Taught):
             temperature=self.temperature,
         )
 
-    def closed_losses(self, student: Tensor, block: Block, sink: Sink) -> Tensor:
+    def closed_losses(self, student: Tensor, block: Block, gradient_sink: GradientSink) -> Tensor:
         """See `InfoNCE.closed_losses`."""
         assert self.teacher is not None
         return closed_form.alignment_kl(
@@ -184,13 +195,13 @@ class AlignmentKL(_Taught):
             block.constant(self.teacher),
             self.temperature * self.student_temperature,
             self.teacher_temperature,
-            sink,
-            block.spare,
+            gradient_sink,
+            block.buffers,
         )
 
 
 @dataclass(frozen=True, eq=False)
-class ListNet(_Taught):
+class ListNet(_WithTeacher):
     """Arguments of `dalr_kernels.list_net`; without `teacher` the shared one is used."""
 
     temperature: float
@@ -220,7 +231,7 @@ class ListNet(_Taught):
             margin=self.margin,
         )
 
-    def closed_losses(self, student: Tensor, block: Block, sink: Sink) -> Tensor:
+    def closed_losses(self, student: Tensor, block: Block, gradient_sink: GradientSink) -> Tensor:
         """See `InfoNCE.closed_losses`."""
         assert self.teacher is not None
         return closed_form.list_net(
@@ -229,13 +240,13 @@ class ListNet(_Taught):
             block.constant(self.teacher),
             self.temperature,
             self.teacher_temperature,
-            sink,
-            block.spare,
+            gradient_sink,
+            block.buffers,
         )
 
 
 @dataclass(frozen=True, eq=False)
-class ListMLE(_Taught):
+class ListMLE(_WithTeacher):
     """Arguments of `dalr_kernels.list_mle`; without `teacher` the shared one is used."""
 
     temperature: float
@@ -267,7 +278,7 @@ class ListMLE(_Taught):
             eps=self.eps,
         )
 
-    def closed_losses(self, student: Tensor, block: Block, sink: Sink) -> Tensor:
+    def closed_losses(self, student: Tensor, block: Block, gradient_sink: GradientSink) -> Tensor:
         """See `InfoNCE.closed_losses`."""
         assert self.teacher is not None
         share = 1.0 / student.shape[1] if self.reduction == "mean" else 1.0
@@ -277,8 +288,8 @@ class ListMLE(_Taught):
             self.temperature,
             self.eps,
             share,
-            sink,
-            block.spare,
+            gradient_sink,
+            block.buffers,
         )
 
 
@@ -297,13 +308,13 @@ class RowLosses(NamedTuple):
     """
 
     total: Tensor
-    info_nce: Tensor | None
-    alignment_kl: Tensor | None
-    list_net: Tensor | None
-    list_mle: Tensor | None
+    info_nce: Tensor | None = None
+    alignment_kl: Tensor | None = None
+    list_net: Tensor | None = None
+    list_mle: Tensor | None = None
 
 
 def constant_blocks(similarities: list[Similarity], dtype: torch.dtype) -> Blocks:
-    """Blocks of similarities that are normalised once."""
-    units = {id(s): s.normalised(dtype) for s in similarities}
+    """Blocks of similarities that are normalized once."""
+    units = {id(s): s.normalized(dtype) for s in similarities}
     return lambda similarity, start, stop: units[id(similarity)].block(start, stop)

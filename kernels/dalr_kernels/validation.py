@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from dalr_kernels.similarity import Similarity
+if TYPE_CHECKING:
+    from dalr_kernels.similarity import Similarity
 
 IMPLEMENTATIONS = ("auto", "triton", "torch", "reference")
 MODES = ("auto", "workspace", "stream")
@@ -111,7 +113,7 @@ def same_device(name: str, tensor: Tensor, rows: Tensor) -> None:
 
 
 def similarity(name: str, value: Similarity | None, rows: Tensor, num_cols: int) -> None:
-    """Check that a constant similarity covers the same cells as the loss."""
+    """Check that a constant similarity has the shape of the loss."""
     if value is None:
         return
     if value.shape != (rows.shape[0], num_cols):
@@ -146,7 +148,7 @@ def ids(row_ids: Tensor | None, col_ids: Tensor | None, rows: Tensor, num_cols: 
 
 
 def token_norm(norm: str) -> None:
-    """Refuse an unknown normalisation of token features."""
+    """Refuse an unknown normalization of token features."""
     if norm not in ("token", "axis"):
         raise ValueError(f"norm must be 'token' or 'axis', got {norm!r}")
 

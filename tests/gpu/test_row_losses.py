@@ -14,9 +14,9 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("triton")
 
 ROOT = Path(__file__).parents[2]
-for folder in (ROOT / "kernels", ROOT / "tests" / "numerics"):
-    if str(folder) not in sys.path:
-        sys.path.insert(0, str(folder))
+for directory in (ROOT / "kernels", ROOT / "tests" / "numerics"):
+    if str(directory) not in sys.path:
+        sys.path.insert(0, str(directory))
 
 import dalr_kernels as K  # noqa: E402
 import fused_cases as cases  # noqa: E402
@@ -74,16 +74,16 @@ def test_ragged_chunks(dtype, mode):
 @MODES
 def test_mistakes_are_noticed(mode, monkeypatch):
     # Negative control: the positive is one column off.
-    from dalr_kernels.fused import launch as engine
+    from dalr_kernels.fused import launch
 
     case = cases.make(LARGE, torch.bfloat16, "triple, plain", "cuda")
-    prepare = engine.prepare
+    prepare = launch.prepare
 
     def shifted(inputs, *rest):
-        task = prepare(inputs, *rest)
-        return task._replace(inputs=task.inputs._replace(col_offset=inputs.col_offset + 1))
+        call = prepare(inputs, *rest)
+        return call._replace(inputs=call.inputs._replace(col_offset=inputs.col_offset + 1))
 
-    monkeypatch.setattr(engine, "prepare", shifted)
+    monkeypatch.setattr(launch, "prepare", shifted)
     assert check(case, mode=mode) > 1.0
 
 
@@ -98,9 +98,9 @@ def test_same_bits_twice(dtype, mode):
 
 
 def test_auto_takes_the_kernels(caplog):
-    from dalr_kernels.fused import tuning as plan
+    from dalr_kernels.fused import tuning
 
-    plan.log_choice.cache_clear()
+    tuning.log_choice.cache_clear()
     rows, cols = torch.randn(2, 70, 64, device="cuda").unbind()
     with caplog.at_level("INFO", "dalr_kernels"):
         K.info_nce(rows, cols, temperature=0.05)

@@ -144,7 +144,7 @@ class Case:
                 return math.inf
             gradient = index >= len(got) - 2
             tolerance = TOLERANCES[self.dtype][int(gradient)]
-            # Losses are differences of logits, slopes of probabilities: both of order one.
+            # Losses are differences of logits, gradients of probabilities: both of order one.
             scale = max(float(exact.abs().max()), 0.5 if gradient else 1.0)
             error = float((ours.double() - exact).abs().max())
             allowed = float((plain.double() - exact).abs().max())

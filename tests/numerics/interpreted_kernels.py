@@ -17,10 +17,9 @@ import fused_cases as cases
 import golden_terms
 import pytest
 import torch
-from dalr_kernels.fused import launch as engine
-from dalr_kernels.fused import stream
-from dalr_kernels.fused import tuning as plan
-from dalr_kernels.fused.rows import row_kernel
+from dalr_kernels.fused import call, launch, stream, tuning
+from dalr_kernels.fused.call import Inputs, PreparedCall
+from dalr_kernels.fused.row_kernel import row_kernel
 from golden_terms import Golden
 from torch import Tensor
 
@@ -78,20 +77,18 @@ def test_float32_that_was_16_bit_before(mode: str) -> None:
     assert check(cases.make((9, 83, 60, 40), torch.float32, "triple, plain"), mode=mode) < 1.0
 
 
-def spoil(
-    monkeypatch: pytest.MonkeyPatch, change: Callable[[engine.Inputs], engine.Inputs]
-) -> None:
+def spoil(monkeypatch: pytest.MonkeyPatch, change: Callable[[Inputs], Inputs]) -> None:
     """Let the kernels see other inputs than the caller gave."""
-    prepare = engine.prepare
+    prepare = launch.prepare
 
-    def changed(inputs: engine.Inputs, *rest: Any) -> engine.Pass:
-        task = prepare(inputs, *rest)
-        return task._replace(inputs=change(task.inputs))
+    def changed(inputs: Inputs, *rest: Any) -> PreparedCall:
+        prepared = prepare(inputs, *rest)
+        return prepared._replace(inputs=change(prepared.inputs))
 
-    monkeypatch.setattr(engine, "prepare", changed)
+    monkeypatch.setattr(launch, "prepare", changed)
 
 
-MISTAKES: dict[str, Callable[[engine.Inputs], engine.Inputs]] = {
+MISTAKES: dict[str, Callable[[Inputs], Inputs]] = {
     "the positive is one column off": lambda x: x._replace(col_offset=x.col_offset + 1),
     "the last column is dropped": lambda x: x._replace(cols=x.cols[:-1]),
     "ids are ignored": lambda x: x._replace(
@@ -157,8 +154,8 @@ def test_no_gradient_work_without_need(mode: str, monkeypatch: pytest.MonkeyPatc
 
     rows, cols = draw(5, 8, seed=1), draw(9, 8, seed=2)
     want = K.info_nce(rows, cols, **TAU, impl="reference")
-    monkeypatch.setattr(stream, "write_slopes", refuse)
-    monkeypatch.setattr(engine, "add_product", refuse)
+    monkeypatch.setattr(stream, "launch_gradients", refuse)
+    monkeypatch.setattr(call, "add_product", refuse)
     found = [K.info_nce(rows, cols, **TAU, impl="triton", mode=mode)]
     rows.requires_grad_()
     for context in (torch.no_grad, torch.inference_mode):
@@ -220,7 +217,7 @@ def test_edge_vectors_are_finite(dtype: torch.dtype, mode: str) -> None:
     )  # fmt: skip
     grads = torch.autograd.grad(found.total, leaves)
     assert torch.isfinite(found.total)
-    # The slope at a zero vector is 1 / 1e-8, beyond the range of float16.
+    # The derivative at a zero vector is 1 / 1e-8, beyond the range of float16.
     short = dtype == torch.float16
     assert torch.isfinite(grads[0][1:] if short else grads[0]).all()
     assert torch.isfinite(grads[1][[1, 3, 4, 5]] if short else grads[1]).all()
@@ -263,7 +260,7 @@ def test_terms_of_different_margins_pass_apart() -> None:
     terms["info_nce"] = K.InfoNCE(0.05, 0.3)
     terms["list_net"] = K.ListNet(0.05, 0.05, 0.2, teacher=terms["teacher"])
     terms["list_mle"] = K.ListMLE(0.05, weight=0.1)
-    groups = plan.groups([terms["info_nce"], terms["list_net"], terms["list_mle"]])
+    groups = tuning.groups([terms["info_nce"], terms["list_net"], terms["list_mle"]])
     assert groups == [[0], [1], [2]]
     rows, cols = case.rows.float(), case.cols.float()
     want = K.row_losses(rows, cols, **terms, impl="reference")
@@ -300,7 +297,7 @@ def test_the_operator_is_registered_rightly() -> None:
     from dalr_kernels.fused.operator import row_losses, scaled
 
     rows, cols = draw(3, 4, seed=1).requires_grad_(), draw(5, 4, seed=2).requires_grad_()
-    scalars, layout, _ = plan.describe([K.InfoNCE(0.05, 0.18)])
+    scalars, layout, _ = tuning.describe([K.InfoNCE(0.05, 0.18)])
     arguments = (
         rows, cols, [], list(scalars), list(layout), None, None, 0, 2**20, None, "auto", False,
         True, True,
@@ -311,7 +308,7 @@ def test_the_operator_is_registered_rightly() -> None:
 
 def test_the_choice_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     rows, cols = draw(5, 8), draw(11, 8)
-    plan.log_choice.cache_clear()
+    tuning.log_choice.cache_clear()
     with caplog.at_level(logging.INFO, "dalr_kernels"):
         for _ in range(3):
             K.info_nce(rows, cols, **TAU, impl="triton")

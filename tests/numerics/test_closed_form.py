@@ -9,7 +9,7 @@ import pytest
 import torch
 from dalr_kernels import reference
 from dalr_kernels.eager import closed_form
-from dalr_kernels.eager.closed_form import Sink, Spare
+from dalr_kernels.eager.closed_form import BufferPool, GradientSink
 from torch import Tensor
 
 
@@ -77,12 +77,12 @@ def test_equal_largest_cells_share_the_slope_of_the_maximum() -> None:
 
 
 def test_matrices_are_used_again() -> None:
-    spare = Spare(torch.empty(0), 4, 3)
-    with spare.lend(2, 3) as (a, b), spare.lend(1, 2) as (c,):
+    buffers = BufferPool(torch.empty(0), 4, 3)
+    with buffers.borrow(2, 3) as (a, b), buffers.borrow(1, 2) as (c,):
         assert a.shape == b.shape == (3, 3) and c.shape == (2, 3)
         first = {a.data_ptr(), b.data_ptr(), c.data_ptr()}
         assert len(first) == 3
-    with spare.lend(3, 4) as again:
+    with buffers.borrow(3, 4) as again:
         assert {t.data_ptr() for t in again} == first
 
 
@@ -112,24 +112,24 @@ def test_results_do_not_depend_on_what_spare_matrices_hold(margin: float, clamp:
         return [found.total.detach(), *torch.autograd.grad(found.total, leaves)]
 
     plain = run()
-    take = Spare.take
+    acquire = BufferPool.acquire
 
-    def spoiled(spare: Spare) -> Tensor:
-        return take(spare).fill_(math.nan)
+    def spoiled(buffers: BufferPool) -> Tensor:
+        return acquire(buffers).fill_(math.nan)
 
-    Spare.take = spoiled  # pyright: ignore[reportAttributeAccessIssue]
+    BufferPool.acquire = spoiled  # pyright: ignore[reportAttributeAccessIssue]
     try:
         for got, want in zip(run(), plain, strict=True):
             assert torch.equal(got, want)
     finally:
-        Spare.take = take
+        BufferPool.acquire = acquire
 
 
 def test_a_sink_without_matrix_takes_nothing() -> None:
-    Sink(None, 2.0).add(torch.ones(2, 2), 3.0)
-    slope = torch.ones(2, 2)
-    Sink(slope, 2.0).add(torch.ones(2, 2), 3.0)
-    assert torch.equal(slope, torch.full((2, 2), 7.0))
+    GradientSink(None, 2.0).add(torch.ones(2, 2), 3.0)
+    grad = torch.ones(2, 2)
+    GradientSink(grad, 2.0).add(torch.ones(2, 2), 3.0)
+    assert torch.equal(grad, torch.full((2, 2), 7.0))
 
 
 def test_local_rows_inside_the_columns_are_not_copied() -> None:
@@ -137,7 +137,7 @@ def test_local_rows_inside_the_columns_are_not_copied() -> None:
     views = {"slice": cols[3:7], "whole": cols, "first": cols[:1]}
     for rows in views.values():
         ((_, unit_rows, unit_cols),) = (
-            K.Similarity(((1.0, rows, cols),)).normalised(cols.dtype).factors
+            K.Similarity(((1.0, rows, cols),)).normalized(cols.dtype).factors
         )
         assert unit_rows.untyped_storage().data_ptr() == unit_cols.untyped_storage().data_ptr()
         torch.testing.assert_close(unit_rows, K.unit(rows))
@@ -147,7 +147,7 @@ def test_local_rows_inside_the_columns_are_not_copied() -> None:
     }  # fmt: skip
     for name, rows in others.items():
         ((_, unit_rows, unit_cols),) = (
-            K.Similarity(((1.0, rows, cols),)).normalised(cols.dtype).factors
+            K.Similarity(((1.0, rows, cols),)).normalized(cols.dtype).factors
         )
         assert unit_rows.untyped_storage().data_ptr() != unit_cols.untyped_storage().data_ptr(), (
             name
@@ -156,6 +156,6 @@ def test_local_rows_inside_the_columns_are_not_copied() -> None:
     # the columns are a part of the storage of the rows
     base = draw(9, 4)
     ((_, unit_rows, _),) = (
-        K.Similarity(((1.0, base[1:4], base[2:9]),)).normalised(base.dtype).factors
+        K.Similarity(((1.0, base[1:4], base[2:9]),)).normalized(base.dtype).factors
     )
     torch.testing.assert_close(unit_rows, K.unit(base[1:4]))

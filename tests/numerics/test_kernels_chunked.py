@@ -197,10 +197,10 @@ def test_no_gradient_work_without_need(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("gradient computed")
 
-    def refuse_slope(sink: closed_form.Sink, *_: Any) -> None:
-        assert sink.slope is None, "gradient computed"
+    def refuse_gradient(sink: closed_form.GradientSink, *_: Any) -> None:
+        assert sink.grad is None, "gradient computed"
 
-    monkeypatch.setattr(closed_form.Sink, "add", refuse_slope)
+    monkeypatch.setattr(closed_form.GradientSink, "add", refuse_gradient)
     monkeypatch.setattr(torch.autograd, "grad", refuse)
     for name in NAMES:
         assert float(problem.loss(name, chunk_rows=2)) == pytest.approx(wanted[name], rel=1e-12)

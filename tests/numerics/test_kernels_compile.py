@@ -8,16 +8,16 @@ pytest.importorskip("triton")
 
 import torch
 from dalr_kernels import compile_report as report
-from dalr_kernels.fused import stream
+from dalr_kernels.fused import tile_tables
 
 # One architecture for most kernels here, all three for one; everything in the soak test.
 QUICK = [
     ("row_kernel", "triple, one margin", 90),
     ("statistics_kernel", "InfoNCE", 90),
     ("statistics_kernel", "triple, one margin", 90),
-    ("slopes_kernel", "triple, one margin", 80),
-    ("slopes_kernel", "triple, one margin", 90),
-    ("slopes_kernel", "triple, one margin", 100),
+    ("gradient_kernel", "triple, one margin", 80),
+    ("gradient_kernel", "triple, one margin", 90),
+    ("gradient_kernel", "triple, one margin", 100),
 ]
 
 
@@ -37,12 +37,14 @@ def test_shipped_configurations(kernel: str, objective: str, architecture: int) 
 
 def test_a_tile_that_is_too_large_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     # Negative control: a tile without column slices and with more stages than fit.
-    key = torch.float16, stream.TAUGHT
-    monkeypatch.setitem(stream.HOPPER_SLOPES, key, stream.Tile(128, 256, 64, 1, 8, 5))
+    key = torch.float16, tile_tables.WITH_TEACHER
+    monkeypatch.setitem(
+        tile_tables.HOPPER_GRADIENT_TILES, key, tile_tables.Tile(128, 256, 64, 1, 8, 5)
+    )
     (case,) = [
         case
         for case in report.cases(90, ["triple, one margin"])
-        if case.kernel.__name__ == "slopes_kernel" and case.dtype == torch.float16
+        if case.kernel.__name__ == "gradient_kernel" and case.dtype == torch.float16
     ]
     faults = " ".join(report.build(case, 90).faults())
     assert "stack" in faults and "shared memory" in faults

@@ -194,7 +194,7 @@ def test_batch_of_one(impl: str) -> None:
 def test_ranking_ties_keep_column_order(rows: Tensor, cols: Tensor, how: dict[str, Any]) -> None:
     teacher = torch.eye(COLS, 5, dtype=torch.float64)  # columns 5.. are zero: all tied at 0
     similarity = K.Similarity(((1.0, teacher[OFFSET : OFFSET + ROWS], teacher),))
-    scores = similarity.normalised(torch.float64).block(0, ROWS).numpy()
+    scores = similarity.normalized(torch.float64).block(0, ROWS).numpy()
     a = oracle.cosines(rows.numpy(), cols.numpy()) / TAU
     value = K.list_mle(rows, cols, similarity, temperature=TAU, col_offset=OFFSET, **how)
     assert float(value) == pytest.approx(oracle.list_mle(a, scores, mean=True, eps=0), rel=1e-12)
@@ -239,9 +239,9 @@ def test_ranking_ignores_rounding_noise_only(
 def test_similarity_rounds_each_cosine() -> None:
     first, second = constants(3), constants(4)
     parts = K.Similarity(((0.5, *first), (0.5, *second)), dtype=torch.float16)
-    got = parts.normalised(torch.float64).block(1, 3)
+    got = parts.normalized(torch.float64).block(1, 3)
     exact = [
-        K.Similarity(((1.0, *t),)).normalised(torch.float64).block(1, 3) for t in (first, second)
+        K.Similarity(((1.0, *t),)).normalized(torch.float64).block(1, 3) for t in (first, second)
     ]
     want = sum(0.5 * e.half().double() for e in exact)
     assert torch.equal(got, want)

@@ -19,19 +19,19 @@ def at_angles(*angles: float, dtype: torch.dtype = torch.float64) -> Tensor:
 
 
 def shifted(angle: float, soft: float | None = None) -> tuple[float, float]:
-    """Value and slope of the margin for one negative at this angle."""
+    """Value and derivative of the margin for one negative at this angle."""
     cosines = torch.tensor([[1.0, math.cos(angle)]], dtype=torch.float64, requires_grad=True)
     labels = None if soft is None else torch.full((1, 2), soft, dtype=torch.float64)
     value = angular_margin(cosines, 0, MARGIN, labels)[0, 1]
-    (slope,) = torch.autograd.grad(value, cosines)
-    return float(value.detach()), float(slope[0, 1])
+    (grad,) = torch.autograd.grad(value, cosines)
+    return float(value.detach()), float(grad[0, 1])
 
 
 @pytest.mark.parametrize("angle", [0.0, 0.01, 0.1, 0.1799])
 def test_close_negatives_keep_their_cosine(angle: float) -> None:
-    value, slope = shifted(angle)
+    value, grad = shifted(angle)
     assert value == math.cos(angle)
-    assert slope == 1.0
+    assert grad == 1.0
 
 
 @pytest.mark.parametrize("angle", [0.1801, 0.5, 1.5, 3.0])
@@ -39,9 +39,9 @@ def test_close_negatives_keep_their_cosine(angle: float) -> None:
 def test_far_negatives_lose_the_margin(angle: float, soft: float | None) -> None:
     # A negative label makes the margin larger than m; the angle may then pass zero.
     shift = MARGIN * (1.0 - (soft or 0.0))
-    value, slope = shifted(angle, soft)
+    value, grad = shifted(angle, soft)
     assert value == pytest.approx(math.cos(angle - shift), rel=1e-12)
-    assert slope == pytest.approx(math.sin(angle - shift) / math.sin(angle), rel=1e-9)
+    assert grad == pytest.approx(math.sin(angle - shift) / math.sin(angle), rel=1e-9)
 
 
 def test_the_gate_ignores_soft_labels() -> None:
@@ -85,10 +85,10 @@ def test_identical_and_opposite_vectors(impl: str, dtype: torch.dtype) -> None:
 def test_clamped_root_has_no_gradient(dtype: torch.dtype) -> None:
     cosines = torch.tensor([[1.0, -1.0]], dtype=dtype, requires_grad=True)
     value = angular_margin(cosines, 0, MARGIN)[0, 1]
-    (slope,) = torch.autograd.grad(value, cosines)
+    (grad,) = torch.autograd.grad(value, cosines)
     root = math.sqrt(MIN_SINE_SQUARED[dtype])
     assert float(value.detach()) == pytest.approx(-math.cos(MARGIN) + root * math.sin(MARGIN))
-    assert float(slope[0, 1]) == pytest.approx(math.cos(MARGIN))
+    assert float(grad[0, 1]) == pytest.approx(math.cos(MARGIN))
 
 
 def test_the_inverse_cosine_fails_there() -> None:
@@ -97,18 +97,18 @@ def test_the_inverse_cosine_fails_there() -> None:
     own = torch.eye(3, dtype=torch.bool)
     angle = torch.acos(cosines)
     value = torch.where(own, cosines, torch.cos(angle - MARGIN)).logsumexp(1).sum()
-    (slope,) = torch.autograd.grad(value, cosines)
-    assert not torch.isfinite(slope).all()
+    (grad,) = torch.autograd.grad(value, cosines)
+    assert not torch.isfinite(grad).all()
 
 
 def test_ungated_cells_must_not_enter_the_root() -> None:
-    # Negative control: selecting only the result multiplies an infinite slope by zero.
+    # Negative control: selecting only the result multiplies an infinite derivative by zero.
     cosines = torch.eye(3, dtype=torch.float64).requires_grad_()
     root = (1.0 - cosines * cosines).sqrt()
     gate = ~torch.eye(3, dtype=torch.bool)
     value = torch.where(gate, cosines * math.cos(MARGIN) + root, cosines).sum()
-    (slope,) = torch.autograd.grad(value, cosines)
-    assert torch.isnan(slope).any()
+    (grad,) = torch.autograd.grad(value, cosines)
+    assert torch.isnan(grad).any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
@@ -132,6 +132,6 @@ def test_zero_vectors_are_finite(impl: str, dtype: torch.dtype) -> None:
     for value in values:
         (grad,) = torch.autograd.grad(value, rows)
         assert torch.isfinite(value)
-        # The slope at a zero vector is 1 / 1e-8, beyond the range of float16.
+        # The derivative at a zero vector is 1 / 1e-8, beyond the range of float16.
         nonzero = grad[1:] if dtype == torch.float16 else grad
         assert torch.isfinite(nonzero).all()

@@ -1,4 +1,4 @@
-"""The shared pass against the separate losses, and the plan of the fused kernels."""
+"""The shared pass against the separate losses, and the block sizes of the fused kernels."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import dalr_kernels as K
 import fused_cases as cases
 import pytest
 import torch
-from dalr_kernels.fused import tuning as plan
+from dalr_kernels.fused import tuning
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -59,7 +59,7 @@ def test_a_float64_teacher_is_exact_in_a_float32_loss(out: bool) -> None:
     exact = torch.stack(cosines).sum(0).float()
 
     def matrix(dtype: torch.dtype | None) -> torch.Tensor:
-        similarity = K.Similarity(factors, dtype).normalised(torch.float32)
+        similarity = K.Similarity(factors, dtype).normalized(torch.float32)
         return similarity.block(3, 140, torch.empty(137, 150) if out else None)
 
     wide = matrix(torch.float64)
@@ -110,14 +110,14 @@ def test_under_torch_compile(name: str) -> None:
 def test_blocks_fit_the_workspace(
     rows: int, more: int, width: int, matrices: int, itemsize: int, limit: int, mode: str
 ) -> None:
-    limits = plan.Limits(limit, None, mode)
-    found = plan.sizes(rows, rows + more, width, matrices, itemsize, limits)
+    limits = tuning.Limits(limit, None, mode)
+    found = tuning.sizes(rows, rows + more, width, matrices, itemsize, limits)
     assert 1 <= found.rows <= rows
-    assert found.cols <= plan.padded(rows + more) and found.cols % plan.PAD == 0
+    assert found.cols <= tuning.padded(rows + more) and found.cols % tuning.PAD == 0
     used = found.rows * found.cols * itemsize * (1 + matrices)
-    one_row = plan.padded(rows + more) * itemsize * (1 + matrices)
+    one_row = tuning.padded(rows + more) * itemsize * (1 + matrices)
     if found.mode == "workspace":
-        assert found.cols == plan.padded(rows + more)
+        assert found.cols == tuning.padded(rows + more)
         assert used <= max(limit, one_row)
     else:
         assert used <= limit * 1.1
@@ -127,19 +127,19 @@ def test_blocks_fit_the_workspace(
 
 def test_the_mode_follows_the_memory() -> None:
     def mode(columns: int, workspace: int) -> str:
-        return plan.sizes(4096, columns, 768, 1, 2, plan.Limits(workspace, None, "auto")).mode
+        return tuning.sizes(4096, columns, 768, 1, 2, tuning.Limits(workspace, None, "auto")).mode
 
     assert mode(32_768, 2**30) == mode(262_144, 2**30) == "workspace"
     assert mode(1_048_576, 2**30) == "stream"
     assert mode(1_048_576, 2**32) == "workspace"
 
 
-def exponents(tau: float, weight: float = 1.0) -> plan.Exponents:
+def exponents(tau: float, weight: float = 1.0) -> tuning.Exponents:
     rows, cols = torch.randn(2, 3), torch.randn(4, 3)
     teacher = K.Similarity(((weight, rows, cols),))
     terms = [K.AlignmentKL(tau, tau, teacher=teacher)]
-    scalars, layout, similarities = plan.describe(terms)
-    return plan.exponents(scalars, layout, plan.flatten(similarities))
+    scalars, layout, similarities = tuning.describe(terms)
+    return tuning.exponents(scalars, layout, tuning.flatten(similarities))
 
 
 @pytest.mark.parametrize(
@@ -156,16 +156,16 @@ def test_the_offset_follows_the_temperature(tau: float, kind: str) -> None:
         return
     assert (largest == 0.0) == (kind == "plain")
     # Sums over 2^22 columns stay below 2^127, the best term of any row above the subnormals.
-    assert largest + 22 < 127 and smallest >= -126 + plan.GUARD_BITS
+    assert largest + 22 < 127 and smallest >= -126 + tuning.GUARD_BITS
     assert exponents(tau, weight=50.0).online
 
 
 def test_gradient_scale_leaves_room() -> None:
-    scalars, _, _ = plan.describe([K.InfoNCE(0.05), K.ListNet(0.01, 0.05, teacher=similar())])
-    scale = plan.gradient_scale(scalars, 2)
+    scalars, _, _ = tuning.describe([K.InfoNCE(0.05), K.ListNet(0.01, 0.05, teacher=similar())])
+    scale = tuning.gradient_scale(scalars, 2)
     bound = (1 / 0.05 + 1 / 0.01) * scale
     assert 2**11 <= bound <= 2**12 and math.log2(scale).is_integer()
-    assert plan.gradient_scale(scalars, 4) == 1.0
+    assert tuning.gradient_scale(scalars, 4) == 1.0
 
 
 def similar() -> K.Similarity:

@@ -1,6 +1,6 @@
 """Memory-linear implementation: a few rows at a time, the gradient made in the forward pass.
 
-Nothing of size R x N outlives one chunk. The gradient with respect to the (already normalised)
+Nothing of size R x N outlives one chunk. The gradient with respect to the (already normalized)
 rows and columns is accumulated while the loss is computed, so the backward pass only multiplies by
 the upstream gradient; the chunk is never computed a second time (4 N^2 D fewer operations than
 recomputing it). When no gradient is wanted none of that happens.
@@ -11,14 +11,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 
-from dalr_kernels.eager.closed_form import Spare
-from dalr_kernels.reference import normalise_tokens
+from dalr_kernels.eager.closed_form import BufferPool
 from dalr_kernels.similarity import EPSILON, length
+
+# The context of an autograd function takes attributes that torch's type does not declare.
+Context: TypeAlias = Any
 
 
 class BlockLosses(Protocol):
@@ -30,8 +32,10 @@ class BlockLosses(Protocol):
 
     weights: list[float]
 
-    def losses(self, cosines: Tensor, start: int, slope: Tensor | None, spare: Spare) -> Tensor:
-        """Losses ``[K, r]`` of rows from `start`; fills in their slope ``[r, N]``."""
+    def losses(
+        self, cosines: Tensor, start: int, grad: Tensor | None, buffers: BufferPool
+    ) -> Tensor:
+        """Losses ``[K, r]`` of rows from `start`; fills in their gradient ``[r, N]``."""
         ...
 
 
@@ -47,6 +51,18 @@ FEWEST_ROWS = 128
 def default_workspace(device: torch.device) -> int:
     """Workspace in bytes: 256 MiB, on CUDA 1 GiB to keep the matrix products large."""
     return WORKSPACE_BYTES.get(device.type, WORKSPACE_BYTES["cpu"])
+
+
+def workspace_of(device: torch.device, chunk_rows: int | None, workspace_bytes: int | None) -> int:
+    """The workspace in bytes, `workspace_bytes` or the default of the device.
+
+    Raises:
+        ValueError: One of the two options is below 1.
+    """
+    for name, value in (("chunk_rows", chunk_rows), ("workspace_bytes", workspace_bytes)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    return default_workspace(device) if workspace_bytes is None else workspace_bytes
 
 
 @contextmanager
@@ -90,17 +106,19 @@ def mean_over_rows(
     Returns:
         The total, differentiable, and the mean of each loss without its weight, ``[K]``.
     """
-    return _RowChunks.apply(rows, cols, terms, dtype, chunk_rows, (_wanted(rows), _wanted(cols)))
+    wanted = wants_gradient(rows), wants_gradient(cols)
+    return _RowChunks.apply(rows, cols, terms, dtype, chunk_rows, wanted)
 
 
-def _wanted(tensor: Tensor) -> bool:
+def wants_gradient(tensor: Tensor) -> bool:
+    """Whether autograd asks for the gradient by a tensor."""
     return tensor.requires_grad and torch.is_grad_enabled()
 
 
 class _RowChunks(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
+        ctx: Context,
         rows: Tensor,
         cols: Tensor,
         terms: BlockLosses,
@@ -113,17 +131,17 @@ class _RowChunks(torch.autograd.Function):
         losses_KR = rows_RD.new_empty(len(terms.weights), num_rows)
         grad_rows = torch.empty_like(rows_RD) if wanted[0] else None
         grad_cols = torch.zeros_like(cols_ND) if wanted[1] else None
-        spare = Spare(rows_RD, min(chunk_rows, num_rows), cols_ND.shape[0])
+        buffers = BufferPool(rows_RD, min(chunk_rows, num_rows), cols_ND.shape[0])
         for start, stop in spans(num_rows, chunk_rows):
-            with spare.lend(2, stop - start) as (cosines, slope):
+            with buffers.borrow(2, stop - start) as (cosines, grad):
                 torch.mm(rows_RD[start:stop], cols_ND.T, out=cosines)
                 losses_KR[:, start:stop] = terms.losses(
-                    cosines, start, slope if any(wanted) else None, spare
+                    cosines, start, grad if any(wanted) else None, buffers
                 )
                 if grad_rows is not None:
-                    torch.mm(slope, cols_ND, out=grad_rows[start:stop])
+                    torch.mm(grad, cols_ND, out=grad_rows[start:stop])
                 if grad_cols is not None:
-                    grad_cols.addmm_(slope.T, rows_RD[start:stop])
+                    grad_cols.addmm_(grad.T, rows_RD[start:stop])
         if grad_rows is not None:
             _through_unit(grad_rows, rows_RD, row_lengths)
         if grad_cols is not None:
@@ -135,8 +153,8 @@ class _RowChunks(torch.autograd.Function):
         return components_K @ components_K.new_tensor(terms.weights), components_K
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        _refuse_second_derivative()
+    def backward(ctx: Context, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        refuse_second_derivative()
         upstream = grad_outputs[0]
         grads = [
             None if saved is None else (saved * upstream).to(dtype)
@@ -161,174 +179,12 @@ def _through_unit(gradient: Tensor, units: Tensor, lengths: Tensor) -> None:
     gradient.div_(lengths)
 
 
-def _refuse_second_derivative() -> None:
-    # The stored gradient carries no graph, so create_graph=True would drop terms without a word.
+def refuse_second_derivative() -> None:
+    """Refuse `create_graph=True`.
+
+    Raises:
+        RuntimeError: The backward pass itself is to be differentiated.
+    """
+    # The stored gradient carries no graph, so create_graph=True would drop terms silently.
     if torch.is_grad_enabled():
         raise RuntimeError("impl='torch' has no second derivatives; use impl='reference'")
-
-
-class TokenArguments(NamedTuple):
-    """Constants of global-to-local: features as given, boolean masks, ids or None."""
-
-    own_RTD: Tensor
-    own_mask_RT: Tensor
-    tokens_NTD: Tensor
-    mask_NT: Tensor
-    norm: str
-    temperature: float
-    col_offset: int
-    row_ids: Tensor | None
-    col_ids: Tensor | None
-
-
-def global_to_local(
-    rows_RD: Tensor, arguments: TokenArguments, chunk_rows: int | None, workspace_bytes: int
-) -> Tensor:
-    """Mean over the rows, streaming over blocks of sentences; never ``[R, N, T]``."""
-    return _GlobalToLocal.apply(rows_RD, arguments, chunk_rows, workspace_bytes, _wanted(rows_RD))
-
-
-class _GlobalToLocal(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        rows_RD: Tensor,
-        arguments: TokenArguments,
-        chunk_rows: int | None,
-        workspace_bytes: int,
-        wanted: bool,
-    ) -> Tensor:
-        block, chunk = token_blocks(rows_RD, arguments, chunk_rows, workspace_bytes)
-        negatives_R, centre_RD = stream_negatives(rows_RD, arguments, block, chunk, wanted)
-        loss, grad_rows = own_tokens(rows_RD, arguments, negatives_R, centre_RD, block)
-        ctx.save_for_backward(grad_rows)
-        return loss
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        _refuse_second_derivative()
-        (grad_rows,) = ctx.saved_tensors
-        grad = None if grad_rows is None else grad_rows * grad_outputs[0]
-        return grad, None, None, None, None
-
-
-def token_blocks(
-    rows_RD: Tensor, arguments: TokenArguments, chunk_rows: int | None, workspace_bytes: int
-) -> tuple[int, int]:
-    """Sentences per block and rows per chunk: half the workspace for tokens, half for logits."""
-    num_sentences, num_tokens, width = arguments.tokens_NTD.shape
-    half = workspace_bytes // (2 * rows_RD.element_size())
-    # A normalised block is alive about three times (cast, norm, quotient), a logit block too.
-    block = min(num_sentences, max(1, half // (3 * num_tokens * width)))
-    fit = max(1, half // (3 * block * num_tokens))
-    return block, min(rows_RD.shape[0], chunk_rows or fit)
-
-
-def stream_negatives(
-    rows_RD: Tensor, arguments: TokenArguments, block: int, chunk: int, wanted: bool
-) -> tuple[Tensor, Tensor | None]:
-    """Log-sum-exp of every row's negatives and the softmax-weighted mean of their tokens.
-
-    One pass with a running maximum: sums and weighted tokens are rescaled when it rises, so the
-    logits need not be made twice. The mean is d N_i / d rows_i times the temperature.
-    """
-    num_rows = rows_RD.shape[0]
-    top_R1 = rows_RD.new_full((num_rows, 1), -math.inf)
-    sum_R1 = rows_RD.new_zeros((num_rows, 1))
-    centre_RD = torch.zeros_like(rows_RD) if wanted else None
-    for low, high in spans(arguments.tokens_NTD.shape[0], block):
-        tokens_MD, owner_M = _real_tokens(arguments, slice(low, high), rows_RD.dtype)
-        if not len(owner_M):
-            continue
-        for start, stop in spans(num_rows, chunk):
-            rows = slice(start, stop)
-            logits = rows_RD[rows] @ tokens_MD.T
-            logits *= 1.0 / arguments.temperature
-            _drop_cells(logits, arguments, rows, slice(low, high), owner_M)
-            new_top = torch.maximum(top_R1[rows], logits.amax(dim=1, keepdim=True))
-            # Rows without any negative so far: avoid -inf - (-inf).
-            finite_top = new_top.masked_fill(new_top == -math.inf, 0.0)
-            weights = logits.sub_(finite_top).exp_()
-            decay = (top_R1[rows] - finite_top).exp()
-            sum_R1[rows] = sum_R1[rows] * decay + weights.sum(dim=1, keepdim=True)
-            top_R1[rows] = new_top
-            if centre_RD is not None:
-                centre_RD[rows] = torch.addmm(centre_RD[rows] * decay, weights, tokens_MD)
-    if centre_RD is not None:
-        centre_RD /= sum_R1.masked_fill(sum_R1 == 0.0, 1.0)
-    return (top_R1 + sum_R1.log()).squeeze(1), centre_RD
-
-
-def _real_tokens(
-    arguments: TokenArguments, block: slice, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """Normalised tokens of some sentences without padding ``[M, D]``, and whose they are."""
-    tokens = normalise_tokens(arguments.tokens_NTD[block].to(dtype), arguments.norm)
-    mask = arguments.mask_NT[block]
-    owners = torch.arange(len(mask), device=mask.device)[:, None].expand_as(mask)
-    return tokens[mask], owners[mask]
-
-
-def _drop_cells(
-    logits: Tensor, arguments: TokenArguments, rows: slice, block: slice, owner_M: Tensor
-) -> None:
-    """Set tokens of the own sentence and of same-image sentences to -inf."""
-    excluded = excluded_cells(
-        logits.shape[0],
-        block.stop - block.start,
-        arguments.col_offset + rows.start - block.start,
-        None if arguments.row_ids is None else arguments.row_ids[rows],
-        None if arguments.col_ids is None else arguments.col_ids[block],
-        logits.device,
-        own=True,
-    )
-    logits.masked_fill_(excluded[:, owner_M], -math.inf)
-
-
-def excluded_cells(
-    num_rows: int,
-    num_cols: int,
-    first_column: int,
-    row_ids: Tensor | None,
-    col_ids: Tensor | None,
-    device: torch.device,
-    *,
-    own: bool,
-) -> Tensor:
-    """Cells with the row's own id (ids >= 0), with the diagonal set to `own`; bool ``[R, N]``."""
-    if row_ids is None or col_ids is None:
-        excluded = torch.zeros(num_rows, num_cols, dtype=torch.bool, device=device)
-    else:
-        excluded = (row_ids[:, None] == col_ids) & (row_ids[:, None] >= 0)
-    if -num_rows < first_column < num_cols:
-        excluded.diagonal(first_column).fill_(own)
-    return excluded
-
-
-def own_tokens(
-    rows_RD: Tensor,
-    arguments: TokenArguments,
-    negatives_R: Tensor,
-    centre_RD: Tensor | None,
-    chunk: int,
-) -> tuple[Tensor, Tensor | None]:
-    """Mean loss over the rows' own tokens and, given the negatives' centre, its row gradient."""
-    num_rows = rows_RD.shape[0]
-    losses_R = rows_RD.new_empty(num_rows)
-    grad_RD = None if centre_RD is None else torch.empty_like(rows_RD)
-    for start, stop in spans(num_rows, chunk):
-        rows = slice(start, stop)
-        own = normalise_tokens(arguments.own_RTD[rows].to(rows_RD.dtype), arguments.norm)
-        mask = arguments.own_mask_RT[rows]
-        positive = torch.einsum("rd,rtd->rt", rows_RD[rows], own) / arguments.temperature
-        gap = positive - negatives_R[rows, None]
-        count = mask.sum(dim=1, keepdim=True).clamp_min(1)
-        # Without negatives the gap is +inf, hence loss and slope are exactly zero.
-        terms = -torch.nn.functional.logsigmoid(gap).masked_fill(~mask, 0.0) / count
-        losses_R[rows] = terms.sum(dim=1)
-        if grad_RD is not None and centre_RD is not None:
-            slope = torch.sigmoid(-gap).masked_fill(~mask, 0.0) / count
-            pull = torch.einsum("rt,rtd->rd", slope, own)
-            push = slope.sum(dim=1, keepdim=True) * centre_RD[rows]
-            grad_RD[rows] = (push - pull) / (arguments.temperature * num_rows)
-    return losses_R.mean(), grad_RD

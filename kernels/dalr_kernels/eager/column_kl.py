@@ -1,7 +1,7 @@
-"""Alignment divergence over columns: every picture against all texts, with the texts spread out.
+"""Alignment divergence over columns: every image against the texts of all ranks.
 
 `alignment_kl` takes softmaxes over a row. The other half of L_CMA takes them over a column, whose
-cells lie on all ranks. Sending the texts to the pictures would move vectors both ways; merging
+elements lie on all ranks. Sending the texts to the images would move vectors both ways; merging
 five numbers a column gives the same result. So each rank scores its rows against all columns,
 the column statistics are merged, and a second sweep makes the gradient in the local rows.
 """
@@ -10,15 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from dalr_kernels import validation as checks
 from dalr_kernels.eager import chunked
-from dalr_kernels.eager.closed_form import Spare, angular_margin
-from dalr_kernels.row_losses import workspace_of
+from dalr_kernels.eager.closed_form import BufferPool, angular_margin
 from dalr_kernels.similarity import Similarity, UnitSimilarity, unit
 
 # Merges a tensor over ranks, element by element.
@@ -67,37 +66,29 @@ def column_alignment_kl(
         ValueError: Shapes, types, devices or values that do not fit, named in the message.
     """
     checks.rows_and_columns(rows, cols, col_offset)
-    for name, value in (
-        ("student_temperature", student_temperature),
-        ("teacher_temperature", teacher_temperature),
-        ("temperature", temperature),
-    ):
-        checks.positive(name, value)
+    checks.positive("student_temperature", student_temperature)
+    checks.positive("teacher_temperature", teacher_temperature)
+    checks.positive("temperature", temperature)
     checks.margin_angle(margin)
     checks.similarity("teacher", teacher, rows, cols.shape[0])
     dtype = checks.compute_dtype(rows, cols)
-    workspace = workspace_of(rows.device, None, workspace_bytes)
+    workspace = chunked.workspace_of(rows.device, None, workspace_bytes)
     with torch.autocast(rows.device.type, enabled=False):
         rows_RD, cols_ND = unit(rows.to(dtype)), unit(cols.detach().to(dtype))
         problem = _Problem(
-            cols_ND,
-            teacher.normalised(dtype),
-            student_temperature * temperature,
-            teacher_temperature,
-            margin,
-            col_offset,
+            cols_ND, teacher.normalized(dtype), student_temperature * temperature,
+            teacher_temperature, margin, col_offset,
             chunked.rows_per_chunk(rows, len(cols), dtype, workspace),
-        )
-        merges = merge_max or _alone, merge_sum or _alone
-        wanted = rows_RD.requires_grad and torch.is_grad_enabled()
-        return _ColumnKl.apply(rows_RD, problem, merges, wanted)
+        )  # fmt: skip
+        merges = merge_max or _identity, merge_sum or _identity
+        return _ColumnKl.apply(rows_RD, problem, merges, chunked.wants_gradient(rows_RD))
 
 
-def _alone(values: Tensor) -> Tensor:
+def _identity(values: Tensor) -> Tensor:
     return values
 
 
-class _Cells(NamedTuple):
+class _Block(NamedTuple):
     """A block ``[r, N]``; its content may be overwritten.
 
     Attributes:
@@ -105,14 +96,14 @@ class _Cells(NamedTuple):
         student: Student logits.
         teacher: Teacher logits.
         inner: Derivative of the cosines after the margin by those before, or None for 1.
-        spare: A matrix of the same shape with any content.
+        free: A matrix of the same shape with any content.
     """
 
     rows: slice
     student: Tensor
     teacher: Tensor
     inner: Tensor | None
-    spare: Tensor
+    free: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,28 +116,32 @@ class _Problem:
     col_offset: int
     chunk_rows: int
 
-    def blocks(self, rows_RD: Tensor, *, slopes: bool) -> Iterator[_Cells]:
+    def blocks(self, rows_RD: Tensor, *, grads: bool) -> Iterator[_Block]:
         """All rows, some at a time, in the same few matrices."""
-        spare = Spare(rows_RD, min(self.chunk_rows, len(rows_RD)), len(self.cols_ND))
+        buffers = BufferPool(rows_RD, min(self.chunk_rows, len(rows_RD)), len(self.cols_ND))
         for start, stop in chunked.spans(len(rows_RD), self.chunk_rows):
-            with spare.lend(5, stop - start) as (student, teacher, cosines, inner, rest):
+            with buffers.borrow(5, stop - start) as (student, teacher, cosines, inner, rest):
                 self.teacher.block(start, stop, teacher).mul_(1.0 / self.teacher_temperature)
                 plain = self.margin == 0.0
                 torch.mm(rows_RD[start:stop], self.cols_ND.T, out=student if plain else cosines)
                 if not plain:
                     angular_margin(
                         cosines, self.col_offset + start, self.margin, None, False, student,
-                        inner if slopes else None, spare,
+                        inner if grads else None, buffers,
                     )  # fmt: skip
                 student.mul_(1.0 / self.student_temperature)
-                slope = None if plain or not slopes else inner
-                yield _Cells(slice(start, stop), student, teacher, slope, rest)
+                grad = None if plain or not grads else inner
+                yield _Block(slice(start, stop), student, teacher, grad, rest)
 
 
 class _ColumnKl(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, rows_RD: Tensor, problem: _Problem, merges: tuple[Merge, Merge], wanted: bool
+        ctx: chunked.Context,
+        rows_RD: Tensor,
+        problem: _Problem,
+        merges: tuple[Merge, Merge],
+        wanted: bool,
     ) -> Tensor:
         log_sums, divergence_N = _statistics(rows_RD, problem, *merges)
         own = slice(problem.col_offset, problem.col_offset + len(rows_RD))
@@ -155,7 +150,7 @@ class _ColumnKl(torch.autograd.Function):
         return divergence_N[own].mean()
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: chunked.Context, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         (gradient,) = ctx.saved_tensors
         return None if gradient is None else gradient * grad_outputs[0], None, None, None
 
@@ -168,12 +163,12 @@ def _statistics(
     top_2N = rows_RD.new_full((2, num_cols), -torch.inf)
     sums_2N = rows_RD.new_zeros((2, num_cols))
     gap_N = rows_RD.new_zeros(num_cols)  # sum of exp(teacher) * (teacher - student)
-    for cells in problem.blocks(rows_RD, slopes=False):
-        student, teacher = cells.student, cells.teacher
+    for block in problem.blocks(rows_RD, grads=False):
+        student, teacher = block.student, block.teacher
         higher = torch.maximum(top_2N, torch.stack([student.amax(0), teacher.amax(0)]))
         decay = (top_2N - higher).exp()
         top_2N = higher
-        gap = torch.sub(teacher, student, out=cells.spare)
+        gap = torch.sub(teacher, student, out=block.free)
         gap.mul_(teacher.sub_(top_2N[1]).exp_())
         gap_N = gap_N * decay[1] + gap.sum(0)
         exponentials = torch.stack([student.sub_(top_2N[0]).exp_().sum(0), teacher.sum(0)])
@@ -186,12 +181,12 @@ def _statistics(
 
 
 def _gradient(rows_RD: Tensor, problem: _Problem, log_sums: Tensor) -> Tensor:
-    """d (sum over all columns / R) / d rows: (p - q) through the margin, times the columns."""
+    """Gradient by the rows of (sum over all columns / R): (p - q) through the margin."""
     gradient = torch.empty_like(rows_RD)
-    for cells in problem.blocks(rows_RD, slopes=True):
-        slope = cells.student.sub_(log_sums[0]).exp_()
-        slope.sub_(cells.teacher.sub_(log_sums[1]).exp_())
-        if cells.inner is not None:
-            slope.mul_(cells.inner)
-        torch.mm(slope, problem.cols_ND, out=gradient[cells.rows])
+    for block in problem.blocks(rows_RD, grads=True):
+        grad = block.student.sub_(log_sums[0]).exp_()
+        grad.sub_(block.teacher.sub_(log_sums[1]).exp_())
+        if block.inner is not None:
+            grad.mul_(block.inner)
+        torch.mm(grad, problem.cols_ND, out=gradient[block.rows])
     return gradient.mul_(1.0 / (problem.student_temperature * len(rows_RD)))

@@ -1,4 +1,15 @@
-"""Fused Triton kernels for the row losses: entry points that need no Triton to be imported."""
+"""Fused Triton kernels for the row losses: entry points that need no Triton to be imported.
+
+| kernel | file | work |
+|---|---|---|
+| `normalize_kernel`, `normalize_gradient_kernel` | normalize_kernels.py | unit vectors and back |
+| `row_kernel` | row_kernel.py | mode "workspace": losses and gradient of a row |
+| `statistics_kernel` | statistics_kernel.py | mode "stream": sums of the rows |
+| `gradient_kernel` | gradient_kernel.py | mode "stream": gradient of a block |
+
+A call goes through operator.py (autograd), launch.py (one call), call.py (what all its kernels
+need), and workspace.py or stream.py (the launches of one mode).
+"""
 
 from __future__ import annotations
 

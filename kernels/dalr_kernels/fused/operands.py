@@ -9,15 +9,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dalr_kernels.fused.normalize_kernels import normalize_rows
 from dalr_kernels.fused.products import scores
 from dalr_kernels.fused.tuning import Matrices, padded
-from dalr_kernels.fused.units import unit_rows
 
 # Rounding of a teacher's cosines that its Similarity asks for, by code.
 ROUNDINGS = (None, torch.float16, torch.bfloat16)
 
 
-class Student(NamedTuple):
+class StudentVectors(NamedTuple):
     """Unit vectors ``[R, D']`` and ``[N', D']`` (padded), and the norms they were divided by."""
 
     rows: Tensor
@@ -45,7 +45,7 @@ class Teacher(NamedTuple):
     rounding: torch.dtype | None
 
     def block(self, rows: slice, cols: slice, out: Tensor) -> None:
-        """Write the cells of these rows and (padded) columns."""
+        """Write the elements of these rows and (padded) columns."""
         if self.rounding is None:
             scores(self.rows[0][rows], self.cols[0][cols], out)
             return
@@ -59,19 +59,21 @@ class Teacher(NamedTuple):
                 out.add_(rounded)
 
 
-def student(rows: Tensor, cols: Tensor, dtype: torch.dtype) -> Student:
-    """Normalise both sides of the student."""
+def student(rows: Tensor, cols: Tensor, dtype: torch.dtype) -> StudentVectors:
+    """Normalize both sides of the student."""
     width = padded(rows.shape[1])
     cols_ND = cols.new_empty(padded(cols.shape[0]), width, dtype=dtype)
-    col_norms = unit_rows(cols, cols_ND, last_col=width)
+    col_norms = normalize_rows(cols, cols_ND, last_col=width)
     if _same(rows, cols):
-        return Student(cols_ND[: len(rows)], cols_ND, col_norms, col_norms)
+        return StudentVectors(cols_ND[: len(rows)], cols_ND, col_norms, col_norms)
     rows_RD = rows.new_empty(len(rows), width, dtype=dtype)
-    return Student(rows_RD, cols_ND, unit_rows(rows, rows_RD, last_col=width), col_norms)
+    return StudentVectors(
+        rows_RD, cols_ND, normalize_rows(rows, rows_RD, last_col=width), col_norms
+    )
 
 
 def teachers(matrices: Matrices, dtype: torch.dtype) -> list[Teacher]:
-    """Normalise the factors of every constant similarity."""
+    """Normalize the factors of every constant similarity."""
     found = []
     for owner, code in enumerate(matrices.rounded):
         mine = [index for index, other in enumerate(matrices.owners) if other == owner]
@@ -105,9 +107,9 @@ def _folded(
     for k, ((rows, cols), weight) in enumerate(zip(pairs, weights, strict=True)):
         root = math.sqrt(abs(weight))
         span = {"first_col": ends[k], "last_col": ends[k + 1]}
-        unit_rows(cols, cols_ND, root, **span)
+        normalize_rows(cols, cols_ND, root, **span)
         if not shared:
-            unit_rows(rows, rows_RD, math.copysign(root, weight), **span)
+            normalize_rows(rows, rows_RD, math.copysign(root, weight), **span)
     return Teacher([rows_RD], [cols_ND], [1.0], None)
 
 

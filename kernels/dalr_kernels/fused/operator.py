@@ -1,15 +1,19 @@
-"""The fused pass as a torch operator: autograd, fake tensors and torch.compile."""
+"""The fused call as a torch operator: autograd, fake tensors and torch.compile."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from dalr_kernels.fused import launch as engine
+from dalr_kernels.fused import launch
+from dalr_kernels.fused.call import Inputs
 from dalr_kernels.fused.tuning import Limits, unpack
+
+if TYPE_CHECKING:
+    from dalr_kernels.eager.chunked import Context
 
 Result = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -39,16 +43,14 @@ def row_losses(
     want_rows: bool,
     want_cols: bool,
 ) -> Result:
-    """Total, mean of each term, and the total's gradients; see ``engine.run``."""
+    """Total, mean of each term, and the total's gradients; see ``launch.run``."""
     scalars, layout, matrices = unpack(list(factors), numbers, codes)
-    inputs = engine.Inputs(
-        rows, cols, matrices, scalars, layout, row_ids, col_ids, col_offset, half
-    )
-    return engine.run(inputs, Limits(workspace_bytes, chunk, mode), want_rows, want_cols)
+    inputs = Inputs(rows, cols, matrices, scalars, layout, row_ids, col_ids, col_offset, half)
+    return launch.run(inputs, Limits(workspace_bytes, chunk, mode), want_rows, want_cols)
 
 
 @row_losses.register_fake
-def _(rows: Tensor, cols: Tensor, *constants: Any) -> Result:
+def _(rows: Tensor, cols: Tensor, *constants: object) -> Result:
     want_rows, want_cols = constants[-2:]
     return (
         rows.new_empty((), dtype=torch.float32),
@@ -58,7 +60,8 @@ def _(rows: Tensor, cols: Tensor, *constants: Any) -> Result:
     )
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: Result) -> None:
+# torch passes all arguments of an operator in one tuple, and takes one gradient for each.
+def _save(ctx: Context, inputs: tuple[Any, ...], output: Result) -> None:
     rows, cols, factors, *_, want_rows, want_cols = inputs
     ctx.save_for_backward(*output[2:])
     ctx.types = rows.dtype if want_rows else None, cols.dtype if want_cols else None
@@ -66,8 +69,8 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Result) -> None:
     ctx.mark_non_differentiable(*output[1:])
 
 
-def _backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Any, ...]:
-    # The stored gradient carries no graph: create_graph=True would drop terms without a word.
+def _backward(ctx: Context, upstream: Tensor, *_: object) -> tuple[object, ...]:
+    # The stored gradient carries no graph: create_graph=True would drop terms silently.
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         raise RuntimeError("impl='triton' has no second derivatives; use impl='reference'")
     grads = [
@@ -77,7 +80,7 @@ def _backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Any, ...]:
     return *grads, [None] * ctx.num_factors, *[None] * 11
 
 
-row_losses.register_autograd(_backward, setup_context=_keep)
+row_losses.register_autograd(_backward, setup_context=_save)
 
 
 @torch.library.custom_op(
@@ -92,5 +95,5 @@ def scaled(gradient: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 @scaled.register_fake
-def _(gradient: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
+def _(gradient: Tensor, _upstream: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty_like(gradient, dtype=dtype)

@@ -1,4 +1,4 @@
-"""Matrix products of a pass: 16-bit or float32 operands, sums in float32.
+"""Matrix products of a call: 16-bit or float32 operands, sums in float32.
 
 Library products everywhere. On CPU (the interpreter) 16-bit operands are multiplied in float32,
 which is what the tensor cores do.

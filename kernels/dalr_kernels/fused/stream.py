@@ -10,210 +10,162 @@ import triton
 from torch import Tensor
 
 from dalr_kernels.eager.chunked import spans
-from dalr_kernels.fused.launch import Pass, add_gradients, ids_of, read_by_terms
-from dalr_kernels.fused.tiles import STATES, slopes_kernel, statistics_kernel
-from dalr_kernels.fused.tuning import HARD, SOFT
+from dalr_kernels.fused.arguments import PerSoftmax, Strides, Student, Sums
+from dalr_kernels.fused.call import PreparedCall, add_gradients, constants_of, ids_of
+from dalr_kernels.fused.gradient_kernel import gradient_kernel
+from dalr_kernels.fused.statistics_kernel import NUM_STATES, statistics_kernel, sums_of_states
+from dalr_kernels.fused.tile_tables import Tile, architecture_of, kind_of, tables
 
 # Programs of the statistics kernel: some waves on the 132 processors of an H200.
 PROGRAMS = 4 * 132
-SLOPE_ARGUMENTS = ("nce_weight", "kl_weight", "net_weight")
+SOFTMAXES = len(PerSoftmax._fields)
 
 
-class Tile(NamedTuple):
-    """Shape of a tile, column slices of its epilogue, warps and pipeline stages."""
+class Block(NamedTuple):
+    """Rows and (padded) columns that are computed at a time, and their buffers ``[1 + M, ...]``."""
 
-    BM: int
-    BN: int
-    BK: int
-    SLICES: int
-    num_warps: int
-    num_stages: int
+    rows: slice
+    cols: slice
+    buffers: Tensor
 
 
-TileTable = dict[tuple[torch.dtype, str], Tile]
-# Products in full float32 do not use tensor cores: small tiles.
-EXACT = Tile(64, 64, 32, 2, 8, 2)
-
-
-# Chosen by the ahead-of-time report: no spills, shared memory of every supported card. "lean" is
-# the plain InfoNCE, "alone" one with margin, ids or online maximum, "taught" whatever reads a
-# constant matrix.
-LEAN, ALONE, TAUGHT = "lean", "alone", "taught"
-EXACT_TILES = dict.fromkeys([(torch.float32, kind) for kind in (LEAN, ALONE, TAUGHT)], EXACT)
-STATISTICS = {
-    (torch.float16, LEAN): Tile(128, 256, 64, 4, 8, 3),
-    (torch.float16, ALONE): Tile(128, 128, 64, 2, 8, 4),
-    (torch.float16, TAUGHT): Tile(128, 64, 64, 2, 8, 4),
-    **EXACT_TILES,
-}
-SLOPES = {
-    (torch.float16, LEAN): Tile(128, 256, 64, 4, 8, 3),
-    (torch.float16, ALONE): Tile(128, 128, 64, 2, 8, 4),
-    (torch.float16, TAUGHT): Tile(128, 64, 64, 2, 8, 4),
-    **EXACT_TILES,
-}
-# Without wgmma the operands take registers too.
-AMPERE_STATISTICS = STATISTICS | {
-    (torch.float16, LEAN): Tile(128, 128, 64, 2, 8, 3),
-    (torch.float16, TAUGHT): Tile(64, 64, 64, 1, 8, 4),
-}
-# Only on Hopper do 16 warps keep the wide epilogue in registers and the products on wgmma.
-HOPPER_SLOPES = SLOPES | {(torch.float16, TAUGHT): Tile(128, 128, 64, 4, 16, 3)}
-BLACKWELL_SLOPES = SLOPES | {(torch.float16, TAUGHT): Tile(128, 128, 64, 4, 8, 3)}
-
-
-def tables(architecture: int) -> tuple[TileTable, TileTable]:
-    """Tiles of the statistics and the slopes kernel for sm_80, sm_90 or sm_100."""
-    if architecture < 90:
-        return AMPERE_STATISTICS, SLOPES
-    return STATISTICS, HOPPER_SLOPES if architecture < 100 else BLACKWELL_SLOPES
-
-
-def architecture_of(device: torch.device) -> int:
-    """Compute capability times ten; the interpreter runs Hopper's tiles."""
-    if device.type != "cuda":
-        return 90
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
-
-
-def kind_of(switches: dict[str, Any]) -> str:
-    """How much the epilogue of a pass has to hold."""
-    taught = switches["KL"] or switches["NET"] or switches["MASK"]
-    if taught or switches["NCE_SHIFT"] == SOFT:
-        return TAUGHT
-    busy = switches["NCE_SHIFT"] == HARD or switches["IDS"] or switches["ONLINE"]
-    return ALONE if busy else LEAN
-
-
-def blocks(task: Pass) -> None:
-    """A block of rows at a time: sums over all columns, then slopes and gradients."""
-    inputs, sizes = task.inputs, task.sizes
-    padded_cols = len(task.student.cols)
-    buffers = torch.empty(
-        (1 + len(task.teachers), sizes.rows, sizes.cols),
-        dtype=task.student.rows.dtype,
-        device=inputs.rows.device,
-    )
-    want = task.gradients.rows is not None or task.gradients.cols is not None
+def run(call: PreparedCall) -> None:
+    """Fill in the losses and gradients of a call, a block of rows at a time."""
+    num_cols = len(call.student.cols)
+    buffers = call.buffers()
     # Without teacher blocks nothing limits the columns of the first sweep.
-    sweep = sizes.cols if task.teachers else padded_cols
-    for start, stop in spans(len(inputs.rows), sizes.rows):
+    sweep = call.sizes.cols if call.teachers else num_cols
+    for start, stop in spans(len(call.inputs.rows), call.sizes.rows):
         rows = slice(start, stop)
-        states = first_states(task, stop - start, sweep)
-        for low, high in spans(padded_cols, sweep):
-            cols = slice(low, high)
-            fill_teachers(task, buffers, rows, cols)
-            gather(task, buffers, states, rows, cols)
-        task.losses[:, rows], row_sums = finish(task, states)
-        if not want:
+        states = first_states(call, stop - start, sweep)
+        for low, high in spans(num_cols, sweep):
+            block = Block(rows, slice(low, high), buffers)
+            fill_teachers(call, block)
+            launch_statistics(call, block, states)
+        call.losses[:, rows], row_sums = finish(call, states)
+        if not call.wants_gradient:
             continue
-        for low, high in spans(padded_cols, sizes.cols):
-            cols = slice(low, high)
-            fill_teachers(task, buffers, rows, cols)
-            slopes = buffers[0, : stop - start, : high - low]
-            write_slopes(task, buffers, row_sums, rows, cols)
-            add_gradients(task, slopes, rows, cols)
+        for low, high in spans(num_cols, call.sizes.cols):
+            block = Block(rows, slice(low, high), buffers)
+            fill_teachers(call, block)
+            launch_gradients(call, block, row_sums)
+            grads = buffers[0, : stop - start, : high - low]
+            add_gradients(call, grads, rows, block.cols)
 
 
-def fill_teachers(task: Pass, buffers: Tensor, rows: slice, cols: slice) -> None:
-    """Products of the teachers for one block."""
-    for teacher, buffer in zip(task.teachers, buffers[1:], strict=True):
-        part = buffer[: rows.stop - rows.start, : cols.stop - cols.start]
-        teacher.block(rows, cols, part)
+def fill_teachers(call: PreparedCall, block: Block) -> None:
+    """Write the products of the teachers for one block into its buffers."""
+    rows, cols = block.rows, block.cols
+    for teacher, buffer in zip(call.teachers, block.buffers[1:], strict=True):
+        teacher.block(rows, cols, buffer[: rows.stop - rows.start, : cols.stop - cols.start])
 
 
-def tile_of(task: Pass, kernel: int) -> dict[str, Any]:
-    """Tile and launch options of the statistics (0) or the slopes kernel (1)."""
-    operand = task.student.rows
+def tile_of(call: PreparedCall, kernel: int) -> Tile:
+    """Tile of the statistics (0) or the gradient kernel (1)."""
+    operand = call.student.rows
     table = tables(architecture_of(operand.device))[kernel]
-    tile = table[operand.dtype, kind_of(task.switches)]
-    return {**tile._asdict(), "EVEN": operand.shape[1] % tile.BK == 0}
+    return table[operand.dtype, kind_of(call.arguments.flags)]
 
 
-def first_states(task: Pass, num_rows: int, sweep: int) -> Tensor:
-    """Empty sums ``[states, splits, rows]``: fixed offsets or an unreachable peak."""
-    tile = tile_of(task, 0)
-    row_tiles = triton.cdiv(num_rows, tile["BM"])
-    splits = min(triton.cdiv(sweep, tile["BN"]), triton.cdiv(PROGRAMS, row_tiles))
+def first_states(call: PreparedCall, num_rows: int, sweep: int) -> Tensor:
+    """Sums of nothing, ``[NUM_STATES, splits, num_rows]``: fixed offsets or a lowest maximum."""
+    tile = tile_of(call, 0)
+    row_tiles = triton.cdiv(num_rows, tile.BM)
+    splits = min(triton.cdiv(sweep, tile.BN), triton.cdiv(PROGRAMS, row_tiles))
     states = torch.zeros(
-        len(STATES), splits, num_rows, dtype=torch.float32, device=task.losses.device
+        NUM_STATES, splits, num_rows, dtype=torch.float32, device=call.losses.device
     )
-    for index, name in enumerate(STATES):
-        if name.endswith("_peak"):
-            offset = task.values[name.replace("_peak", "_offset")]
-            states[index] = -1e38 if task.switches["ONLINE"] else offset
+    _, sums = sums_of_states(states)
+    for state, offset in zip(sums.running_max, call.arguments.offsets, strict=True):
+        state.fill_(-1e38 if call.arguments.flags.online else offset)
     return states
 
 
-def gather(task: Pass, buffers: Tensor, states: Tensor, rows: slice, cols: slice) -> None:
+def launch_statistics(call: PreparedCall, block: Block, states: Tensor) -> None:
     """Continue the sums of a block of rows over a block of columns."""
-    inputs = task.inputs
-    tile = tile_of(task, 0)
+    inputs, rows, cols, shared = call.inputs, block.rows, block.cols, call.arguments
+    tile = tile_of(call, 0)
     num_rows, splits = rows.stop - rows.start, states.shape[1]
-    tiles = triton.cdiv(cols.stop - cols.start, tile["BN"])
-    row_ids, col_ids = ids_of(inputs)
-    values = {name: v for name, v in task.values.items() if name not in SLOPE_ARGUMENTS}
-    kernel: Any = statistics_kernel
-    kernel[(triton.cdiv(num_rows, tile["BM"]), splits)](
-        task.student.rows[rows], task.student.cols,
-        *read_by_terms(inputs.layout, buffers[0], buffers[1:]), states, row_ids[rows], col_ids,
-        num_rows, len(inputs.cols), task.student.rows.shape[1],
-        task.student.rows.stride(0), task.student.cols.stride(0), buffers.stride(1),
-        cols.start, cols.stop, inputs.col_offset + rows.start, triton.cdiv(tiles, splits),
-        **values, **task.switches, **tile,
+    tiles = triton.cdiv(cols.stop - cols.start, tile.BN)
+    kernel: Any = statistics_kernel  # Triton adds launch options to its parameters
+    kernel[(triton.cdiv(num_rows, tile.BM), splits)](
+        student_of(call, rows), constants_of(inputs.layout, block.buffers), states,
+        ids_of(inputs, rows), num_rows, len(inputs.cols), strides_of(call),
+        block.buffers.stride(1), cols.start, cols.stop, inputs.col_offset + rows.start,
+        triton.cdiv(tiles, splits),
+        shared.margin, shared.threshold, shared.factors, shared.offsets, shared.flags,
+        tile.shape(call.student.rows.shape[1]),
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
 
 
-def write_slopes(task: Pass, buffers: Tensor, row_sums: Tensor, rows: slice, cols: slice) -> None:
-    """Make the tiles of a block again and write their slopes into the first buffer."""
-    inputs = task.inputs
-    tile = tile_of(task, 1)
+def launch_gradients(call: PreparedCall, block: Block, row_sums: Tensor) -> None:
+    """Make the tiles of a block again and write their derivatives into the first buffer."""
+    inputs, rows, cols, shared = call.inputs, block.rows, block.cols, call.arguments
+    tile = tile_of(call, 1)
     num_rows = rows.stop - rows.start
-    row_ids, col_ids = ids_of(inputs)
-    grid = triton.cdiv(num_rows, tile["BM"]), triton.cdiv(cols.stop - cols.start, tile["BN"])
-    kernel: Any = slopes_kernel
+    grid = triton.cdiv(num_rows, tile.BM), triton.cdiv(cols.stop - cols.start, tile.BN)
+    kernel: Any = gradient_kernel  # as above
     kernel[grid](
-        task.student.rows[rows], task.student.cols,
-        *read_by_terms(inputs.layout, buffers[0], buffers[1:]), buffers[0], row_sums,
-        row_ids[rows], col_ids,
-        num_rows, len(inputs.cols), task.student.rows.shape[1],
-        task.student.rows.stride(0), task.student.cols.stride(0), buffers.stride(1),
-        cols.start, cols.stop, inputs.col_offset + rows.start,
-        **task.values, **task.switches, **tile,
+        student_of(call, rows), constants_of(inputs.layout, block.buffers), block.buffers[0],
+        row_sums, ids_of(inputs, rows), num_rows, len(inputs.cols), strides_of(call),
+        block.buffers.stride(1), cols.start, cols.stop, inputs.col_offset + rows.start,
+        shared.margin, shared.threshold, shared.factors, shared.offsets, shared.weights,
+        shared.flags, tile.shape(call.student.rows.shape[1]),
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
 
 
-def finish(task: Pass, states: Tensor) -> tuple[Tensor, Tensor]:
-    """Losses ``[3, rows]``, and for `slopes_kernel` shares and peaks ``[10, rows]``.
+def student_of(call: PreparedCall, rows: slice) -> Student:
+    """Unit vectors of some rows and all columns."""
+    return Student(call.student.rows[rows], call.student.cols)
 
-    The shares of the columns merge in a fixed order.
+
+def strides_of(call: PreparedCall) -> Strides:
+    """Padded width of the unit vectors, and elements from one to the next on either side."""
+    rows, cols = call.student.rows, call.student.cols
+    return Strides(rows.shape[1], rows.stride(0), cols.stride(0))
+
+
+def finish(call: PreparedCall, states: Tensor) -> tuple[Tensor, Tensor]:
+    """Losses ``[3, rows]``, and ``[10, rows]``: 1 / sum and running max of each softmax.
+
+    The column splits merge in a fixed order.
     """
-    part = dict(zip(STATES, states.unbind(), strict=True))
-    has, values = task.inputs.layout, task.values
+    positive, sums = sums_of_states(states)
+    layout, factors = call.inputs.layout, call.arguments.factors
     losses = states.new_zeros(3, states.shape[2])
-    row_sums = states.new_zeros(10, states.shape[2])
-
-    def log_share(row: int, name: str, *means: str) -> list[Tensor]:
-        """Fill in a share and a peak; ``log2(2^peak * sum)`` less the peak, and the means."""
-        top = part[f"{name}_peak"].amax(dim=0)
-        decay = torch.exp2(part[f"{name}_peak"] - top)
-        mass = (part[f"{name}_sum"] * decay).sum(dim=0)
-        row_sums[row], row_sums[5 + row] = 1.0 / mass, top
-        return [torch.log2(mass), *((part[m] * decay).sum(dim=0) / mass for m in means)]
-
-    if has.nce:
-        (log_mass,) = log_share(0, "nce")
-        positive = part["positive"].sum(dim=0)
-        losses[0] = log_mass - (positive * values["nce_factor"] - row_sums[5])
-    if has.kl:
-        (log_mass,) = log_share(1, "kl")
-        teacher_log_mass, student, teacher = log_share(2, "klt", "klt_student", "klt_teacher")
-        log_q = (teacher * values["klt_factor"] - row_sums[7]) - teacher_log_mass
-        log_r = (student * values["kl_factor"] - row_sums[6]) - log_mass
+    row_sums = states.new_zeros(2 * SOFTMAXES, states.shape[2])
+    if layout.nce:
+        (log_sum,) = merge_splits(sums, row_sums, "nce")
+        losses[0] = log_sum - (positive.sum(dim=0) * factors.nce - row_sums[5])
+    if layout.kl:
+        (log_sum,) = merge_splits(sums, row_sums, "kl")
+        expected = sums.expected.kl_student, sums.expected.kl_teacher
+        log_teacher, student, teacher = merge_splits(sums, row_sums, "kl_teacher", *expected)
+        log_q = (teacher * factors.kl_teacher - row_sums[7]) - log_teacher
+        log_r = (student * factors.kl - row_sums[6]) - log_sum
         losses[1] = log_q - log_r
-    if has.net and len(task.inputs.cols) > 1:  # a list of one column is empty
-        (log_mass,) = log_share(3, "net")
-        _, student = log_share(4, "nett", "nett_student")
-        losses[2] = log_mass - (student * values["net_factor"] - row_sums[8])
+    if layout.list_net and len(call.inputs.cols) > 1:  # a list of one column is empty
+        (log_sum,) = merge_splits(sums, row_sums, "list_net")
+        expected = (sums.expected.list_net_student,)
+        _, student = merge_splits(sums, row_sums, "list_net_teacher", *expected)
+        losses[2] = log_sum - (student * factors.list_net - row_sums[8])
     return losses * math.log(2.0), row_sums
+
+
+def merge_splits(
+    sums: Sums[Tensor], row_sums: Tensor, name: str, *expected: Tensor
+) -> list[Tensor]:
+    """Merge the column splits of one softmax and note 1 / sum and maximum in `row_sums`.
+
+    Returns:
+        ``log2(sum)`` relative to the maximum, and the means of `expected`, ``[rows]`` each.
+    """
+    index = PerSoftmax._fields.index(name)
+    split_max = sums.running_max[index]
+    row_max = split_max.amax(dim=0)
+    decay = torch.exp2(split_max - row_max)
+    total = (sums.total[index] * decay).sum(dim=0)
+    row_sums[index], row_sums[SOFTMAXES + index] = 1.0 / total, row_max
+    return [torch.log2(total), *((part * decay).sum(dim=0) / total for part in expected)]

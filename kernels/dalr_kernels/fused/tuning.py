@@ -1,6 +1,6 @@
-"""What a fused pass computes, as plain numbers: terms, exponents, sizes. Needs no Triton.
+"""What a fused call computes, as plain numbers: terms, exponents, sizes. Needs no Triton.
 
-Custom operators take lists of numbers, so a pass travels as two named tuples: `Scalars` (values)
+Custom operators take lists of numbers, so a call travels as two named tuples: `Scalars` (values)
 and `Layout` (which terms, which matrix each of them reads).
 """
 
@@ -10,13 +10,15 @@ import functools
 import logging
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from dalr_kernels.similarity import Similarity
 from dalr_kernels.terms import AlignmentKL, InfoNCE, ListMLE, ListNet, Term
+
+if TYPE_CHECKING:
+    from dalr_kernels.similarity import Similarity
 
 LOG2E = math.log2(math.e)
 # Shifts of a student similarity: none, the whole margin, the margin softened by labels.
@@ -25,13 +27,13 @@ PLAIN, HARD, SOFT = 0, 1, 2
 POLYNOMIAL_ANGLE = 0.5
 # A fixed exponent offset must leave this many bits of the 252 between 2^-126 and 2^126 to spare.
 GUARD_BITS = 8
-# Sums of up to 2^22 columns share the head room, so that N need not recompile a kernel.
+# Head room for sums of up to 2^22 columns, so that another N does not recompile a kernel.
 COLUMN_BITS = 22
 # Rows and columns are padded to this many elements: 32 bytes in the narrowest type.
 PAD = 16
 # Below this many rows per chunk the sums over columns move more bytes than the chunk saves.
 MIN_WORKSPACE_ROWS = 512
-# Types that cosines can be rounded to before they are mixed; wider ones change nothing here.
+# Types that cosines can be rounded to before they are mixed; others change nothing here.
 ROUNDING_CODES: dict[torch.dtype | None, int] = {torch.float16: 1, torch.bfloat16: 2}
 LOGGER = logging.getLogger("dalr_kernels")
 
@@ -46,9 +48,9 @@ class Scalars(NamedTuple):
     kl_weight: float = 0.0
     kl_temperature: float = 1.0
     kl_teacher_temperature: float = 1.0
-    net_weight: float = 0.0
-    net_temperature: float = 1.0
-    net_teacher_temperature: float = 1.0
+    list_net_weight: float = 0.0
+    list_net_temperature: float = 1.0
+    list_net_teacher_temperature: float = 1.0
 
 
 class Layout(NamedTuple):
@@ -56,13 +58,13 @@ class Layout(NamedTuple):
 
     nce: int = 0
     kl: int = 0
-    net: int = 0
+    list_net: int = 0
     nce_shift: int = PLAIN
     kl_shift: int = PLAIN
-    net_shift: int = PLAIN
+    list_net_shift: int = PLAIN
     clamp: int = 0
     kl_matrix: int = -1
-    net_matrix: int = -1
+    list_net_matrix: int = -1
     label_matrix: int = -1
     mask_matrix: int = -1
 
@@ -77,7 +79,7 @@ class Matrices(NamedTuple):
 
 
 class Limits(NamedTuple):
-    """How much temporary memory a pass may take, and in which mode."""
+    """How much temporary memory a call may take, and in which mode."""
 
     workspace_bytes: int
     chunk: int | None
@@ -85,18 +87,18 @@ class Limits(NamedTuple):
 
 
 class Exponents(NamedTuple):
-    """Factors to base-2 logits and fixed offsets of the five exponentials of a pass."""
+    """Factors to base-2 logits and fixed offsets of the five softmaxes of a call."""
 
     nce: tuple[float, float]
     kl: tuple[float, float]
     kl_teacher: tuple[float, float]
-    net: tuple[float, float]
-    net_teacher: tuple[float, float]
+    list_net: tuple[float, float]
+    list_net_teacher: tuple[float, float]
     online: bool
 
 
 class Sizes(NamedTuple):
-    """Mode and block of a pass: `rows` x `cols` cells of every matrix exist at a time."""
+    """Mode and block of a call: `rows` x `cols` elements of every matrix exist at a time."""
 
     mode: str
     rows: int
@@ -104,7 +106,7 @@ class Sizes(NamedTuple):
 
 
 def groups(terms: Sequence[Term]) -> list[list[int]]:
-    """Indices of the terms that one pass can share; ListMLE and other margins pass alone."""
+    """Indices of the terms that one call can share; ListMLE and other margins get their own."""
     found: dict[tuple[bool, float], list[int]] = {}
     margins = [t.margin for t in terms if not isinstance(t, ListMLE) and t.margin > 0.0]
     common = margins[0] if margins else 0.0
@@ -116,48 +118,64 @@ def groups(terms: Sequence[Term]) -> list[list[int]]:
 
 
 def describe(terms: Sequence[Term]) -> tuple[Scalars, Layout, list[Similarity]]:
-    """The numbers of terms that share a pass, and the distinct matrices they read."""
+    """The numbers of terms that share a call, and the distinct matrices they read."""
     scalars, layout = Scalars(), Layout()
     matrices: list[Similarity] = []
-
-    def index(similarity: Similarity | None) -> int:
-        assert similarity is not None
-        for known, other in enumerate(matrices):
-            if other is similarity:
-                return known
-        matrices.append(similarity)
-        return len(matrices) - 1
-
     for term in terms:
         if term.margin > 0.0:
             scalars = scalars._replace(margin=term.margin)
         if isinstance(term, InfoNCE):
-            scalars = scalars._replace(nce_weight=term.weight, nce_temperature=term.temperature)
-            soft = term.soft_labels is not None and term.margin > 0.0
-            shift = SOFT if soft else HARD if term.margin > 0.0 else PLAIN
-            layout = layout._replace(nce=1, nce_shift=shift, clamp=int(term.clamp_soft_labels))
-            if soft:
-                layout = layout._replace(label_matrix=index(term.soft_labels))
-            if term.mask_above is not None:
-                layout = layout._replace(mask_matrix=index(term.mask_above[0]))
-                scalars = scalars._replace(threshold=term.mask_above[1])
+            scalars, layout = _add_info_nce(term, scalars, layout, matrices)
         elif isinstance(term, AlignmentKL):
             scalars = scalars._replace(
                 kl_weight=term.weight,
                 kl_temperature=term.temperature * term.student_temperature,
                 kl_teacher_temperature=term.teacher_temperature,
             )
-            shift = HARD if term.margin > 0.0 else PLAIN
-            layout = layout._replace(kl=1, kl_shift=shift, kl_matrix=index(term.teacher))
+            matrix = _index(term.teacher, matrices)
+            layout = layout._replace(kl=1, kl_shift=_shift(term), kl_matrix=matrix)
         elif isinstance(term, ListNet):
             scalars = scalars._replace(
-                net_weight=term.weight,
-                net_temperature=term.temperature,
-                net_teacher_temperature=term.teacher_temperature,
+                list_net_weight=term.weight,
+                list_net_temperature=term.temperature,
+                list_net_teacher_temperature=term.teacher_temperature,
             )
-            shift = HARD if term.margin > 0.0 else PLAIN
-            layout = layout._replace(net=1, net_shift=shift, net_matrix=index(term.teacher))
+            matrix = _index(term.teacher, matrices)
+            layout = layout._replace(
+                list_net=1, list_net_shift=_shift(term), list_net_matrix=matrix
+            )
     return scalars, layout, matrices
+
+
+def _add_info_nce(
+    term: InfoNCE, scalars: Scalars, layout: Layout, matrices: list[Similarity]
+) -> tuple[Scalars, Layout]:
+    scalars = scalars._replace(nce_weight=term.weight, nce_temperature=term.temperature)
+    layout = layout._replace(nce=1, nce_shift=_shift(term), clamp=int(term.clamp_soft_labels))
+    if layout.nce_shift == SOFT:
+        layout = layout._replace(label_matrix=_index(term.soft_labels, matrices))
+    if term.mask_above is not None:
+        layout = layout._replace(mask_matrix=_index(term.mask_above[0], matrices))
+        scalars = scalars._replace(threshold=term.mask_above[1])
+    return scalars, layout
+
+
+def _shift(term: Term) -> int:
+    """PLAIN, HARD or SOFT."""
+    shift = term.shift()
+    if shift.margin == 0.0:
+        return PLAIN
+    return HARD if shift.labels is None else SOFT
+
+
+def _index(similarity: Similarity | None, matrices: list[Similarity]) -> int:
+    """Position of a similarity among the known ones; a new one is appended."""
+    assert similarity is not None
+    for index, known in enumerate(matrices):
+        if known is similarity:
+            return index
+    matrices.append(similarity)
+    return len(matrices) - 1
 
 
 def flatten(similarities: Sequence[Similarity]) -> Matrices:
@@ -175,7 +193,7 @@ def flatten(similarities: Sequence[Similarity]) -> Matrices:
 def pack(
     scalars: Scalars, layout: Layout, matrices: Matrices
 ) -> tuple[list[Tensor], list[float], list[int]]:
-    """Tensors, numbers and codes of a pass, for an operator; no list of numbers is ever empty."""
+    """Tensors, numbers and codes of a call, for an operator; no list of numbers is ever empty."""
     numbers = [*scalars, *matrices.weights]
     return matrices.tensors, numbers, [*layout, *matrices.owners, *matrices.rounded]
 
@@ -197,9 +215,9 @@ def exponents(scalars: Scalars, layout: Layout, matrices: Matrices) -> Exponents
 
     Student logits lie in +-1 / temperature, teacher logits in +-(sum of absolute weights) /
     temperature. While their span fits below 1, the offset is the largest possible logit: exponents
-    of the terms that matter are small and exact. A wider span is centred, so that the largest
+    of the terms that matter are small and exact. A wider span is centered, so that the largest
     possible term is 2^(126 - COLUMN_BITS). One that fits neither makes every exponential of the
-    pass run with an online maximum.
+    call run with an online maximum.
     """
     online = False
 
@@ -220,8 +238,8 @@ def exponents(scalars: Scalars, layout: Layout, matrices: Matrices) -> Exponents
         pair(has.nce, s.nce_temperature, 1.0),
         pair(has.kl, s.kl_temperature, 1.0),
         pair(has.kl, s.kl_teacher_temperature, bound(has.kl_matrix)),
-        pair(has.net, s.net_temperature, 1.0),
-        pair(has.net, s.net_teacher_temperature, bound(has.net_matrix)),
+        pair(has.list_net, s.list_net_temperature, 1.0),
+        pair(has.list_net, s.list_net_teacher_temperature, bound(has.list_net_matrix)),
         online,
     )
 
@@ -236,18 +254,18 @@ def polynomial(scalars: Scalars, layout: Layout, matrices: Matrices) -> bool:
 
 
 def gradient_scale(scalars: Scalars, itemsize: int) -> float:
-    """Power of two by which stored slopes are multiplied; float32 needs none.
+    """Power of two by which stored derivatives are multiplied; float32 needs none.
 
-    Slopes are kept in float16, whose 11 bits are three more than those of bfloat16. The bound of
-    a slope away from |cos| = 1 is mapped to 2^11 .. 2^12: room for 16 times more (the margin's own
-    slope), while slopes 2^-26 times the bound are still normal numbers. Larger ones saturate.
+    Derivatives are stored in float16, whose 11 bits are three more than those of bfloat16. Their
+    bound away from |cos| = 1 is mapped to 2^11 .. 2^12: room for 16 times more (the derivative of
+    the margin itself), while 2^-26 times the bound is still a normal number. Larger ones saturate.
     """
     if itemsize == 4:
         return 1.0
     bound = (
         abs(scalars.nce_weight) / scalars.nce_temperature
         + abs(scalars.kl_weight) / scalars.kl_temperature
-        + abs(scalars.net_weight) / scalars.net_temperature
+        + abs(scalars.list_net_weight) / scalars.list_net_temperature
     )
     return 1.0 if bound == 0.0 else 2.0 ** (12 - math.ceil(math.log2(bound)))
 
@@ -292,7 +310,7 @@ def even(total: int, step: int) -> int:
 
 @functools.cache
 def log_choice(sizes_: Sizes, num_rows: int, num_cols: int, width: int, dtype: torch.dtype) -> None:
-    """Say once per process and shape which mode and block were taken."""
+    """Log once per process and shape which mode and block were chosen."""
     LOGGER.info(
         "row losses %d x %d, width %d, %s: mode %s, R = %d, C = %d",
         num_rows, num_cols, width, dtype, sizes_.mode, sizes_.rows, sizes_.cols,

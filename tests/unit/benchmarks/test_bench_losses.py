@@ -1,4 +1,4 @@
-"""The benchmark's contestants against float64, on the CPU as far as they run there."""
+"""The benchmark's implementations against float64, on the CPU as far as they run there."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from bench import checking, dense, ours, peers, problems
-from bench.peers import CHUNKS, COMPILED, EAGER, FUSED, OURS, Unavailable, contestants
+from bench.peers import CHUNKS, COMPILED, EAGER, FUSED, OURS, Unavailable, implementations
 from bench.problems import Problem, Shape, square
 from torch import Tensor
 
@@ -25,7 +25,7 @@ def make(name: str, shape: Shape, data: str = "random", **how: Any) -> Problem:
 
 
 def found(row: str, problem: Problem) -> checking.Errors:
-    loss = contestants()[row].build(problem)
+    loss = implementations()[row].build(problem)
     return checking.errors(problem, loss, checking.exact(problem))
 
 
@@ -42,7 +42,7 @@ def test_torch_rows_are_exact(row: str, name: str, shape: Shape, data: str) -> N
 
 
 @pytest.mark.parametrize("name", ["list_mle", "global_to_local", *problems.OBJECTIVES])
-def test_problems_without_a_rival(name: str) -> None:
+def test_problems_without_a_baseline(name: str) -> None:
     shape = square(24, 16, tokens=4)
     for row in (OURS[2], "ours, torch path", peers.DENSE_REFERENCE):
         errors = found(row, make(name, shape, dtype=torch.float32))
@@ -85,7 +85,7 @@ def scaled(loss: Callable[[], Tensor], factor: float) -> Callable[[], Tensor]:
 def test_wrong_rows_are_not_timed() -> None:
     problem = make("info_nce", square(128, 64))
     answer = checking.exact(problem)
-    right = contestants()[EAGER[1]].build(problem)
+    right = implementations()[EAGER[1]].build(problem)
     eager16 = checking.errors(problem, right, answer)
     assert not checking.verdict(eager16, eager16)
     rescaled = checking.errors(problem, scaled(right, math.sqrt(128 / 0.05)), answer)
@@ -100,7 +100,7 @@ def test_dropped_negatives_are_seen() -> None:
     """A gradient filter that keeps only the positives fails the check (diffuse negatives)."""
     problem = make("info_nce", square(256, 64))
     answer = checking.exact(problem)
-    eager16 = checking.errors(problem, contestants()[EAGER[1]].build(problem), answer)
+    eager16 = checking.errors(problem, implementations()[EAGER[1]].build(problem), answer)
 
     def filtered() -> Tensor:
         q, k = (dense.unit(problem.leaves[key], torch.float32) for key in ("rows", "cols"))
@@ -114,12 +114,12 @@ def test_dropped_negatives_are_seen() -> None:
 def test_nan_counts_as_wrong() -> None:
     problem = make("info_nce", square(8, 4))
     answer = checking.exact(problem)
-    loss = contestants()[EAGER[0]].build(problem)
+    loss = implementations()[EAGER[0]].build(problem)
     errors = checking.errors(problem, lambda: loss() * math.nan, answer)
     assert errors.loss == math.inf and errors.gradient == math.inf
 
 
-# Library rivals: our calls, with stand-ins that have their signatures and conventions
+# Other libraries: our calls, with replacements that have their signatures and conventions
 
 
 def dense_cross_entropy(q: Tensor, k: Tensor, targets: Tensor) -> Tensor:
@@ -226,7 +226,7 @@ def test_gpu_rows_say_so_on_a_cpu() -> None:
     problem = make("triple", square(8, 16))
     for name in (OURS[0], OURS[1], COMPILED):
         with pytest.raises(Unavailable, match="needs a GPU"):
-            contestants()[name].build(problem)
+            implementations()[name].build(problem)
 
 
 def test_liger_scaled_runs_its_fallback_on_a_cpu() -> None:
@@ -264,13 +264,13 @@ def test_clustered_vectors_stand_on_both_sides_of_the_gate() -> None:
     closed = (near >= math.cos(problems.MARGIN)).float().mean()
     assert len(near) > 400 and 0.02 < closed < 0.98
     lengths = problems.vectors(50, 8, "random", generator, CPU).norm(dim=1)
-    assert lengths.max() > 1.5 * lengths.min()  # not normalised: that is inside the time
+    assert lengths.max() > 1.5 * lengths.min()  # not normalized: that is inside the time
     with pytest.raises(ValueError, match="data='even'"):
         problems.vectors(4, 4, "even", generator, CPU)
 
 
 def test_every_row_has_a_name_of_its_own_and_a_known_problem() -> None:
-    rows = contestants()
+    rows = implementations()
     for name, row in rows.items():
         assert row.name == name and set(row.problems) <= set(problems.PROBLEMS)
         assert dataclasses.is_dataclass(row)

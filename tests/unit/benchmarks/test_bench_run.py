@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from bench import cpu, host, plan, plots, results, run, table, targets, tune
-from bench.peers import CHUNKS, EAGER, OURS, PRODUCTS, Unavailable, contestants
-from bench.plan import Cell
+from bench import cpu, host, plots, results, run, schedule, table, targets, tune
+from bench.peers import CHUNKS, EAGER, OURS, PRODUCTS, Unavailable, implementations
 from bench.problems import PROBLEMS, Problem, Shape, operations, square
+from bench.schedule import Cell
 from bench.timing import Budget, HostClock, Samples, interleave, quantiles
 from torch import Tensor
 
@@ -31,7 +31,7 @@ HOST = {
 
 
 class FakeTime:
-    """A clock and contestants that cost what they are told to."""
+    """A clock and implementations that cost what they are told to."""
 
     peak_bytes = 7
 
@@ -91,7 +91,7 @@ def test_all_rounds_when_there_is_time(clock: FakeTime) -> None:
         assert summary["peak_bytes"] == 7 and summary["status"] == "measured"
 
 
-def test_a_slow_contestant_does_not_take_the_rounds_of_the_others(clock: FakeTime) -> None:
+def test_a_slow_implementation_does_not_take_the_rounds_of_the_others(clock: FakeTime) -> None:
     budget = Budget(20, clock)
     found = interleave(NO_PROBLEM, costs(fast=0.1, slow=5.0), clock, budget, rounds=30)
     assert len(found["fast"].runs["both"]) == 30
@@ -130,33 +130,33 @@ def test_quantiles() -> None:
     assert quantiles([4.0]) == {"median": 4.0, "p10": 4.0, "p90": 4.0}
 
 
-# The plan
+# The schedule
 
 
-def test_the_plan_names_known_problems_and_contestants() -> None:
-    known = contestants()
-    cells = plan.gpu_cells()
+def test_the_schedule_names_known_problems_and_implementations() -> None:
+    known = implementations()
+    cells = schedule.gpu_cells()
     assert len({cell.key for cell in cells}) == len(cells) - len(big_cells(cells))
     for cell in cells:
         assert cell.problem in PROBLEMS
-        for name in cell.contestants:
+        for name in cell.implementations:
             assert cell.problem in known[name].problems, (cell.key, name)
-            assert cell.warm or len(cell.contestants) == 1  # its peak memory is its own
+            assert cell.warm or len(cell.implementations) == 1  # its peak memory is its own
 
 
 def big_cells(cells: list[Cell]) -> list[Cell]:
     """Second modes of a size that is measured in two cells."""
-    return [cell for cell in cells if not cell.warm and cell.contestants == OURS[1:2]]
+    return [cell for cell in cells if not cell.warm and cell.implementations == OURS[1:2]]
 
 
 def test_the_plan_covers_what_the_issue_asks() -> None:
-    cells = plan.gpu_cells()
+    cells = schedule.gpu_cells()
     assert {cell.shape.width for cell in cells} >= {256, 768, 1024}
     assert max(cell.shape.rows for cell in cells) >= 2**20
     assert {cell.data for cell in cells} == {"random", "clustered"}
     assert any(cell.shape.rows != cell.shape.cols for cell in cells)
     headline = cells[0]
-    assert headline.rounds >= 30 and set(CHUNKS.values()) < set(headline.contestants)
+    assert headline.rounds >= 30 and set(CHUNKS.values()) < set(headline.implementations)
 
 
 # Results
@@ -250,7 +250,7 @@ def test_a_broken_write_leaves_the_old_file(
     def broken(*_: Any) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr("bench.results.os.replace", broken)
+    monkeypatch.setattr("bench.results.Path.replace", broken)
     with pytest.raises(OSError, match="disk full"):
         results.write(path, {"cells": 2})
     assert results.read(path) == {"cells": 1}
@@ -299,8 +299,8 @@ def test_without_a_gpu_one_line_and_no_results(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_failing_contestant_is_named_and_the_others_go_on(tmp_path: Path) -> None:
-    rows = contestants()
+def test_a_failing_implementation_is_named_and_the_others_go_on(tmp_path: Path) -> None:
+    rows = implementations()
 
     def broken(problem: Problem) -> Any:
         def loss() -> Tensor:
@@ -391,13 +391,13 @@ def test_cpu_cell(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_cpu_memory_in_a_process_of_its_own() -> None:
     """Dense matrices of 1024 x 1024 show in the resident set of the process that made them."""
     request = {"what": "memory", "problem": "info_nce", "size": 1024, "width": 16}
-    found = cpu.ask(contestants=[EAGER[0]], **request)
+    found = cpu.ask(implementations=[EAGER[0]], **request)
     assert found[EAGER[0]]["peak_bytes"] > 2 * 4 * 1024**2
 
 
 def test_a_cpu_process_that_fails_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu.sys, "executable", "false")
-    found = cpu.ask(what="memory", contestants=["a"])
+    found = cpu.ask(what="memory", implementations=["a"])
     assert found["a"]["status"] == "failed: ended with 1 (out of memory?)"
 
 
@@ -412,15 +412,15 @@ def test_plots_need_no_display(tmp_path: Path) -> None:
 
 def test_host_clock_times_both_phases() -> None:
     problem = run.problems.make("info_nce", square(8, 4), torch.device("cpu"))
-    took = HostClock().step(problem, contestants()[EAGER[0]].build(problem))
+    took = HostClock().step(problem, implementations()[EAGER[0]].build(problem))
     assert took["both"] == pytest.approx(took["forward"] + took["backward"])
 
 
 def test_sweep_covers_every_block_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = tune.sweep()
     for cell in tune.cells(rows):
-        assert set(cell.contestants) < set(rows) and EAGER[1] not in cell.contestants
-        assert len(cell.contestants) == 3 * len(tune.ROWS)
+        assert set(cell.implementations) < set(rows) and EAGER[1] not in cell.implementations
+        assert len(cell.implementations) == 3 * len(tune.ROWS)
     if not torch.cuda.is_available():
         assert tune.main(["--out", str(tmp_path)]) == 0
         assert "sweep skipped" in capsys.readouterr().out

@@ -1,12 +1,10 @@
-"""Unit vectors and the way back through the normalisation, one program per row."""
+"""Unit vectors and the backward of the normalization, one program per row."""
 
 # pyright: reportCallIssue=false, reportOperatorIssue=false, reportIndexIssue=false
 # pyright: reportPossiblyUnboundVariable=false, reportGeneralTypeIssues=false
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 import triton
@@ -22,11 +20,27 @@ LONGEST = 1024
 
 
 @triton.jit(do_not_specialize=["num_rows"])
-def unit_kernel(
+def normalize_kernel(
     vectors, out, norms, num_rows, width, padded_width, row_stride, col_stride, out_stride, weight,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """``weight * x / max(||x||, 1e-8)``, padded with zeros; `norms` receives ||x||."""
+    """``weight * x / max(||x||, 1e-8)``, padded with zeros.
+
+    Args:
+        vectors: ``[num_rows, width]``, fp32, fp16 or bf16, any strides.
+        out: ``[num_rows, padded_width]``, fp16 or fp32; written.
+        norms: ``[num_rows]`` fp32, receives ||x||.
+        num_rows: Rows.
+        width: Elements of a vector.
+        padded_width: Elements of a vector in `out`.
+        row_stride: Elements from one vector to the next.
+        col_stride: Elements from one entry of a vector to the next.
+        out_stride: Elements from one row of `out` to the next.
+        weight: Factor of the unit vectors.
+        ROWS: Rows of a program.
+        BLOCK: Elements of a row that are read at a time.
+    """
+    # Stage 1. Registers: squares of a block of every row, one sum per row.
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     exists = rows < num_rows
     squares = tl.zeros([ROWS], tl.float32)
@@ -36,6 +50,7 @@ def unit_kernel(
         address = vectors + rows[:, None] * row_stride + cols.to(tl.int64)[None, :] * col_stride
         x = tl.load(address, mask=inside, other=0.0).to(tl.float32)
         squares += tl.sum(x * x, axis=1)
+    # Stage 2. The vectors are read again (L1 or L2 cache), unit vectors go to global memory.
     norm = tl.sqrt_rn(squares)
     tl.store(norms + rows, norm, mask=exists)
     divisor = tl.where(norm < MIN_NORM, MIN_NORM, norm)
@@ -50,11 +65,29 @@ def unit_kernel(
 
 
 @triton.jit(do_not_specialize=["num_rows"])
-def unit_gradient_kernel(
-    vectors, norms, grads, out, num_rows, width, row_stride, col_stride, grad_stride, out_stride,
-    factor, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+def normalize_gradient_kernel(
+    vectors, norms, unit_grads, vector_grads, num_rows, width,
+    row_stride, col_stride, grad_stride, out_stride, factor,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Gradient by x from the one by the unit vector, times `factor`; `out` may be `grads`."""
+    """Gradient by x from the one by the unit vector, times `factor`.
+
+    Args:
+        vectors: x, ``[num_rows, width]``, fp32, fp16 or bf16, any strides.
+        norms: ||x||, ``[num_rows]`` fp32.
+        unit_grads: Gradient by the unit vectors, ``[num_rows, >= width]`` fp32.
+        vector_grads: Gradient by x, ``[num_rows, width]`` fp32; written, may be `unit_grads`.
+        num_rows: Rows.
+        width: Elements of a vector.
+        row_stride: Elements from one vector to the next.
+        col_stride: Elements from one entry of a vector to the next.
+        grad_stride: Elements from one row of `unit_grads` to the next.
+        out_stride: Elements from one row of `vector_grads` to the next.
+        factor: Factor of the gradient.
+        ROWS: Rows of a program.
+        BLOCK: Elements of a row that are read at a time.
+    """
+    # Stage 1. Registers: the part of the gradient along x, one sum per row.
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     exists = rows < num_rows
     norm = tl.load(norms + rows, mask=exists, other=1.0)
@@ -66,8 +99,10 @@ def unit_gradient_kernel(
         inside = exists[:, None] & (cols < width)[None, :]
         address = vectors + rows[:, None] * row_stride + cols.to(tl.int64)[None, :] * col_stride
         x = tl.load(address, mask=inside, other=0.0).to(tl.float32)
-        grad = tl.load(grads + rows[:, None] * grad_stride + cols[None, :], mask=inside, other=0.0)
+        address = unit_grads + rows[:, None] * grad_stride + cols[None, :]
+        grad = tl.load(address, mask=inside, other=0.0)
         products += tl.sum(grad * (x / divisor[:, None]), axis=1)
+    # Stage 2. Both are read again, the gradient across x goes to global memory.
     # Below the smallest norm the divisor is constant and nothing is projected out.
     along = tl.where(short, 0.0, products)
     for start in range(0, width, BLOCK):
@@ -75,12 +110,13 @@ def unit_gradient_kernel(
         inside = exists[:, None] & (cols < width)[None, :]
         address = vectors + rows[:, None] * row_stride + cols.to(tl.int64)[None, :] * col_stride
         x = tl.load(address, mask=inside, other=0.0).to(tl.float32)
-        grad = tl.load(grads + rows[:, None] * grad_stride + cols[None, :], mask=inside, other=0.0)
+        address = unit_grads + rows[:, None] * grad_stride + cols[None, :]
+        grad = tl.load(address, mask=inside, other=0.0)
         value = (grad - along[:, None] * (x / divisor[:, None])) / divisor[:, None] * factor
-        tl.store(out + rows[:, None] * out_stride + cols[None, :], value, mask=inside)
+        tl.store(vector_grads + rows[:, None] * out_stride + cols[None, :], value, mask=inside)
 
 
-def unit_rows(
+def normalize_rows(
     vectors: Tensor, out: Tensor, weight: float = 1.0, *, first_col: int = 0, last_col: int
 ) -> Tensor:
     """Write unit vectors into ``out[:, first_col:last_col]``, zero beyond width and rows.
@@ -99,7 +135,7 @@ def unit_rows(
     norms = torch.empty(num_rows, dtype=torch.float32, device=vectors.device)
     target = out[:, first_col:last_col]
     tile = tile_of(width)
-    unit_kernel[(triton.cdiv(num_rows, tile["ROWS"]),)](
+    normalize_kernel[(triton.cdiv(num_rows, tile["ROWS"]),)](
         vectors, target, norms, num_rows, width, last_col - first_col, vectors.stride(0),
         vectors.stride(1), out.stride(0), weight, **tile,
     )  # fmt: skip
@@ -107,20 +143,20 @@ def unit_rows(
     return norms
 
 
-def through_units(vectors: Tensor, norms: Tensor, grads: Tensor, factor: float) -> Tensor:
+def normalize_backward(vectors: Tensor, norms: Tensor, grads: Tensor, factor: float) -> Tensor:
     """Gradient by the vectors ``[n, D]`` from ``grads [>= n, >= D]``, in place when unpadded."""
     num_rows, width = vectors.shape
     exact = grads.shape == vectors.shape
     out = grads if exact else grads.new_empty(num_rows, width)
     tile = tile_of(width)
-    unit_gradient_kernel[(triton.cdiv(num_rows, tile["ROWS"]),)](
+    normalize_gradient_kernel[(triton.cdiv(num_rows, tile["ROWS"]),)](
         vectors, norms, grads, out, num_rows, width, vectors.stride(0), vectors.stride(1),
         grads.stride(0), out.stride(0), factor, **tile,
     )  # fmt: skip
     return out
 
 
-def tile_of(width: int) -> dict[str, Any]:
+def tile_of(width: int) -> dict[str, int]:
     """Rows and columns of a program: whole rows where they are short."""
     block = min(LONGEST, triton.next_power_of_2(padded(width)))
     return {"ROWS": TILE // block, "BLOCK": block}

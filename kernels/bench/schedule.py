@@ -29,14 +29,14 @@ class Cell:
     """One problem at one shape, and who takes part.
 
     Attributes:
-        rounds: Timed runs of each contestant.
+        rounds: Timed runs of each implementation.
         seconds: Most time the cell may take, compilation included.
         warm: Run once before timing; off where a single run takes many seconds.
     """
 
     problem: str
     shape: Shape
-    contestants: tuple[str, ...]
+    implementations: tuple[str, ...]
     rounds: int
     seconds: float
     data: str = "random"
