@@ -145,7 +145,9 @@ def peek_manifest(path: Path | str) -> dict[str, object] | None:
     return manifest if isinstance(manifest, dict) else None
 
 
-def write_packed(path: Path, manifest: Mapping[str, object], arrays: Mapping[str, np.ndarray]) -> None:
+def write_packed(
+    path: Path, manifest: Mapping[str, object], arrays: Mapping[str, np.ndarray]
+) -> None:
     """Write a packed tar by temporary file and rename; the bytes depend on the content only."""
     members = {_MANIFEST: json.dumps(manifest, sort_keys=True, indent=1).encode()}
     members |= {f"{name}.npy": _npy_bytes(array) for name, array in arrays.items()}
