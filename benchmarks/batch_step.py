@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import BertConfig, BertModel
 
 from dalr_scale.config import Config, build_config
-from dalr_scale.data.stream.batch import Batch
 from dalr_scale.distributed.world import World
 from dalr_scale.engines.build import build_engine
-from dalr_scale.engines.protocol import Engine
 from dalr_scale.estimate.predict import random_batch
 from dalr_scale.global_batch import GlobalBatchStep
 from dalr_scale.models.dalr import DalrModel, FeatureWidths, LossSpec
 from dalr_scale.models.encoder import pool
 from dalr_scale.training.optim import build_optimizer
 from dalr_scale.training.task import DalrTask
+
+if TYPE_CHECKING:
+    from dalr_scale.data.stream.batch import Batch
+    from dalr_scale.engines.protocol import Engine
 
 ALONE = World(0, 1, torch.device("cpu"))
 

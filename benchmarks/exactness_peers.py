@@ -167,7 +167,7 @@ def _launch(name: str, engine: str, dtype: str, ranks: int, directory: Path) -> 
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",
     }
-    with open(directory / "output.txt", "w+", encoding="utf-8") as output:
+    with (directory / "output.txt").open("w+", encoding="utf-8") as output:
         process = subprocess.Popen(
             command, env=os.environ | settings, stdout=output, stderr=subprocess.STDOUT
         )

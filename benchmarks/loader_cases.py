@@ -7,7 +7,7 @@ import io
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -18,10 +18,12 @@ from dalr_scale.data.shards.features_store import write_features
 from dalr_scale.data.shards.indexing import ensure_index
 from dalr_scale.data.shards.token_id_store import Encoding, write_token_ids
 from dalr_scale.data.shards.writer import ShardSetWriter, write_text_shards
-from dalr_scale.data.stream.batch import Batch
 from dalr_scale.data.stream.loader import LoaderOptions, make_loader
 from dalr_scale.data.stream.order import StreamPlan
 from dalr_scale.data.stream.source import Source, Sources
+
+if TYPE_CHECKING:
+    from dalr_scale.data.stream.batch import Batch
 
 MAX_LENGTH = 32
 WIDTH = 1024

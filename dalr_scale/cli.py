@@ -29,11 +29,13 @@ def module_of(command: str) -> str:
 
 
 def usage() -> str:
+    """The list of commands, as ``dalr-scale --help`` prints it."""
     rows = "\n".join(f"  {name:<10}{text}" for name, text in COMMANDS.items())
     return f"usage: dalr-scale COMMAND [ARGUMENTS]   (dalr-scale COMMAND --help)\n\n{rows}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command that the first word names; returns its exit status."""
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help"):
         print(usage())

@@ -1,6 +1,6 @@
-"""``accelerate launch -m dalr_scale.train [--config RECIPE|FILE|RUN] [--section.key=value ...]``
+"""The training command: a sentence encoder with DALR, on as many processes as were started.
 
-Trains a sentence encoder with DALR on however many processes were started, one included.
+accelerate launch -m dalr_scale.train [--config RECIPE|FILE|RUN] [--section.key=value ...]
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dalr_scale.process import end_process, run_command, set_passive_omp_wait
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Trains as the arguments say; returns the exit status of this rank."""
     config = configuration(argv)
     # torch and DeepSpeed are imported only for arguments that are known to be right
     set_passive_omp_wait()

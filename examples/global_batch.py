@@ -1,10 +1,10 @@
-"""A Hugging Face or sentence-transformers model and a loss of one's own over a global batch.
+r"""A Hugging Face or sentence-transformers model and a loss of one's own over a global batch.
 
 Every rank encodes its rows in small chunks, and the loss compares them with the rows of all ranks;
 gradients are those of one process that holds the whole batch, on DDP and ZeRO-1, 2 and 3
 (``tests/distributed/test_examples.py``).
 
-    accelerate launch --use_deepspeed --num_processes 2 examples/global_batch.py \\
+    accelerate launch --use_deepspeed --num_processes 2 examples/global_batch.py \
         MODEL_DIRECTORY pairs.tsv --engine zero2 --rows 512 --chunk 32 --output trained.pt
 
 ``pairs.tsv`` has a query, a tab and its answer on every line. With ``--sentence-transformers`` the
@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -25,8 +25,10 @@ from torch.nn.functional import cross_entropy, normalize
 from dalr_scale.config import EngineConfig
 from dalr_scale.distributed.world import World, leave_world, start_world
 from dalr_scale.engines.build import build_engine
-from dalr_scale.engines.protocol import Engine
 from dalr_scale.global_batch import Functions, GlobalBatchStep, States
+
+if TYPE_CHECKING:
+    from dalr_scale.engines.protocol import Engine
 
 # All that a model and a loss need: two functions, and a step.
 
@@ -43,6 +45,7 @@ def embed_st(model: nn.Module, tokens: dict[str, Tensor]) -> Tensor:
 
 
 def encode_with(embed: Callable[[nn.Module, dict[str, Tensor]], Tensor]) -> Any:
+    """The states of both sides of a chunk's pairs."""
     return lambda model, rows: {name: embed(model, rows[name]) for name in ("query", "answer")}
 
 
@@ -79,6 +82,7 @@ def read_batches(path: Path, tokenizer: Any, rows: int, world: World) -> Iterato
 
 
 def main() -> None:
+    """Reads the arguments, trains, and writes the weights on rank 0."""
     parser = argparse.ArgumentParser(description="Contrastive training over a global batch")
     parser.add_argument("model", type=Path)
     parser.add_argument("pairs", type=Path)

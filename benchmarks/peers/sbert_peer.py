@@ -8,10 +8,12 @@ https://sbert.net/docs/sentence_transformer/training/distributed.html
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from peers.case import CHUNK, SCALE, Job, pairs, trainer_arguments
-from torch import nn
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 def cached(job: Job) -> nn.Module:

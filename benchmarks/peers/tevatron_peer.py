@@ -6,10 +6,12 @@ https://github.com/texttron/tevatron
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from peers.case import CHUNK, Job, pairs, tokenize, trainer_arguments
-from torch import nn
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 def step(job: Job) -> nn.Module:

@@ -11,15 +11,17 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypedDict, cast
+from typing import TYPE_CHECKING, TypedDict, cast
 
-from dalr_scale.config import Config
 from dalr_scale.config.arguments import configuration
 from dalr_scale.config.limits import check_arithmetic
 from dalr_scale.errors import UserError
 from dalr_scale.run.failure import node_name
 from dalr_scale.run.files import JsonTable, JsonValue, process_name
 from dalr_scale.versions import versions
+
+if TYPE_CHECKING:
+    from dalr_scale.config import Config
 
 __all__ = ["NodeReport", "examine", "node_name"]
 
@@ -53,7 +55,7 @@ class NodeReport:
         Raises:
             TypeError: the table has other keys.
         """
-        return cls(**cast(_Fields, plain))
+        return cls(**cast("_Fields", plain))
 
 
 class _Fields(TypedDict):

@@ -17,9 +17,12 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dalr_scale.cluster.node_report import NodeReport
-from dalr_scale.run.files import JsonTable, JsonValue
+
+if TYPE_CHECKING:
+    from dalr_scale.run.files import JsonTable, JsonValue
 
 MAX_LINE = 1 << 20  # bytes of one message
 FILE_TIMEOUT = 5.0  # seconds; network file systems show new files late

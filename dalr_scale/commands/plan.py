@@ -14,6 +14,7 @@ import argparse
 import dataclasses
 import time
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -22,7 +23,6 @@ from dalr_scale.config.text import settings_help
 from dalr_scale.distributed.world import World
 from dalr_scale.engines.precision import resolve_precision
 from dalr_scale.errors import UserError
-from dalr_scale.models.dalr import DalrModel
 from dalr_scale.training import report
 from dalr_scale.training.build import prepare_data
 from dalr_scale.training.preflight import (
@@ -32,8 +32,12 @@ from dalr_scale.training.preflight import (
     warn_without_effect,
 )
 
+if TYPE_CHECKING:
+    from dalr_scale.models.dalr import DalrModel
+
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; return 0."""
     parser = argparse.ArgumentParser(
         prog="dalr-scale plan",
         description="Dry run: batch arithmetic, memory, bytes and time, without training. Writes "

@@ -10,10 +10,12 @@ import dataclasses
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
-from dalr_scale.config.schema import BatchConfig, Config
 from dalr_scale.errors import UserError
+
+if TYPE_CHECKING:
+    from dalr_scale.config.schema import BatchConfig, Config
 
 
 @dataclass(frozen=True)

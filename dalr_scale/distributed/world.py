@@ -11,6 +11,7 @@ import os
 import socket
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -182,10 +183,10 @@ def refuse_single_process(module: str) -> None:
 
 def _processes_asked_of_parent() -> int:
     try:
-        with open(f"/proc/{os.getppid()}/cmdline", "rb") as file:
-            words = file.read().decode(errors="replace").split("\0")
+        line = Path(f"/proc/{os.getppid()}/cmdline").read_bytes()
     except OSError:
         return 1
+    words = line.decode(errors="replace").split("\0")
     if not any("accelerate" in word for word in words[:3]):
         return 1
     for word, after in zip(words, [*words[1:], ""], strict=True):

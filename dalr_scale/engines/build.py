@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import nn
-
-from dalr_scale.config import EngineConfig
-from dalr_scale.distributed.world import World
 from dalr_scale.engines.ddp import DDPEngine
 from dalr_scale.engines.deepspeed import DeepSpeedEngine
 from dalr_scale.engines.ds_config import ds_config
 from dalr_scale.engines.precision import resolve_precision
-from dalr_scale.engines.protocol import Engine
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from dalr_scale.config import EngineConfig
+    from dalr_scale.distributed.world import World
+    from dalr_scale.engines.protocol import Engine
 
 
 def build_engine(

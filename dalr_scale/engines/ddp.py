@@ -6,7 +6,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Concatenate
+from typing import TYPE_CHECKING, Any, Concatenate
 
 import torch
 import torch.distributed as dist
@@ -14,9 +14,7 @@ from dalr_kernels import half_operands
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from dalr_scale.distributed.world import World
 from dalr_scale.engines.gradients import largest_gradients, zero_missing_gradients
-from dalr_scale.engines.precision import Precision
 from dalr_scale.engines.protocol import P, StepResult, T, set_learning_rate
 from dalr_scale.engines.restore import (
     load_state_by_name,
@@ -24,6 +22,10 @@ from dalr_scale.engines.restore import (
     require_same_parameters,
     state_by_name,
 )
+
+if TYPE_CHECKING:
+    from dalr_scale.distributed.world import World
+    from dalr_scale.engines.precision import Precision
 
 
 class DDPEngine:

@@ -6,13 +6,12 @@ import contextlib
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Concatenate
+from typing import TYPE_CHECKING, Any, Concatenate
 
 import torch
 from dalr_kernels import half_operands
 from torch import Tensor, nn
 
-from dalr_scale.distributed.world import World
 from dalr_scale.engines.gradients import (
     FP32GradAccumulator,
     largest_gradients,
@@ -29,6 +28,9 @@ from dalr_scale.engines.protocol import (
 from dalr_scale.engines.reshard import has_own_groups, load_resharded
 from dalr_scale.engines.restore import hyperparameters, set_hyperparameters
 from dalr_scale.errors import UserError
+
+if TYPE_CHECKING:
+    from dalr_scale.distributed.world import World
 
 
 class DeepSpeedEngine:

@@ -12,11 +12,13 @@ import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from dalr_scale.config import EngineConfig
 from dalr_scale.engines.ds_keys import Decided, check_keys, fixed
 from dalr_scale.errors import UserError
+
+if TYPE_CHECKING:
+    from dalr_scale.config import EngineConfig
 
 STAGES = {"zero1": 1, "zero2": 2, "zero3": 3}
 

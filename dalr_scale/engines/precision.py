@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from dalr_scale.config import EngineConfig
+if TYPE_CHECKING:
+    from dalr_scale.config import EngineConfig
 
 Precision = Literal["fp32", "bf16", "fp64"]
 

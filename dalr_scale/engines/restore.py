@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias, TypedDict
-
-import torch
-from torch import nn
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypedDict
 
 from dalr_scale.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
 
 # As torch types them: parameters and hyperparameters of a group, tensors of a parameter's state.
 Group: TypeAlias = dict[str, Any]

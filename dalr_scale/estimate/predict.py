@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from dalr_kernels.eager import chunked
@@ -17,12 +17,14 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dalr_scale.config import Config
 from dalr_scale.data.stream.batch import Batch
 from dalr_scale.distributed.collectives import one_rank_alone
 from dalr_scale.engines.precision import resolve_precision
-from dalr_scale.models.dalr import DalrModel
 from dalr_scale.teachers.online import STORED
+
+if TYPE_CHECKING:
+    from dalr_scale.config import Config
+    from dalr_scale.models.dalr import DalrModel
 
 FLOAT = 4
 TRIAL_ROWS = (96, 192)

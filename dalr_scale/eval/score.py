@@ -6,13 +6,15 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-from torch import nn
+from typing import TYPE_CHECKING
 
 from dalr_scale.errors import UserError
 from dalr_scale.eval.graded import load_graded, score_graded, score_lexical
 from dalr_scale.eval.sts import TASKS, percent, score_tasks
 from dalr_scale.models.encoder import make_encode_fn
+
+if TYPE_CHECKING:
+    from torch import nn
 
 DATA_VARIABLE = "DALR_DATA"
 

@@ -7,18 +7,15 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Concatenate, Protocol
+from typing import TYPE_CHECKING, Any, Concatenate, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from dalr_scale.config import EvalConfig
-from dalr_scale.data.stream.source import Source
 from dalr_scale.distributed.world import World
 from dalr_scale.engines.deepspeed import unsharded_loading
-from dalr_scale.engines.protocol import P, T
 from dalr_scale.errors import UserError
 from dalr_scale.eval.graded import load_graded, score_lexical
 from dalr_scale.eval.retrieval import recall_at_k
@@ -26,6 +23,11 @@ from dalr_scale.eval.sts import STSTask, load_sts, score_sts
 from dalr_scale.models.dalr import DalrModel
 from dalr_scale.models.encoder import SentenceEncoder
 from dalr_scale.models.tokenizer import length_sorted_batches
+
+if TYPE_CHECKING:
+    from dalr_scale.config import EvalConfig
+    from dalr_scale.data.stream.source import Source
+    from dalr_scale.engines.protocol import P, T
 
 DEV_GRADED, TEST_GRADED = "graded-dev", "graded-test"
 RECALLS = (1, 5, 10)

@@ -17,8 +17,9 @@ def in_percent(scores: Mapping[str, SupportsFloat]) -> dict[str, float]:
 
 
 def read_scores(path: Path) -> dict[str, Any]:
-    """RUN/before.json or RUN/result.json; files without a unit are from before 0.1 and hold
-    fractions.
+    """RUN/before.json or RUN/result.json, x 100.
+
+    Files without a unit are from before 0.1 and hold fractions.
 
     Raises:
         OSError, ValueError: no such file, or not JSON.

@@ -11,18 +11,20 @@ Accumulating gradients over smaller batches would not be this: their losses see 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Generic
+from typing import TYPE_CHECKING, Generic
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from dalr_scale.distributed.collectives import several_ranks
-from dalr_scale.engines.protocol import Engine
 from dalr_scale.global_batch.agreement import require_agreement
 from dalr_scale.global_batch.chunks import Chunk, Place, cut
 from dalr_scale.global_batch.columns import ColumnGather
 from dalr_scale.global_batch.task import B, States, Task, Terms
+
+if TYPE_CHECKING:
+    from dalr_scale.engines.protocol import Engine
 
 
 class GlobalBatchStep(Generic[B]):

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any, Generic, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from dalr_scale.distributed.collectives import with_gradient
-from dalr_scale.global_batch.chunks import Chunk, Place
 from dalr_scale.global_batch.keys import seed_dropout
+
+if TYPE_CHECKING:
+    from dalr_scale.global_batch.chunks import Chunk, Place
 
 B = TypeVar("B")
 States: TypeAlias = dict[str, Tensor]
@@ -44,8 +46,9 @@ class Task(ABC, Generic[B]):
     def loss(
         self, module: Any, states: States, gathered: Mapping[str, Tensor], batch: B, place: Place
     ) -> tuple[Tensor, Terms]:
-        """The mean loss of this rank's rows, and its terms; both weighted by ``place.share.weight``
-        where some rows are padding.
+        """The mean loss of this rank's rows, and its terms.
+
+        Both are weighted by ``place.share.weight`` where some rows are padding.
 
         Args:
             module: the engine's module.

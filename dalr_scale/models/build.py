@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING
 
 from dalr_scale.config import DataConfig, ModelConfig, new_encoder_pooler
 from dalr_scale.errors import UserError
 from dalr_scale.models.encoder import SentenceEncoder
 from dalr_scale.models.row_dropout import install_row_dropout
 from dalr_scale.models.tokenizer import first_line, load_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 def build_encoder(

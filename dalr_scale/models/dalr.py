@@ -11,26 +11,29 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from dalr_scale.config import ModelConfig, ObjectiveConfig
-from dalr_scale.data.stream.batch import Batch
 from dalr_scale.distributed.collectives import Share, gather_rows, with_gradient
 from dalr_scale.distributed.merging import ShareMerges
 from dalr_scale.engines.protocol import RunsFunctions
 from dalr_scale.errors import UserError
 from dalr_scale.models.consistency import Aligner
-from dalr_scale.models.encoder import SentenceEncoder
 from dalr_scale.models.heads import GroundingHead, SentenceHead, projection
 from dalr_scale.objective.cons import unmatched_rows
 from dalr_scale.objective.registry import needs_of
 from dalr_scale.objective.term import Needs
 from dalr_scale.objective.total import batch_loss
 from dalr_scale.objective.views import LossBatch, Views
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from dalr_scale.data.stream.batch import Batch
+    from dalr_scale.models.encoder import SentenceEncoder
 
 Pair: TypeAlias = Sequence[Tensor] | Tensor
 """Two tensors of the same shape, or one that stacks them."""

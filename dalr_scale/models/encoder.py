@@ -9,7 +9,7 @@ import inspect
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from safetensors.torch import save_file
@@ -26,7 +26,6 @@ from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
 from dalr_scale.errors import UserError
 from dalr_scale.models import directories
-from dalr_scale.models.row_dropout import RowKeys
 from dalr_scale.models.tokenizer import (
     first_line,
     has_tokenizer,
@@ -34,6 +33,9 @@ from dalr_scale.models.tokenizer import (
     load_tokenizer,
     quiet,
 )
+
+if TYPE_CHECKING:
+    from dalr_scale.models.row_dropout import RowKeys
 
 __all__ = [
     "POOLERS",
@@ -180,8 +182,11 @@ class SentenceEncoder(nn.Module):
         return pool(output.last_hidden_state, attention_mask, self.pooler)
 
     def gradient_checkpointing(self, enabled: bool = True, *, use_reentrant: bool = False) -> None:
-        """Switch activation checkpointing. ZeRO-3 with frozen parameters needs `use_reentrant`
-        (https://github.com/huggingface/transformers/issues/47254)."""
+        """Switch activation checkpointing.
+
+        ZeRO-3 with frozen parameters needs `use_reentrant`
+        (https://github.com/huggingface/transformers/issues/47254).
+        """
         # Renamed during transformers 5; the old name warns in versions that have the new one.
         renamed = hasattr(self.backbone, "activation_checkpointing_enable")
         name = "activation_checkpointing" if renamed else "gradient_checkpointing"

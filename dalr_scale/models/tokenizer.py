@@ -168,8 +168,7 @@ def _vocabulary(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return a SHA-256 of everything that determines a tokenizer's ids, without truncation and
-    padding."""
+    """Return a SHA-256 of what determines a tokenizer's ids; truncation and padding do not."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         state: dict[str, object] = {

@@ -213,7 +213,7 @@ def _open_record(output: Path, spec: QuickstartSpec) -> dict[str, Any]:
 def _write_record(output: Path, record: dict[str, Any]) -> None:
     temporary = output / f".{_RECORD}.tmp"
     temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, output / _RECORD)
+    temporary.replace(output / _RECORD)
 
 
 def _missing(data: QuickstartData, stage: str) -> bool:
@@ -340,7 +340,6 @@ def _all_cores() -> Iterator[None]:
 
 
 def _store_features(data: QuickstartData, spec: QuickstartSpec, progress: bool) -> None:
-    del spec, progress
     from dalr_scale.teachers.extract import FeatureRequest, store_features
 
     teacher = str(data.teacher)

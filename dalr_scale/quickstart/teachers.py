@@ -19,12 +19,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional
-from transformers import PreTrainedTokenizerBase
 
 from dalr_scale.models.tokenizer import token_id
 
 if TYPE_CHECKING:
     from open_clip.model import CLIP
+    from transformers import PreTrainedTokenizerBase
 
 OpenClipConfig: TypeAlias = dict[str, dict[str, Any]]  # keys and values are open_clip's
 CONTEXT_LENGTH = 22
@@ -84,7 +84,7 @@ def train_teacher(
     captions: Sequence[Sequence[str]],
     tokenizer: PreTrainedTokenizerBase,
     settings: TeacherTraining,
-    on_step: Callable[[float], object] = lambda loss: None,
+    on_step: Callable[[float], object] = lambda _loss: None,
 ) -> tuple[torch.nn.Module, OpenClipConfig]:
     """Train a model on images and captions with open_clip's contrastive loss.
 

@@ -27,14 +27,16 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeVar, cast, get_args
+from typing import TYPE_CHECKING, Literal, TypeVar, cast, get_args
 
 from dalr_scale.errors import UserError
 from dalr_scale.run.files import JsonTable, JsonValue, fsync_directory
 from dalr_scale.run.manifest import Manifest, hash_and_sync, list_files, verify, write_manifest
-from dalr_scale.run.ranks import Ranks
-from dalr_scale.run.state import RunState
 from dalr_scale.run.status import read_status, write_status
+
+if TYPE_CHECKING:
+    from dalr_scale.run.ranks import Ranks
+    from dalr_scale.run.state import RunState
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -173,7 +175,7 @@ def _together(ranks: Ranks, what: str, action: Callable[[], T], *, only_first: b
     if ranks.all_max(int(error is not None)):
         errors = ranks.gather_objects(error) or []
         raise _Agreed(ranks.broadcast_object("; ".join(filter(None, errors))))
-    return cast(T, value)  # None only on ranks whose callers pass only_first and ignore it
+    return cast("T", value)  # None only on ranks whose callers pass only_first and ignore it
 
 
 def _write_and_commit(

@@ -9,12 +9,14 @@ import logging
 import os
 from pathlib import Path
 from types import TracebackType
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 from dalr_scale.errors import UserError
-from dalr_scale.run.ranks import Ranks
 from dalr_scale.run.state import is_count
 from dalr_scale.run.status import JobIdentity, job_identity
+
+if TYPE_CHECKING:
+    from dalr_scale.run.ranks import Ranks
 
 log = logging.getLogger(__name__)
 
@@ -112,8 +114,8 @@ def _read_owner(descriptor: int) -> _Owner:
     try:
         owner: object = json.loads(os.pread(descriptor, 4096, 0))
     except ValueError:
-        return cast(_Owner, {})
-    return cast(_Owner, owner if isinstance(owner, dict) else {})
+        return cast("_Owner", {})
+    return cast("_Owner", owner if isinstance(owner, dict) else {})
 
 
 def _has_ended(owner: _Owner, *, lock_is_free: bool) -> bool:

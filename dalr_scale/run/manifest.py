@@ -16,11 +16,13 @@ import re
 import stat
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import TypedDict
+from typing import TYPE_CHECKING, TypedDict
 
 from dalr_scale.run.files import JsonTable, JsonValue, fsync_directory
-from dalr_scale.run.ranks import Ranks
 from dalr_scale.run.state import RunState
+
+if TYPE_CHECKING:
+    from dalr_scale.run.ranks import Ranks
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
@@ -75,6 +77,7 @@ def list_files(directory: Path) -> list[str]:
 
 
 def hash_and_sync(directory: Path, name: str) -> FileEntry:
+    """Size and SHA-256 of a file that is on the disk when this returns."""
     with (directory / name).open("rb") as file:
         os.fsync(file.fileno())
         digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -82,6 +85,7 @@ def hash_and_sync(directory: Path, name: str) -> FileEntry:
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
+    """Writes the manifest with its own digest, durably."""
     plain = {
         "schema": manifest.schema,
         "step": manifest.step,
@@ -189,7 +193,7 @@ def _file_entry(path: JsonValue, size: JsonValue, sha256: JsonValue) -> FileEntr
 
 def _read_small(path: Path) -> bytes:
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-    with open(descriptor, "rb") as file:
+    with open(descriptor, "rb") as file:  # noqa: PTH123 - a descriptor, not a path
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_MANIFEST_BYTES:
             raise ValueError(f"{path.name} is not a plain file of at most {MAX_MANIFEST_BYTES} B")

@@ -6,9 +6,10 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypedDict, TypeGuard, cast
+from typing import TYPE_CHECKING, TypedDict, TypeGuard, cast
 
-from dalr_scale.run.files import JsonValue
+if TYPE_CHECKING:
+    from dalr_scale.run.files import JsonValue
 
 STATE_SCHEMA = 1
 
@@ -93,7 +94,7 @@ class RunState:
         different = sorted(names.symmetric_difference(plain))
         _require(not different, "state", "exactly the known fields", different)
         # __post_init__ checks the values
-        fields = cast(_Fields, {**plain, "streams": _streams(plain["streams"])})
+        fields = cast("_Fields", {**plain, "streams": _streams(plain["streams"])})
         return cls(**fields)
 
 

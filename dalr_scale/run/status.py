@@ -114,7 +114,7 @@ def read_status(run_dir: Path) -> Status | None:
     """The last status, or None when there is none or it cannot be read."""
     try:
         # written by this module; readers test the fields that they count with
-        return cast(Status, read_json_table(run_dir / "status.json"))
+        return cast("Status", read_json_table(run_dir / "status.json"))
     except (OSError, ValueError):
         return None
 

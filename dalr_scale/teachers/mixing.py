@@ -7,20 +7,23 @@ the order of ``teachers.text`` matters (DALR, arXiv 2506.21096, published code).
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from dalr_scale.config import Config, ObjectiveConfig
 from dalr_scale.data.shards.features_store import open_features
-from dalr_scale.data.stream.source import Source
 from dalr_scale.errors import UserError
 from dalr_scale.teachers.online import STORED, OnlineTeachers
+
+if TYPE_CHECKING:
+    from dalr_scale.config import Config, ObjectiveConfig
+    from dalr_scale.data.stream.source import Source
 
 PUBLISHED_WEIGHTS = (0.33, 0.67)
 
 
 def text_weights(config: Config) -> tuple[float, ...]:
-    """alpha_k of the sentence teachers: as configured, else the published ones for two and equal
-    ones for any other number.
+    """alpha_k of the sentence teachers.
+
+    As configured, else the published ones for two teachers and equal ones for any other number.
 
     Raises:
         UserError: another number of weights than teachers, or weights that do not add up to 1.
@@ -39,8 +42,9 @@ def text_weights(config: Config) -> tuple[float, ...]:
 
 
 def token_weights(config: Config) -> tuple[float, ...]:
-    """Weights of the token teachers: 1 for a single one, else alpha_k of the sentence teacher at
-    the same position.
+    """Weights of the token teachers.
+
+    1 for a single one, else alpha_k of the sentence teacher at the same position.
 
     Raises:
         UserError: several token teachers that do not correspond to the sentence teachers.
@@ -66,8 +70,9 @@ def token_weights(config: Config) -> tuple[float, ...]:
 def resolve_token_mix(
     config: Config, pairs: Source | None, online: OnlineTeachers
 ) -> ObjectiveConfig:
-    """The objective with ``g2l_mix = auto`` decided: tokens can be added up only where all token
-    teachers read the same tokens and are equally wide.
+    """The objective with ``g2l_mix = auto`` decided.
+
+    Tokens can be added up only where all token teachers read the same tokens and are equally wide.
 
     Raises:
         UserError: ``g2l_mix = features`` with token teachers that cannot be added up.

@@ -48,7 +48,7 @@ class _Frozen(nn.Module):
                     module.register_parameter(name, nn.Parameter(parameter.reshape(1), False))
         super().train(False)
 
-    def train(self, mode: bool = True) -> "_Frozen":
+    def train(self, mode: bool = True) -> "_Frozen":  # noqa: ARG002 - the signature of nn.Module
         return self
 
     @property
@@ -191,8 +191,10 @@ class OpenClipTextTeacher(TextTeacher):
         return out["text_features"].float(), out["text_intermediates"][-1].float()
 
     def _mask(self, ids: Tensor) -> Tensor:
-        """Return the mask of real tokens, including the end token. The padding id does not decide:
-        in CLIP's own tokenizer it is also the id of a word piece."""
+        """Return the mask of real tokens, including the end token.
+
+        The padding id does not decide: in CLIP's own tokenizer it is also the id of a word piece.
+        """
         end = getattr(self.tokenizer, "eot_token_id", None)
         if end is None:
             return ids != (token_id(self.tokenizer, "pad") or 0)
@@ -259,9 +261,11 @@ def load_text_teacher(
 
 
 def load_image_teacher(spec: str) -> ImageTeacher:
-    """Load the image tower of an open_clip model: a directory with `open_clip_config.json` and
-    safetensors weights, `ARCHITECTURE@FILE.safetensors`, or `ARCHITECTURE@TAG` (from the Hub); the
-    prefix `open_clip:` is optional.
+    """Load the image tower of an open_clip model.
+
+    `spec` is a directory with `open_clip_config.json` and safetensors weights,
+    `ARCHITECTURE@FILE.safetensors`, or `ARCHITECTURE@TAG` (from the Hub). The prefix `open_clip:`
+    is optional.
 
     Raises:
         UserError: nothing there, or weights that are not safetensors.

@@ -9,19 +9,20 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
-from dalr_scale.config import TeachersConfig
 from dalr_scale.data.shards.features_store import open_features
-from dalr_scale.data.stream.batch import Batch
-from dalr_scale.data.stream.source import Source
 from dalr_scale.distributed.collectives import pad_to_common_length
 from dalr_scale.errors import UserError
 from dalr_scale.models.tokenizer import compare_tokenizers, tokenizer_hash
-from dalr_scale.objective.term import Needs
+from dalr_scale.teachers.models import ImageTeacher, TextTeacher
 
 if TYPE_CHECKING:
-    from dalr_scale.teachers.models import ImageTeacher, TextTeacher
+    from transformers import PreTrainedTokenizerBase
+
+    from dalr_scale.config import TeachersConfig
+    from dalr_scale.data.stream.batch import Batch
+    from dalr_scale.data.stream.source import Source
+    from dalr_scale.objective.term import Needs
 
 STORED = "features:"
 

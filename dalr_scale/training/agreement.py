@@ -9,14 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from torch import Tensor
-
-from dalr_scale.data.stream.batch import Batch
-from dalr_scale.engines.protocol import Engine
 from dalr_scale.global_batch.agreement import facts_key
 from dalr_scale.global_batch.vote import Vote
 from dalr_scale.training.stopping import StopFlag, StopReason
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dalr_scale.data.stream.batch import Batch
+    from dalr_scale.engines.protocol import Engine
 
 _NO_BATCH = -1  # the key of a rank whose data end, or cannot be read
 

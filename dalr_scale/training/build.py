@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dalr_scale.config import Config
 from dalr_scale.data.shards.token_id_store import Encoding
 from dalr_scale.data.stream.bad_rows import BadRows
 from dalr_scale.data.stream.opening import (
@@ -23,14 +22,11 @@ from dalr_scale.data.stream.opening import (
 )
 from dalr_scale.data.stream.order import StreamPlan
 from dalr_scale.data.stream.source import Source, Sources
-from dalr_scale.distributed.world import World
 from dalr_scale.errors import UserError
 from dalr_scale.models.build import build_encoder as build_student
 from dalr_scale.models.dalr import DalrModel, FeatureWidths, LossSpec
-from dalr_scale.models.encoder import SentenceEncoder
 from dalr_scale.models.tokenizer import tokenizer_hash
 from dalr_scale.objective.registry import needs_of
-from dalr_scale.objective.term import Needs
 from dalr_scale.teachers.mixing import resolve_token_mix, text_weights, token_weights
 from dalr_scale.teachers.online import (
     STORED,
@@ -40,6 +36,12 @@ from dalr_scale.teachers.online import (
     check_stored_tokenizers,
 )
 from dalr_scale.training.optim import count_steps
+
+if TYPE_CHECKING:
+    from dalr_scale.config import Config
+    from dalr_scale.distributed.world import World
+    from dalr_scale.models.encoder import SentenceEncoder
+    from dalr_scale.objective.term import Needs
 
 MODELS = ("hf", "open_clip")
 

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from dalr_scale.config import Config
 from dalr_scale.config.presets import PRESETS
 from dalr_scale.errors import UserError
 from dalr_scale.objective import registry
 from dalr_scale.objective.registry import needs_of
-from dalr_scale.objective.term import Needs
+
+if TYPE_CHECKING:
+    from dalr_scale.config import Config
+    from dalr_scale.objective.term import Needs
 
 STORED = "features:"
 

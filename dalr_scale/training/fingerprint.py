@@ -17,13 +17,15 @@ import platform
 from collections.abc import Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dalr_scale import __version__
 from dalr_scale.config import Config, new_encoder_pooler
 from dalr_scale.errors import UserError
-from dalr_scale.run.ranks import Ranks
 from dalr_scale.teachers.mixing import text_weights
+
+if TYPE_CHECKING:
+    from dalr_scale.run.ranks import Ranks
 
 # Keys that may change between a run and its continuation: they do not touch the result.
 FREE_SECTIONS = ("log", "save", "run")

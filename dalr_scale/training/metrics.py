@@ -146,7 +146,7 @@ class RunLog:
         path = run_dir / "metrics.jsonl"
         # a run that starts at 0 makes all its records anew, those before the first step too
         drop_later_records(path, start_step or -1)
-        self._file = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
+        self._file = path.open("a", encoding="utf-8", buffering=1)
         if tensorboard:
             # Imported here: it takes seconds, and only one rank needs it.
             from torch.utils.tensorboard import SummaryWriter
@@ -206,8 +206,11 @@ class RunLog:
         best: Mapping[str, SupportsFloat],
         best_step: int | None,
     ) -> None:
-        """Report the scores after training: of the last encoder and, where a task selected one, of
-        the best encoder, which is that of `best_step`."""
+        """Report the scores after training.
+
+        They are those of the last encoder and, where a task selected one, of the best encoder,
+        which is that of `best_step`.
+        """
         self._scores({"kind": "final", "step": step}, last)
         if best_step is not None:
             self._scores({"kind": "best", "step": step, "model_step": best_step}, best)
@@ -252,8 +255,11 @@ class RunLog:
         self.meter.start()
 
     def flush(self) -> None:
-        """Bring everything to the disk, before a checkpoint from which a run may continue: what
-        was reported up to there is not reported again."""
+        """Bring everything to the disk.
+
+        Called before a checkpoint from which a run may continue: what was reported up to
+        there is not reported again.
+        """
         if self._file is not None:
             os.fsync(self._file.fileno())
         if self._writer is not None:
@@ -319,8 +325,10 @@ def _records_at(path: Path, step: int) -> list[dict[str, Any]]:
 
 
 def drop_later_records(path: Path, step: int) -> None:
-    """Keep the whole lines of `path` up to the checkpoint of `step`; a line torn by a crash goes as
-    well."""
+    """Keep the whole lines of `path` up to the checkpoint of `step`.
+
+    A line that a crash has cut is dropped as well.
+    """
     if not path.exists():
         return
     data = path.read_bytes()

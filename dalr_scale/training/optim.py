@@ -9,12 +9,15 @@ from __future__ import annotations
 import inspect
 import math
 from fractions import Fraction
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from dalr_scale.config import OptimConfig
 from dalr_scale.errors import UserError
+
+if TYPE_CHECKING:
+    from dalr_scale.config import OptimConfig
 
 
 def count_steps(optim: OptimConfig, steps_per_epoch: int) -> int:

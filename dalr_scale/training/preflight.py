@@ -8,12 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from dalr_scale.config import Config, EngineConfig
 from dalr_scale.config.limits import check_arithmetic
-from dalr_scale.data.stream.source import Source
-from dalr_scale.distributed.world import World
 from dalr_scale.engines.ds_config import ds_config
 from dalr_scale.engines.precision import resolve_precision
 from dalr_scale.errors import UserError
@@ -31,6 +28,11 @@ from dalr_scale.training.build import (
 )
 from dalr_scale.training.contradictions import check_contradictions, settings_without_effect
 from dalr_scale.training.optim import check_warmup
+
+if TYPE_CHECKING:
+    from dalr_scale.config import Config, EngineConfig
+    from dalr_scale.data.stream.source import Source
+    from dalr_scale.distributed.world import World
 
 log = logging.getLogger(__name__)
 

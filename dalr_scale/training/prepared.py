@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from dalr_scale.config import Config
-from dalr_scale.data.stream.source import Source
-from dalr_scale.distributed.world import World
 from dalr_scale.engines.build import build_engine
 from dalr_scale.engines.precision import resolve_precision
 from dalr_scale.engines.protocol import Engine
@@ -23,6 +20,11 @@ from dalr_scale.training.preflight import (
     warn_without_effect,
 )
 
+if TYPE_CHECKING:
+    from dalr_scale.config import Config
+    from dalr_scale.data.stream.source import Source
+    from dalr_scale.distributed.world import World
+
 
 @dataclass(frozen=True)
 class Prepared:
@@ -37,7 +39,11 @@ class Prepared:
 
 
 def prepare(config: Config, world: World) -> Prepared:
+    """Builds all parts of a run, checks them and reports them on rank 0.
 
+    Raises:
+        UserError: settings or files are wrong.
+    """
     prepare_data(config, world)
     streams, parts, suite, held_out = assemble(config, world)
     fingerprint = fingerprint_of(config, world, streams, held_out)
@@ -61,7 +67,7 @@ def prepare(config: Config, world: World) -> Prepared:
 def fingerprint_of(
     config: Config, world: World, streams: Streams, held_out: Source | None
 ) -> dict[str, Any]:
-
+    """What must not change in this run, so that a resume can compare it."""
     shards = streams.contents | ({"eval.retrieval": held_out.contents} if held_out else {})
     return run_fingerprint(
         config,

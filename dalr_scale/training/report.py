@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from dalr_scale.config import Config
 from dalr_scale.engines.precision import resolve_precision
 from dalr_scale.estimate.predict import column_traffic, parameter_traffic, plan_memory
 from dalr_scale.eval.unit import UNIT, in_percent, read_scores
-from dalr_scale.models.dalr import DalrModel
 from dalr_scale.run.files import write_durably
-from dalr_scale.training.build import Streams
 from dalr_scale.training.fingerprint import package_versions
 from dalr_scale.training.metrics import format_table, print_table
+
+if TYPE_CHECKING:
+    import torch
+
+    from dalr_scale.config import Config
+    from dalr_scale.models.dalr import DalrModel
+    from dalr_scale.training.build import Streams
 
 MIB = 2**20
 

@@ -10,11 +10,9 @@ import sys
 import time
 import traceback
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from dalr_scale.config import Config
 from dalr_scale.distributed.world import World, leave_world, start_world
-from dalr_scale.engines.protocol import Engine
 from dalr_scale.errors import UserError
 from dalr_scale.eval.suite import DirectoryEngine, EvaluationSuite
 from dalr_scale.eval.unit import UNIT, in_percent, read_scores
@@ -34,6 +32,10 @@ from dalr_scale.training.run_directory import (
 )
 from dalr_scale.training.stopping import StopFlag, StopReason
 from dalr_scale.training.trainer import Trainer, write_outcome, write_run_files
+
+if TYPE_CHECKING:
+    from dalr_scale.config import Config
+    from dalr_scale.engines.protocol import Engine
 
 log = logging.getLogger(__name__)
 MAX_FRUITLESS_STARTS = 3
@@ -163,8 +165,10 @@ def _score_before(
     config: Config, world: World, suite: EvaluationSuite, engine: Engine, trainer: Trainer,
     run_log: RunLog,
 ) -> dict[str, Any]:  # fmt: skip
-    """Scores x 100 of the untrained encoder and of word overlap, kept in RUN/before.json for a
-    resume."""
+    """Scores x 100 of the untrained encoder and of word overlap.
+
+    RUN/before.json keeps them for a resume.
+    """
     path = config.run_dir / "before.json"
     if trainer.step:
         known = read_scores(path) if world.rank == 0 and path.exists() else {}
@@ -180,8 +184,11 @@ def _score_before(
 
 
 def _finish(config: Config, world: World, trainer: Trainer, run_log: RunLog) -> dict[str, float]:
-    """Exports the last encoder, and scores it and the best one; returns the scores of the best (of
-    the last where nothing selects, and where only the last has the heads)."""
+    """Exports the last encoder, and scores it and the best one.
+
+    Returns the scores of the best one; those of the last where nothing selects, and where only the
+    last has the heads.
+    """
     trainer.watchdog.arm(60 * config.run.watchdog_minutes, "final evaluation")
     final, best = config.run_dir / "final", config.run_dir / "best"
     trainer.export(final)

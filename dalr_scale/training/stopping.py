@@ -15,10 +15,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from dalr_scale.run.ranks import Ranks
 from dalr_scale.run.status import job_identity
+
+if TYPE_CHECKING:
+    from dalr_scale.run.ranks import Ranks
 
 logger = logging.getLogger(__name__)
 
@@ -108,9 +110,9 @@ class StopFlag:
     ) -> None:
         self.restore()
 
-    def _handle(self, number: int, frame: FrameType | None) -> None:
+    def _handle(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002 - of a handler
         # No saving, logging or collective in here: it may interrupt any of them half way. A
-        # second signal finds the flag set; Ctrl-C after SIGTERM still turns into a wish to stop.
+        # second signal finds the flag set; Ctrl-C after SIGTERM still turns into a stop request.
         code = StopReason.INTERRUPT if number == signal.SIGINT else StopReason.SIGNAL
         self._caught = max(self._caught, code)
 

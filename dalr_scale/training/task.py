@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from dalr_scale.data.stream.batch import Batch
 from dalr_scale.global_batch import Chunk, Place, States, Task, Terms
 from dalr_scale.models.dalr import DalrModel, teacher_columns
-from dalr_scale.models.row_dropout import RowKeys
-from dalr_scale.objective.term import Needs
 from dalr_scale.training.watch import signs
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dalr_scale.models.row_dropout import RowKeys
+    from dalr_scale.objective.term import Needs
 
 VIEWS = ("first", "second")
 

@@ -10,22 +10,15 @@ import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from dalr_scale.config import Config
 from dalr_scale.config.text import to_toml
 from dalr_scale.data.stream.augment import Augment
-from dalr_scale.data.stream.batch import Batch
 from dalr_scale.data.stream.loader import LoaderOptions, make_loader
 from dalr_scale.data.stream.order import ORDER_VERSION
 from dalr_scale.data.stream.source import Sources
-from dalr_scale.distributed.world import World
-from dalr_scale.engines.protocol import Engine, StepResult
 from dalr_scale.engines.restore import OtherParameters
 from dalr_scale.errors import TrainingError, UserError
-from dalr_scale.eval.suite import EvaluationSuite
 from dalr_scale.eval.unit import in_percent
 from dalr_scale.global_batch import GlobalBatchStep
 from dalr_scale.global_batch.agreement import refuse
@@ -40,14 +33,23 @@ from dalr_scale.run.files import write_durably
 from dalr_scale.run.state import RunState, StreamState
 from dalr_scale.run.status import write_status
 from dalr_scale.training.agreement import Agreement, StepVote
-from dalr_scale.training.build import ModelParts, Streams
 from dalr_scale.training.fingerprint import check_fingerprint
-from dalr_scale.training.metrics import RunLog
 from dalr_scale.training.optim import learning_rate
 from dalr_scale.training.stopping import StopFlag, StopReason, Watchdog
 from dalr_scale.training.task import DalrTask
 from dalr_scale.training.upcoming import Upcoming
 from dalr_scale.training.watch import SIGNS, Watch
+
+if TYPE_CHECKING:
+    import torch
+
+    from dalr_scale.config import Config
+    from dalr_scale.data.stream.batch import Batch
+    from dalr_scale.distributed.world import World
+    from dalr_scale.engines.protocol import Engine, StepResult
+    from dalr_scale.eval.suite import EvaluationSuite
+    from dalr_scale.training.build import ModelParts, Streams
+    from dalr_scale.training.metrics import RunLog
 
 log = logging.getLogger(__name__)
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
-from dalr_scale.data.stream.batch import Batch
+if TYPE_CHECKING:
+    from dalr_scale.data.stream.batch import Batch
 
 
 class Upcoming:

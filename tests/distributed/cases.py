@@ -12,7 +12,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import numpy as np
@@ -27,10 +27,8 @@ from dalr_scale.data.stream.batch import Batch
 from dalr_scale.data.stream.order import rank_rows
 from dalr_scale.distributed import collectives as gather
 from dalr_scale.distributed import merging
-from dalr_scale.distributed.world import World
 from dalr_scale.engines.build import build_engine
 from dalr_scale.engines.deepspeed import DeepSpeedEngine
-from dalr_scale.engines.protocol import Engine
 from dalr_scale.global_batch import GlobalBatchStep, Place
 from dalr_scale.models import consistency, dalr
 from dalr_scale.models.dalr import DalrModel, FeatureWidths, LossSpec
@@ -38,6 +36,10 @@ from dalr_scale.models.encoder import pool
 from dalr_scale.models.row_dropout import install_row_dropout
 from dalr_scale.training.optim import build_optimizer
 from dalr_scale.training.task import VIEWS, DalrTask
+
+if TYPE_CHECKING:
+    from dalr_scale.distributed.world import World
+    from dalr_scale.engines.protocol import Engine
 
 ROWS, LENGTH, WIDTH, STEPS = 32, 7, 16, 5
 WORLDS = (1, 2, 4)
@@ -312,7 +314,7 @@ def sabotage(fault: str) -> Iterator[None]:
             consistency, "all_reduce_sum", lambda x: x * dist.get_world_size()
         ),
         "one reduction per chunk": lambda: mock.patch.object(
-            DeepSpeedEngine, "gradients", lambda self, chunks: contextlib.nullcontext()
+            DeepSpeedEngine, "gradients", return_value=contextlib.nullcontext()
         ),
         "tokens of this rank only": lambda: mock.patch.object(
             merging, "merge_log_sum_exp", own_part
@@ -393,8 +395,11 @@ def all_tails() -> list[Case]:
 
 
 def cover() -> list[Case]:
-    """Cases in which every two values of any two axes meet, at one and two ranks, and one of each
-    engine at four: the part of ``make test``."""
+    """The part of ``make test``.
+
+    Cases in which every two values of any two axes meet, at one and two ranks, and one of each
+    engine at four.
+    """
     axes = ((1, 2), PRESETS, KINDS, BATCHES, CHUNKS, DROPOUT)
     picked = pairwise(axes)
     picked += [(4, "dalr", kind, "pair", "four", "row") for kind in KINDS]
@@ -427,8 +432,9 @@ GROUPS = ("loss", "embedding", "gradient", "weight")
 def agreement(
     results: dict[str, np.ndarray], truth: dict[str, np.ndarray], *, norms: bool = False
 ) -> dict[str, float]:
-    """How far results are from the truth, by group: losses, gradients in the embeddings, gradients
-    and weights of parameters.
+    """How far results are from the truth, by group.
+
+    Groups are losses, gradients in the embeddings, gradients and weights of parameters.
 
     The largest max|difference| / max|value| of any tensor, a gradient being one tensor over all
     its steps (late ones are small, and carry the rounding of the steps before). A tensor whose

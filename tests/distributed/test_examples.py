@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import pytest
@@ -13,13 +13,15 @@ from engine_tools import in_world
 from torch import Tensor, nn
 
 from dalr_scale.config import EngineConfig
-from dalr_scale.distributed.world import World
 from dalr_scale.engines.build import build_engine
 from dalr_scale.global_batch import Functions, GlobalBatchStep
 from dalr_scale.global_batch import task as global_task
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 import global_batch as example  # pyright: ignore[reportMissingImports]
+
+if TYPE_CHECKING:
+    from dalr_scale.distributed.world import World
 
 KINDS = ("ddp", "zero1", "zero2", "zero3")
 LIBRARIES = ("transformers", "sentence-transformers")

@@ -10,11 +10,11 @@ import shlex
 import shutil
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import launching
 import numpy as np
 import open_clip
-import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
@@ -22,6 +22,9 @@ from safetensors.torch import save_file
 from dalr_scale.cli import main
 from dalr_scale.models.encoder import SentenceEncoder
 from dalr_scale.models.tokenizer import load_tokenizer
+
+if TYPE_CHECKING:
+    import pytest
 
 README = Path(__file__).parents[2] / "README.md"
 # what a directory of 12 images cannot have: a batch of 1024, four epochs, a real task

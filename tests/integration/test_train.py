@@ -66,8 +66,10 @@ def reference(launch: Launch, folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def interrupted(launch: Launch, folder: Path) -> dict[str, Any]:
-    """The same run, ended by a kill before its first checkpoint, by a STOP file, by a signal, and
-    by a kill inside a save."""
+    """The same run, interrupted four times.
+
+    By a kill before its first checkpoint, a STOP file, a signal, and a kill inside a save.
+    """
     run, copy = folder / "interrupted", folder / "copy"
     early = {"DALR_FAULT": "save:before-tmp@3"}  # before the first checkpoint: all begins again
     outcomes: dict[str, Any] = {

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import dalr_kernels as K
 import fused_cases as cases
@@ -18,10 +18,12 @@ import golden_terms
 import pytest
 import torch
 from dalr_kernels.fused import call, launch, stream, tuning
-from dalr_kernels.fused.call import Inputs, PreparedCall
 from dalr_kernels.fused.row_kernel import row_kernel
 from golden_terms import Golden
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from dalr_kernels.fused.call import Inputs, PreparedCall
 
 MODES = pytest.mark.parametrize("mode", ["workspace", "stream"])
 TAU = {"temperature": 0.05}

@@ -1,4 +1,4 @@
-"""Trains rows of the random search and compares them, one line a row; from the folder ``tests``:
+"""Trains rows of the random search and compares them, one line a row; run it in ``tests``.
 
 python -m reference 17 23          these rows
 python -m reference 0 --to 300     rows 0 to 299

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from dalr_scale.config import Config
-from reference.runs import Run
-from reference.trainer import Result
+if TYPE_CHECKING:
+    from dalr_scale.config import Config
+    from reference.runs import Run
+    from reference.trainer import Result
 
 
 @dataclass(frozen=True)

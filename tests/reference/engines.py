@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from common import history, tiny_config
 
-from dalr_scale.config import Config
 from reference.compare import Bounds, Difference, compare
 from reference.runs import Stop, run
 from reference.trainer import train
+
+if TYPE_CHECKING:
+    from dalr_scale.config import Config
 
 STEPS = 9
 BOUNDS = Bounds(steps=1e-4, weights=1e-4, gate=3e-6, order=1.2e-7, kink=2e-6)

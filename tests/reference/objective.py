@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dalr_scale.config import Config
 from reference import losses
 from reference.losses import Discontinuities, cosines, cross_entropy, row_kl, unit, with_margin
+
+if TYPE_CHECKING:
+    from dalr_scale.config import Config
 
 BATCH_NORM_EPS = 1e-5
 TIE = {"fp64": 2.0**-40, "fp32": 2.0**-20}  # scores closer than this are ties in ListMLE

@@ -5,15 +5,17 @@ from __future__ import annotations
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from dalr_scale.errors import UserError
 from reference.compare import compare
-from reference.draw import Row
 from reference.runs import RunFailed, run
 from reference.trainer import train
+
+if TYPE_CHECKING:
+    from reference.draw import Row
 
 
 @dataclass

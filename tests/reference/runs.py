@@ -6,14 +6,15 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from common import records, write_config
 from launching import Outcome, train
 from torch import Tensor
 
-from dalr_scale.config import Config
+if TYPE_CHECKING:
+    from dalr_scale.config import Config
 
 
 @dataclass(frozen=True)

@@ -6,15 +6,17 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dalr_scale.config import Config
 from dalr_scale.data.stream.order import epoch_order
-from dalr_scale.data.stream.source import Source
+
+if TYPE_CHECKING:
+    from dalr_scale.config import Config
+    from dalr_scale.data.stream.source import Source
 
 
 @dataclass

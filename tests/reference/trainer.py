@@ -6,19 +6,21 @@ import hashlib
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModel
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
-from dalr_scale.config import Config
 from dalr_scale.distributed.world import World
 from dalr_scale.training.build import build_model, build_streams
 from reference.dropout import key_by_row, own_copy
 from reference.objective import Frozen, Objective
 from reference.stream import Rows, Schedule, read
+
+if TYPE_CHECKING:
+    from dalr_scale.config import Config
 
 
 @dataclass

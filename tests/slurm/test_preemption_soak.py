@@ -13,14 +13,17 @@ import random
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
-from cluster import Cluster
 from common import history, status, weights_hash
 from jobs import START, Jobs, write_recipe
 from launching import train
 
 from dalr_scale.versions import version_line
+
+if TYPE_CHECKING:
+    from cluster import Cluster
 
 pytestmark = [pytest.mark.slurm, pytest.mark.soak, pytest.mark.timeout(6 * START)]
 RESULTS = Path(__file__).parents[1] / "soak" / "results" / "slurm_preemption.json"

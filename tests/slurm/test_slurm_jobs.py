@@ -1,5 +1,7 @@
-"""The job scripts on a real Slurm with eight nodes: finished, preempted, cancelled, out of time,
-with a node killed, on fewer nodes, wrong from the start, and leading nowhere.
+"""The job scripts on a real Slurm with eight nodes.
+
+Jobs are finished, preempted, cancelled, out of time, with a node killed, on fewer nodes, wrong from
+the start, and without progress.
 
 The tests stand in the order in which they run: one run, `chain`, is disturbed in four ways one
 after the other and must end as the undisturbed one. Slurm holds a requeued job back for a while;
@@ -17,14 +19,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
-from cluster import Cluster
 from common import history, records, status, tiny_config, weights_hash
 from jobs import REPOSITORY, SECRET, START, STEPS, Job, Jobs, files_with, write_recipe
 from launching import train
 
 from dalr_scale.training.build import build_streams
+
+if TYPE_CHECKING:
+    from cluster import Cluster
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(2 * START)]
 FAIL_WITHIN = 60  # seconds from the start of a job that cannot work

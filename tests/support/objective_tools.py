@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,6 +12,9 @@ from dalr_scale.config import ObjectiveConfig, build_config
 from dalr_scale.objective.cons import unmatched_rows
 from dalr_scale.objective.total import batch_loss
 from dalr_scale.objective.views import LossBatch, Views
+
+if TYPE_CHECKING:
+    import numpy as np
 
 ROWS, WIDTH = 10, 12
 

@@ -5,15 +5,18 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 from objective_tools import objective, views
 from torch import Tensor
 
-from dalr_scale.config import ObjectiveConfig
 from dalr_scale.objective.total import batch_loss
 from dalr_scale.objective.views import KernelOptions, LossBatch, Views
+
+if TYPE_CHECKING:
+    from dalr_scale.config import ObjectiveConfig
 
 # What a student computes; everything else in `Views` is constant.
 STUDENT = (

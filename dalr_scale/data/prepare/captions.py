@@ -8,11 +8,13 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from dalr_scale.data.prepare.report import Report
 from dalr_scale.data.shards.files import IMAGE_EXTENSIONS
 from dalr_scale.errors import UserError
+
+if TYPE_CHECKING:
+    from dalr_scale.data.prepare.report import Report
 
 IMAGE_COLUMNS = ("image", "image_name", "file_name", "filename", "file", "filepath")
 CAPTION_COLUMNS = ("caption", "captions", "comment", "text", "sentence")

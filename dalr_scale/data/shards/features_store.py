@@ -17,13 +17,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from dalr_scale.data.shards.arrays import FileArray, row_sums
 from dalr_scale.data.shards.files import FEATURE_SUFFIX, companion
-from dalr_scale.data.shards.index_file import IndexHeader
 from dalr_scale.data.shards.indexing import ensure_index
 from dalr_scale.data.shards.packed import (
     CRC,
@@ -34,6 +33,9 @@ from dalr_scale.data.shards.packed import (
     write_packed,
 )
 from dalr_scale.errors import UserError
+
+if TYPE_CHECKING:
+    from dalr_scale.data.shards.index_file import IndexHeader
 
 LEVELS = ("sample", "item", "token")
 SCHEMA = 1

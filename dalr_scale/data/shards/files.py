@@ -231,7 +231,7 @@ def _read_extension(descriptor: int, entry: _Entry, start: int) -> dict[bytes, b
 
 
 def _parse_pax(data: bytes) -> dict[bytes, bytes]:
-    """Parse ``LENGTH key=value\\n`` records in one pass."""
+    r"""Parse ``LENGTH key=value\n`` records in one pass."""
     fields: dict[bytes, bytes] = {}
     at = 0
     while at < len(data) and data[at]:

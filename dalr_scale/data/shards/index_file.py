@@ -128,8 +128,10 @@ class IndexHeader:
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """The arrays of an index: ``items`` (dtype ITEM), ``samples`` (SAMPLE), ``quarantined`` (ASIDE)
-    and the keys."""
+    """The arrays of an index.
+
+    ``items`` has dtype ITEM, ``samples`` SAMPLE and ``quarantined`` ASIDE; the keys are text.
+    """
 
     shard: Path
     header: IndexHeader

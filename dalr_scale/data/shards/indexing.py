@@ -76,7 +76,7 @@ def write_index(shard: Path, blob: bytes) -> None:
     temporary = path.with_name(f"{path.name}.tmp-{process_name()}")
     try:
         temporary.write_bytes(blob)
-        os.replace(temporary, path)
+        temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 

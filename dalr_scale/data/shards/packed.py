@@ -155,7 +155,7 @@ def write_packed(
     try:
         with temporary.open("wb") as stream, open_tar_writer(stream) as writer:
             writer.write({"__key__": _KEY, **members})
-        os.replace(temporary, path)
+        temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -10,7 +10,6 @@ import fcntl
 import hashlib
 import json
 import logging
-import os
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -197,7 +196,7 @@ def _download(system: FileSystem, url: str, target: Path, there: RemoteFacts) ->
             sha256, have = _sha256(temporary), temporary.stat().st_size
             fault = _mismatch(system, url, target, sha256, have, there)
             if not fault:
-                os.replace(temporary, target)
+                temporary.replace(target)
                 return sha256
     finally:
         temporary.unlink(missing_ok=True)
@@ -263,7 +262,7 @@ def _sha256(path: Path) -> str:
 @contextmanager
 def _locked(target: Path) -> Iterator[None]:
     """Lock a shard: one rank of a host copies it, the other ranks wait."""
-    with open(target.with_name(f"{target.name}.lock"), "w") as file:
+    with target.with_name(f"{target.name}.lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 

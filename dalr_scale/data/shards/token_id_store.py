@@ -22,7 +22,6 @@ import numpy as np
 
 from dalr_scale.data.shards.arrays import FileArray, RaggedRows, gather_rows, places, row_sums
 from dalr_scale.data.shards.files import TOKENS_SUFFIX, companion
-from dalr_scale.data.shards.index_file import IndexHeader
 from dalr_scale.data.shards.indexing import ensure_index
 from dalr_scale.data.shards.packed import (
     CRC,
@@ -35,6 +34,8 @@ from dalr_scale.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from dalr_scale.data.shards.index_file import IndexHeader
 
 SCHEMA = 1
 STORED_TOKENS = 512  # ids kept of one item; longer ones are cut by every loader anyway

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -195,7 +194,7 @@ class ShardSetWriter:
             if old.name not in self._names:
                 old.unlink()
         for name in self._names:
-            os.replace(self._building / name, self.output / name)
+            (self._building / name).replace(self.output / name)
             self.shards.append(self.output / name)
 
 

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from dalr_scale.data.stream.batch import BadRow
 from dalr_scale.errors import UserError
-from dalr_scale.run.ranks import Ranks
+
+if TYPE_CHECKING:
+    from dalr_scale.run.ranks import Ranks
 
 _SHOWN = 10
 _MAX_STORED = 10_000  # numbers kept per stream in a checkpoint

@@ -6,14 +6,17 @@ import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from dalr_scale.data.shards.features_store import feature_facts, features_path, open_features
 from dalr_scale.data.shards.files import companion, shard_names
-from dalr_scale.data.shards.index_file import IndexFile
 from dalr_scale.data.stream.records import TOKENS
 from dalr_scale.errors import UserError
+
+if TYPE_CHECKING:
+    from dalr_scale.data.shards.index_file import IndexFile
 
 _OPENED_AT_START = 128  # shards whose feature sets are checked in full before the first batch
 

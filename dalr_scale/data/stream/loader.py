@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
@@ -28,9 +28,11 @@ from dalr_scale.data.stream.augment import Augment, sample_rng
 from dalr_scale.data.stream.batch import BadRow, Batch, PackedBatch, pack
 from dalr_scale.data.stream.order import StreamPlan, rank_rows
 from dalr_scale.data.stream.prefetch import prefetch
-from dalr_scale.data.stream.records import Records
 from dalr_scale.data.stream.source import Source, Sources
 from dalr_scale.errors import UserError
+
+if TYPE_CHECKING:
+    from dalr_scale.data.stream.records import Records
 
 ImageTransform = Callable[[Image.Image], Tensor]
 _PREFETCHED = 2  # batches that wait in this process
@@ -271,7 +273,7 @@ def _check(
             raise ValueError("the plan was made for other sources")
 
 
-def _start_worker(worker: int) -> None:
+def _start_worker(worker: int) -> None:  # noqa: ARG001 - called by torch with it
     """Set up a worker process: one tokenizer thread, and no reaction to foreign signals.
 
     A job manager signals the whole process group. Workers must ignore that, because the ranks save

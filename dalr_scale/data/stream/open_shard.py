@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from dalr_scale.data.shards.arrays import OpenFile, RaggedRows
-from dalr_scale.data.shards.features_store import FeatureTable
 from dalr_scale.data.shards.files import read_exactly
-from dalr_scale.data.shards.index_file import IndexRows
-from dalr_scale.data.shards.token_id_store import TokenIdTable
-from dalr_scale.data.stream.records import Records
 from dalr_scale.errors import UserError
+
+if TYPE_CHECKING:
+    from dalr_scale.data.shards.features_store import FeatureTable
+    from dalr_scale.data.shards.index_file import IndexRows
+    from dalr_scale.data.shards.token_id_store import TokenIdTable
+    from dalr_scale.data.stream.records import Records
 
 _IMAGE_ROLES = ("image", "caption")
 

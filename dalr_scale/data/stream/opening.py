@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from dalr_scale.config import DataConfig
 from dalr_scale.data.shards.files import expand_shards
 from dalr_scale.data.shards.remote import RemoteShards
 from dalr_scale.data.stream.bad_rows import BadRows
 from dalr_scale.data.stream.order import Alternation, Part, StreamPlan, Tail, share_rows
 from dalr_scale.data.stream.source import Source, Sources
+
+if TYPE_CHECKING:
+    from dalr_scale.config import DataConfig
 
 PathOf = Callable[[str], Path]  # a configured path with its placeholders filled in
 

@@ -9,7 +9,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import NamedTuple, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -24,9 +24,11 @@ from dalr_scale.data.shards.token_id_store import (
 )
 from dalr_scale.data.stream import integrity
 from dalr_scale.data.stream.open_shard import OpenShard
-from dalr_scale.data.stream.order import Kind
 from dalr_scale.data.stream.records import TOKENS, Records
 from dalr_scale.errors import UserError
+
+if TYPE_CHECKING:
+    from dalr_scale.data.stream.order import Kind
 
 _OPEN_FILES = 20_000  # of one process
 _RETRY_SECONDS = (1.0, 5.0)  # before the second and the third attempt of a read that failed

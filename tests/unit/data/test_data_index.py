@@ -11,12 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from dalr_scale.data.shards.check import check_shard
 from PIL import Image
 from shard_tools import END, image_bytes, jpeg, oracle_samples, tar_member, write_pairs
 
 from dalr_scale import cli
 from dalr_scale.commands import index as index_command
+from dalr_scale.data.shards.check import check_shard
 from dalr_scale.data.shards.features_store import write_features
 from dalr_scale.data.shards.index_file import CAPTION_LIMIT, IndexHeader, current_index, index_path
 from dalr_scale.data.shards.indexing import build_index, ensure_index
@@ -255,13 +255,13 @@ def test_hosts_that_share_process_numbers_do_not_share_temporary_files(
     """Containers on several hosts all count from 1, and write into one shared directory."""
     shard = write_pairs(tmp_path, 2, per_shard=9)[0]
     used: list[str] = []
-    replace_file = os.replace
+    replace_file = Path.replace
 
     def note(source: Path, target: Path) -> None:
-        used.append(Path(source).name)
+        used.append(source.name)
         replace_file(source, target)
 
-    monkeypatch.setattr(os, "replace", note)
+    monkeypatch.setattr(Path, "replace", note)
     for host in ("one", "two"):
         monkeypatch.setattr("socket.gethostname", lambda host=host: host)
         index_path(shard).unlink(missing_ok=True)

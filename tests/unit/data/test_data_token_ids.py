@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -22,11 +23,13 @@ from dalr_scale.data.shards.token_id_store import (
     write_token_ids,
 )
 from dalr_scale.data.shards.writer import write_text_shards
-from dalr_scale.data.stream.batch import Batch
 from dalr_scale.data.stream.loader import LoaderOptions, make_loader, tokenize
 from dalr_scale.data.stream.source import Source, Sources
 from dalr_scale.errors import UserError
 from dalr_scale.models.tokenizer import tokenizer_hash
+
+if TYPE_CHECKING:
+    from dalr_scale.data.stream.batch import Batch
 
 TOKENIZER = small_tokenizer()
 SHA256 = tokenizer_hash(TOKENIZER)

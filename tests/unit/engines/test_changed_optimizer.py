@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -14,8 +14,10 @@ from torch import Tensor
 
 from dalr_scale.distributed.world import World
 from dalr_scale.engines.ddp import DDPEngine
-from dalr_scale.engines.protocol import Engine
 from dalr_scale.errors import UserError
+
+if TYPE_CHECKING:
+    from dalr_scale.engines.protocol import Engine
 
 BEFORE: dict[str, Any] = {"lr": 1e-2, "clip": 1.0}
 AFTER: dict[str, Any] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -10,10 +11,12 @@ import torch
 from objective_tools import ROWS, objective, views, with_unmatched
 from torch import Tensor, nn
 
-from dalr_scale.config.schema import ConsistencyConfig
 from dalr_scale.models.consistency import Aligner, GlobalBatchNorm
 from dalr_scale.objective.cons import Consistency, unmatched_rows
 from dalr_scale.objective.views import LossBatch, Views
+
+if TYPE_CHECKING:
+    from dalr_scale.config.schema import ConsistencyConfig
 
 
 def test_the_unmatched_row_is_five_earlier_or_shifted() -> None:

@@ -53,8 +53,11 @@ def build(tokenizer, kind="bert", pooler="mean") -> SentenceEncoder:
 def test_a_new_encoder_pools_by_mean_and_tells_sentences_apart(
     tiny_data: Path, pooler: str, apart: bool
 ) -> None:
-    """The first token's state of an untrained encoder is nearly the same for every sentence, and
-    the contrastive loss stays at log N."""
+    """Mean pooling is the default because the first token's state hardly differs.
+
+    It is nearly the same for every sentence in an untrained encoder, and the contrastive loss stays
+    at log N.
+    """
     torch.manual_seed(0)
     encoder = build_encoder(tiny_config(tiny_data, {"model.pooler": pooler}))
     assert encoder.pooler == (pooler or "mean")

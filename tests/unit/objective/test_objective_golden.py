@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -17,8 +17,10 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "numerics"))
 from golden_terms import Golden
 from objective_tools import all_terms, all_terms_and_total, objective, terms_and_total, views
 
-from dalr_scale.config import ObjectiveConfig
 from dalr_scale.objective.views import Views
+
+if TYPE_CHECKING:
+    from dalr_scale.config import ObjectiveConfig
 
 
 def golden_objective(g: Golden, preset: str, **changes: Any) -> ObjectiveConfig:
