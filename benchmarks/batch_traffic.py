@@ -29,7 +29,7 @@ PRESETS = ("simcse", "mcse", "dalr")
 # The least that a column can cost, bytes: 16 bits on its way out, a float32 gradient back. Token
 # features of teachers stay where they are (32 of them would be 49 kB): z1 visits them.
 Z2, U = {"z2": 2 * D + 4 * D}, {"u": 2 * P + 4 * P}
-FROZEN = {"pictures": 2 * D, "text teachers": 2 * 2 * D}
+FROZEN = {"images": 2 * D, "text teachers": 2 * 2 * D}
 FLOORS: Mapping[str, Mapping[str, int]] = {
     "simcse": Z2,
     "mcse": Z2 | U,

@@ -5,10 +5,13 @@ from __future__ import annotations
 import difflib
 import importlib
 import sys
-from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from dalr_scale import __version__
 from dalr_scale.process import run_command, set_passive_omp_wait
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 COMMANDS = {
     "prepare": "raw pictures, captions and text to shards",

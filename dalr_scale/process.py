@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from dalr_scale.errors import UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
 
 
 def set_passive_omp_wait() -> None:

@@ -6,10 +6,13 @@ accelerate launch -m dalr_scale.train [--config RECIPE|FILE|RUN] [--section.key=
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from dalr_scale.config.arguments import configuration
 from dalr_scale.process import end_process, run_command, set_passive_omp_wait
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -21,16 +21,18 @@ import os
 import re
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from dalr_scale.errors import UserError
 from dalr_scale.process import run_command
 from dalr_scale.run.failure import first_failure
 from dalr_scale.run.files import JsonValue, read_json_table, write_json
 from dalr_scale.run.status import Outcome, Status, job_identity, read_status, write_status
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 MAX_RESTARTS_WITHOUT_PROGRESS = 3
 Verdict = Literal["requeue", "leave", "give-up"]

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict, cast
@@ -21,6 +20,8 @@ from dalr_scale.run.files import JsonTable, JsonValue, process_name
 from dalr_scale.versions import versions
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
     from dalr_scale.config import Config
 
 __all__ = ["NodeReport", "examine", "node_name"]

@@ -13,15 +13,16 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dalr_scale.cluster.node_report import NodeReport
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Generator
+    from pathlib import Path
+
     from dalr_scale.run.files import JsonTable, JsonValue
 
 MAX_LINE = 1 << 20  # bytes of one message

@@ -14,15 +14,18 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dalr_scale.cluster.node_report import NodeReport, examine, node_name
 from dalr_scale.cluster.rendezvous import NodeReports, collect_reports, send_report
 from dalr_scale.errors import UserError
 from dalr_scale.run.files import write_json
 from dalr_scale.run.status import job_identity
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
 
 MAX_CLOCK_SKEW = 2.0  # seconds; the order of the nodes' log lines depends on it
 # Seconds for the slowest node; a failing check must end the job within a minute.

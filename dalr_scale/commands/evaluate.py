@@ -6,8 +6,8 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dalr_scale.errors import UserError
 from dalr_scale.eval.score import DATA_VARIABLE, Score, ScoreRequest, data_root, score_encoder
@@ -15,6 +15,9 @@ from dalr_scale.eval.sts import MAIN_TASKS, TASKS
 from dalr_scale.models.directories import run_encoder
 from dalr_scale.models.encoder import POOLERS, SentenceEncoder
 from dalr_scale.teachers.extract import default_device
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
 
 
 def main(argv: Sequence[str] | None = None) -> int:

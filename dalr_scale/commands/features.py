@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dalr_scale.data.shards.files import expand_shards
 from dalr_scale.distributed.world import refuse_single_process
 from dalr_scale.teachers.extract import FeatureRequest, TeacherSource, store_features
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 
 def main(argv: Sequence[str] | None = None) -> int:

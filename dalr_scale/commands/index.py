@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
@@ -13,6 +12,10 @@ from dalr_scale.data.shards.features_store import feature_names
 from dalr_scale.data.shards.files import expand_shards
 from dalr_scale.data.shards.index_file import IndexHeader, current_index, index_path
 from dalr_scale.data.shards.indexing import ensure_index
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
 
 _SHOWN = 20
 

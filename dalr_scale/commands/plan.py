@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import time
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -33,6 +32,8 @@ from dalr_scale.training.preflight import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from dalr_scale.models.dalr import DalrModel
 
 

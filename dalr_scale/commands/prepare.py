@@ -13,12 +13,15 @@ shards per split) are caption files too. Text, one sentence a line:
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dalr_scale.data.prepare.pairs import PairOptions, prepare_pairs
 from dalr_scale.data.prepare.text import TextOptions, prepare_text
 from dalr_scale.errors import UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 
 def main(argv: Sequence[str] | None = None) -> int:

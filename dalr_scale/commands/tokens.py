@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from dalr_scale.data.prepare.token_ids import store_token_ids
 from dalr_scale.data.shards.files import expand_shards
 from dalr_scale.distributed.world import refuse_single_process
 from dalr_scale.models.tokenizer import load_tokenizer, tokenizer_hash
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from dalr_scale.config import Config, load_config
 from dalr_scale.config.text import settings_help
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 
 def configuration(argv: Sequence[str] | None = None) -> Config:

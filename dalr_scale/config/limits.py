@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
 from dalr_scale.errors import UserError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from dalr_scale.config.schema import BatchConfig, Config
 
 

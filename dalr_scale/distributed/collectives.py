@@ -18,16 +18,18 @@ Gathering without gradient loses the columns' part, and no factor repairs its di
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from datetime import timedelta
 
 _group: Any = None
 _alone = False

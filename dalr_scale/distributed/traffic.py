@@ -8,8 +8,7 @@ a gather or a reduce-scatter makes each send (W - 1) / W of the whole, an all-re
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -18,6 +17,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dalr_scale.distributed.collectives import column_group
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch._ops import OpOverload
 
 # Operator of torch.ops.c10d -> which argument holds the whole tensor, and how often it is sent.
 _VOLUMES: Mapping[str, tuple[int, float]] = {
@@ -60,8 +64,12 @@ class TrafficCounter(TorchDispatchMode):
         return sum(value for (name, _), value in self.sent.items() if name == group)
 
     def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
+        self,
+        func: OpOverload,
+        types: object,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> object:
         if func.namespace in _NAMESPACES:
             self._count(func._opname, args)
         return func(*args, **(kwargs or {}))
@@ -83,5 +91,5 @@ class TrafficCounter(TorchDispatchMode):
         self.calls[key] += 1
 
 
-def _tensors(argument: Any) -> list[Tensor]:
+def _tensors(argument: object) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(argument) if isinstance(leaf, Tensor)]

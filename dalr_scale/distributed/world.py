@@ -12,7 +12,7 @@ import socket
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -22,6 +22,7 @@ from dalr_scale.distributed.collectives import open_column_group
 from dalr_scale.distributed.process_state import Environment, forget_engines
 from dalr_scale.errors import UserError
 
+T = TypeVar("T")
 _environment: Environment | None = None  # as the launcher left it, while a world is open
 
 
@@ -57,15 +58,15 @@ class World:
             dist.all_reduce(rows)
         return rows
 
-    def gather_objects(self, obj: Any) -> list[Any] | None:
+    def gather_objects(self, obj: T) -> list[T] | None:
         """All ranks' objects on rank 0, None elsewhere."""
         if self.size == 1:
             return [obj]
-        gathered = [None] * self.size if self.rank == 0 else None
+        gathered = [obj] * self.size if self.rank == 0 else None  # replaced by the ranks' own
         dist.gather_object(obj, gathered, dst=0)
         return gathered
 
-    def broadcast_object(self, obj: Any, src: int = 0) -> Any:
+    def broadcast_object(self, obj: T, src: int = 0) -> T:
         if self.size == 1:
             return obj
         box = [obj]

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dalr_scale.engines.ddp import DDPEngine
 from dalr_scale.engines.deepspeed import DeepSpeedEngine
-from dalr_scale.engines.ds_config import ds_config
+from dalr_scale.engines.ds_config import DeepSpeedSettings, ds_config
 from dalr_scale.engines.precision import resolve_precision
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ def build_engine(
     rows: int,
     clip: float,
     world: World,
-) -> tuple[Engine, dict[str, Any] | None]:
+) -> tuple[Engine, DeepSpeedSettings | None]:
     """Wraps a trainable module; returns the engine and the DeepSpeed dict it was built from.
 
     Args:

@@ -1,12 +1,13 @@
 """Data parallelism without sharding, which is also the reference for the other engines."""
 
+# Some methods of torch are typed in part only.
+# pyright: reportUnknownMemberType=false, reportUnknownArgumentType=false
+
 from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Concatenate
+from typing import TYPE_CHECKING, Concatenate
 
 import torch
 import torch.distributed as dist
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from dalr_scale.engines.gradients import largest_gradients, zero_missing_gradients
-from dalr_scale.engines.protocol import P, StepResult, T, set_learning_rate
+from dalr_scale.engines.protocol import AnyModule, P, StepResult, T, set_learning_rate
 from dalr_scale.engines.restore import (
     load_state_by_name,
     numbered_state_by_name,
@@ -24,6 +25,9 @@ from dalr_scale.engines.restore import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Generator
+    from pathlib import Path
+
     from dalr_scale.distributed.world import World
     from dalr_scale.engines.precision import Precision
 
@@ -62,13 +66,13 @@ class DDPEngine:
         return self.world.device
 
     def apply(
-        self, function: Callable[Concatenate[Any, P], T], *args: P.args, **kwargs: P.kwargs
+        self, function: Callable[Concatenate[AnyModule, P], T], *args: P.args, **kwargs: P.kwargs
     ) -> T:
         with half_operands(self.bf16):
             return function(self.module, *args, **kwargs)
 
     def encode(
-        self, function: Callable[Concatenate[Any, P], T], *args: P.args, **kwargs: P.kwargs
+        self, function: Callable[Concatenate[AnyModule, P], T], *args: P.args, **kwargs: P.kwargs
     ) -> T:
         if not self.bf16:
             return self.apply(function, *args, **kwargs)
@@ -76,7 +80,7 @@ class DDPEngine:
             return tree_map_only(Tensor, Tensor.float, function(self.module, *args, **kwargs))
 
     @contextlib.contextmanager
-    def gradients(self, chunks: int = 1) -> Iterator[None]:
+    def gradients(self, chunks: int = 1) -> Generator[None]:
         del chunks  # gradients have the weights' precision, which is float32 or better
         self.optimizer.zero_grad(set_to_none=True)
         yield

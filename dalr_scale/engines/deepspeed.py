@@ -1,11 +1,13 @@
 """ZeRO 1, 2 and 3 on DeepSpeed, through Accelerate, and what the two keep for a whole process."""
 
+# DeepSpeed, Accelerate and parts of torch have no types.
+# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false
+# pyright: reportUnknownArgumentType=false, reportUnknownVariableType=false
+
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
 from datetime import timedelta
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Concatenate
 
 import torch
@@ -18,6 +20,7 @@ from dalr_scale.engines.gradients import (
     zero_missing_gradients,
 )
 from dalr_scale.engines.protocol import (
+    AnyModule,
     P,
     RunsFunctions,
     StepResult,
@@ -30,7 +33,11 @@ from dalr_scale.engines.restore import hyperparameters, set_hyperparameters
 from dalr_scale.errors import UserError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Generator
+    from pathlib import Path
+
     from dalr_scale.distributed.world import World
+    from dalr_scale.engines.ds_config import DeepSpeedSettings
 
 
 class DeepSpeedEngine:
@@ -40,7 +47,7 @@ class DeepSpeedEngine:
         self,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
-        filled: dict[str, Any],
+        filled: DeepSpeedSettings,
         world: World,
         *,
         timeout_minutes: float = 30.0,
@@ -83,22 +90,22 @@ class DeepSpeedEngine:
         return self.world.device
 
     def apply(
-        self, function: Callable[Concatenate[Any, P], T], *args: P.args, **kwargs: P.kwargs
+        self, function: Callable[Concatenate[AnyModule, P], T], *args: P.args, **kwargs: P.kwargs
     ) -> T:
-        def call(module: Any) -> T:
+        def call(module: AnyModule) -> T:
             return function(module, *args, **kwargs)
 
         with half_operands(self.bf16):
             return self.engine(call)
 
     def encode(
-        self, function: Callable[Concatenate[Any, P], T], *args: P.args, **kwargs: P.kwargs
+        self, function: Callable[Concatenate[AnyModule, P], T], *args: P.args, **kwargs: P.kwargs
     ) -> T:
         # the module itself is in bf16: the encoder needs nothing more
         return self.apply(function, *args, **kwargs)
 
     @contextlib.contextmanager
-    def gradients(self, chunks: int = 1) -> Iterator[None]:
+    def gradients(self, chunks: int = 1) -> Generator[None]:
         with self.engine.coalesce_grad_reduction():
             self._sums = FP32GradAccumulator(self.module) if self.bf16 and chunks > 1 else None
             yield
@@ -180,7 +187,7 @@ class DeepSpeedEngine:
 
 
 @contextlib.contextmanager
-def unsharded_loading() -> Iterator[None]:
+def unsharded_loading() -> Generator[None]:
     """Inside, ``from_pretrained`` gives whole models again.
 
     Accelerate leaves transformers a ZeRO-3 configuration under which every model that is loaded
@@ -188,7 +195,8 @@ def unsharded_loading() -> Iterator[None]:
     """
     from transformers.integrations import deepspeed as integration
 
-    reference = integration._hf_deepspeed_config_weak_ref
+    # there is a setter, but no way to ask for what was set
+    reference = integration._hf_deepspeed_config_weak_ref  # pyright: ignore[reportPrivateUsage]
     config = reference() if reference is not None else None
     integration.unset_hf_deepspeed_config()
     try:

@@ -10,22 +10,27 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from pydantic import ValidationError
 
 from dalr_scale.engines.ds_keys import Decided, check_keys, fixed
 from dalr_scale.errors import UserError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from dalr_scale.config import EngineConfig
 
+DeepSpeedSettings: TypeAlias = dict[str, Any]
+"""DeepSpeed's own format: nested tables as in its JSON files."""
 STAGES = {"zero1": 1, "zero2": 2, "zero3": 3}
 
 
-def stage_template(kind: str, *, offload_optimizer: bool = False) -> dict[str, Any]:
+def stage_template(kind: str, *, offload_optimizer: bool = False) -> DeepSpeedSettings:
     """What ``ds_configs/KIND.json`` holds: all but what the settings of a run decide."""
-    zero: dict[str, Any] = {
+    zero: DeepSpeedSettings = {
         "stage": STAGES[kind],
         "overlap_comm": False,
         "contiguous_gradients": True,
@@ -58,7 +63,7 @@ def stage_template(kind: str, *, offload_optimizer: bool = False) -> dict[str, A
 
 def ds_config(
     engine: EngineConfig, *, rows: int, ranks: int, clip: float, bf16: bool
-) -> dict[str, Any]:
+) -> DeepSpeedSettings:
     """The dict that this run's engine is built from; also written to ``RUN/ds_config.json``.
 
     Args:
@@ -121,7 +126,7 @@ def _decided(
     }
 
 
-def _check_secondary_groups(file: str, edited: dict[str, Any], ranks: int) -> None:
+def _check_secondary_groups(file: str, edited: DeepSpeedSettings, ranks: int) -> None:
     size = edited["zero_optimization"].get("zero_hpz_partition_size", 1)
     if isinstance(size, int) and size > 1 and ranks % size:
         raise UserError(
@@ -129,12 +134,12 @@ def _check_secondary_groups(file: str, edited: dict[str, Any], ranks: int) -> No
         )
 
 
-def _fixed_part(template: dict[str, Any]) -> dict[str, Any]:
+def _fixed_part(template: DeepSpeedSettings) -> DeepSpeedSettings:
     """What a file may leave out although DeepSpeed's own default is another one."""
     return {key: value for key, value in template.items() if key != "zero_optimization"}
 
 
-def _require_offload(filled: dict[str, Any], offload: bool) -> None:
+def _require_offload(filled: DeepSpeedSettings, offload: bool) -> None:
     """``engine.offload_optimizer`` holds also for a file that does not speak of it."""
     if offload:
         table = filled["zero_optimization"].get("offload_optimizer") or {"pin_memory": True}
@@ -149,12 +154,12 @@ def _choose_accelerator() -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
-def _read(path: str, file: Path) -> dict[str, Any]:
+def _read(path: str, file: Path) -> DeepSpeedSettings:
     if not file.is_file():
         raise UserError(f"engine.ds_config: no file '{path}'; copy one from ds_configs/")
 
-    def once(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-        table: dict[str, Any] = {}
+    def once(pairs: Iterable[tuple[str, Any]]) -> DeepSpeedSettings:
+        table: DeepSpeedSettings = {}
         for key, value in pairs:
             if key in table:
                 raise UserError(f"{path}: the key '{key}' is there twice; leave one out")
@@ -162,21 +167,26 @@ def _read(path: str, file: Path) -> dict[str, Any]:
         return table
 
     try:
-        edited = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=once)
+        edited: DeepSpeedSettings = json.loads(
+            file.read_text(encoding="utf-8"), object_pairs_hook=once
+        )
     except UserError:
         raise
     except (ValueError, RecursionError, OSError) as error:
         raise UserError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(edited, dict) or not isinstance(edited.get("zero_optimization"), dict):
+    # the file may hold anything, whatever the annotation hopes for
+    if not isinstance(edited, dict) or not isinstance(edited.get("zero_optimization"), dict):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise UserError(f"{path} has no table zero_optimization; start from a copy of ds_configs/")
     if "stage" not in edited["zero_optimization"]:
         raise UserError(f"{path}: zero_optimization has no 'stage'; write the one of engine.kind")
     return edited
 
 
-def _let_deepspeed_read(path: str, filled: dict[str, Any]) -> None:
+def _let_deepspeed_read(path: str, filled: DeepSpeedSettings) -> None:
     """Has DeepSpeed's own classes look at types and ranges, before an engine is built."""
-    from deepspeed.runtime.config import DeepSpeedConfig
+    from deepspeed.runtime.config import (  # pyright: ignore[reportMissingTypeStubs]
+        DeepSpeedConfig,
+    )
 
     try:
         DeepSpeedConfig(json.loads(json.dumps(filled)))
@@ -186,8 +196,8 @@ def _let_deepspeed_read(path: str, filled: dict[str, Any]) -> None:
 
 def _one_line(error: Exception) -> str:
     """The words of an error; of a typed table's, the first key with its problem."""
-    if hasattr(error, "errors"):
-        first = error.errors()[0]  # pyright: ignore[reportAttributeAccessIssue]
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
         return f"'{'.'.join(map(str, first['loc']))}': {first['msg']}"
     return " ".join(str(error).split()) or type(error).__name__
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
 
 @torch.no_grad()
-def zero_missing_gradients(module: nn.Module, optimizer: Any) -> list[str]:
+def zero_missing_gradients(module: nn.Module, optimizer: object) -> list[str]:
     """Gives each trainable parameter without a gradient an explicit zero; returns their names.
 
     DeepSpeed reduces only the parameters that have a gradient, but its optimizer step reads the
@@ -20,7 +22,8 @@ def zero_missing_gradients(module: nn.Module, optimizer: Any) -> list[str]:
     """
     # with a wider accumulation type, ZeRO-1 keeps gradients in an attribute of their own
     parked = getattr(optimizer, "use_grad_accum_attribute", False)
-    missing = []
+    wide_type: torch.dtype = getattr(optimizer, "gradient_accumulation_dtype", torch.float32)
+    missing: list[str] = []
     for name, parameter in module.named_parameters():
         held = getattr(parameter, "grad_accum", None) if parked else parameter.grad
         if held is not None or not parameter.requires_grad:
@@ -29,7 +32,7 @@ def zero_missing_gradients(module: nn.Module, optimizer: Any) -> list[str]:
         shape = getattr(parameter, "ds_shape", parameter.shape)
         zero = torch.zeros(shape, dtype=parameter.dtype, device=parameter.device)
         if parked:
-            wide = zero.to(optimizer.gradient_accumulation_dtype)
+            wide = zero.to(wide_type)
             parameter.grad_accum = wide  # pyright: ignore[reportAttributeAccessIssue]
             continue
         # a parameter of ZeRO-3 is empty outside of a forward pass, and refuses a whole gradient

@@ -9,17 +9,21 @@ reduces and the last one wins.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Protocol, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from contextlib import AbstractContextManager
+    from pathlib import Path
+
 P = ParamSpec("P")
 T = TypeVar("T")
+AnyModule: TypeAlias = Any
+"""The module of an engine: whoever hands over a function for it knows its type."""
 
 
 @dataclass(frozen=True)
@@ -58,10 +62,10 @@ class Engine(Protocol):
     @property
     def steps(self) -> int | None: ...
     def apply(
-        self, function: Callable[Concatenate[Any, P], T], *args: P.args, **kwargs: P.kwargs
+        self, function: Callable[Concatenate[AnyModule, P], T], *args: P.args, **kwargs: P.kwargs
     ) -> T: ...
     def encode(
-        self, function: Callable[Concatenate[Any, P], T], *args: P.args, **kwargs: P.kwargs
+        self, function: Callable[Concatenate[AnyModule, P], T], *args: P.args, **kwargs: P.kwargs
     ) -> T: ...
     def gradients(self, chunks: int = 1) -> AbstractContextManager[None]: ...
     def backward(self, loss: Tensor) -> None: ...
@@ -80,7 +84,7 @@ class RunsFunctions(nn.Module):
     tensors that they would wrap.
     """
 
-    def forward(self, function: Callable[[Any], T]) -> T:
+    def forward(self, function: Callable[[AnyModule], T]) -> T:
         """Returns ``function(self)``."""
         return function(self)
 
@@ -92,7 +96,7 @@ class Wrapped(RunsFunctions):
         super().__init__()
         self.module = module
 
-    def forward(self, function: Callable[[Any], T]) -> T:
+    def forward(self, function: Callable[[AnyModule], T]) -> T:
         """Returns ``function(module)``."""
         return function(self.module)
 

@@ -17,16 +17,18 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Protocol, TypedDict
+from typing import TYPE_CHECKING, Any, Protocol, TypedDict
 
 import torch
 from torch import Tensor, nn
 
 from dalr_scale.engines.restore import require_same_parameters
 from dalr_scale.errors import UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping
+    from pathlib import Path
 
 COUNTERS = ("global_steps", "global_samples", "skipped_steps")
 MASTER = "fp32"  # the fp32 weights, beside the optimizer's own names (exp_avg, ...)
@@ -198,7 +200,7 @@ def _shard(folder: Path, rank: int, whole: bool) -> SavedShard:
     )
 
 
-def _read(path: Path) -> Any:  # a file of DeepSpeed; callers name its type
+def _read(path: Path) -> Any:  # noqa: ANN401 - a file of DeepSpeed; callers name its type
     return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 
 

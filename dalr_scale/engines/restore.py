@@ -8,13 +8,14 @@ setting would train with the old value. Settings may also move parameters betwee
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypedDict
 
 from dalr_scale.errors import UserError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
     import torch
     from torch import nn
 

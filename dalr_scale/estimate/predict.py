@@ -8,6 +8,7 @@ live tensors counted, and the difference is what a row costs.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,6 @@ import torch
 from dalr_kernels.eager import chunked
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from dalr_scale.data.stream.batch import Batch
 from dalr_scale.distributed.collectives import one_rank_alone
@@ -23,6 +23,8 @@ from dalr_scale.engines.precision import resolve_precision
 from dalr_scale.teachers.online import STORED
 
 if TYPE_CHECKING:
+    from torch._ops import OpOverload
+
     from dalr_scale.config import Config
     from dalr_scale.models.dalr import DalrModel
 
@@ -75,41 +77,51 @@ def column_wires(config: Config, model: DalrModel, *, paired: bool = True) -> li
     that they are stored in. Token features never travel: sentence vectors visit them, and
     softmax-weighted means come back.
     """
-    needs, widths, objective = model.spec.needs, model.widths, config.objective
+    needs, widths = model.spec.needs, model.widths
     student, wide = number_bytes(config), compared_bytes(config)
-
-    def returning(name: str, width: int) -> Wire:
-        return Wire(name, student * width, wide * width, width)
-
-    def stored(name: str, width: int, spec: str) -> Wire:
-        return Wire(name, width * _feature_bytes(spec), width=width)
-
-    wires = [returning("z2", model.encoder.width), Wire("row numbers", 16)]
-    if needs.text and (paired or objective.distil_text_batches):
-        specs = config.teachers.text
-        pairs = zip(widths.text, specs, strict=True)
+    wires = [_returning(config, "z2", model.encoder.width), Wire("row numbers", 16)]
+    if needs.text and (paired or config.objective.distil_text_batches):
+        pairs = zip(widths.text, config.teachers.text, strict=True)
         size = sum(width * _feature_bytes(spec) for width, spec in pairs)
         wires.append(Wire("text teachers", size, width=sum(widths.text)))
     if not paired:
         return wires
-    if hasattr(model, "image_grounding"):
-        wires.append(returning("u", model.grounding_width))
-    if hasattr(model, "caption_grounding"):
-        wires.append(returning("u of captions", model.grounding_width))
-    if needs.image_columns:
-        wires.append(stored("pictures", widths.image, config.teachers.image))
-    if needs.caption_columns:
-        wires.append(stored("captions", widths.caption, config.teachers.caption))
-    if needs.consistency_labels:
-        width = model.consistency_width
-        wires.append(Wire("aligned pictures", student * width, width=width))
-    if needs.image_rows:
-        wires.append(Wire("column statistics of L_CMA", 5 * wide, 5 * wide))
+    wires += _image_wires(config, model)
     for width in model.token_widths if needs.tokens else ():
         # the mean and its weight come back; the largest logit of every row is agreed on
         out, back = student * width + wide, wide * (width + 2)
         wires.append(Wire("z1 for token teachers", out, back, width))
     return wires
+
+
+def _image_wires(config: Config, model: DalrModel) -> list[Wire]:
+    """What the cross-modal terms compare rows with."""
+    needs, widths, teachers = model.spec.needs, model.widths, config.teachers
+    student, wide = number_bytes(config), compared_bytes(config)
+    wires: list[Wire] = []
+    if hasattr(model, "image_grounding"):
+        wires.append(_returning(config, "u", model.grounding_width))
+    if hasattr(model, "caption_grounding"):
+        wires.append(_returning(config, "u of captions", model.grounding_width))
+    if needs.image_columns:
+        wires.append(_stored("images", widths.image, teachers.image))
+    if needs.caption_columns:
+        wires.append(_stored("captions", widths.caption, teachers.caption))
+    if needs.consistency_labels:
+        width = model.consistency_width
+        wires.append(Wire("aligned images", student * width, width=width))
+    if needs.image_rows:
+        wires.append(Wire("column statistics of L_CMA", 5 * wide, 5 * wide))
+    return wires
+
+
+def _returning(config: Config, name: str, width: int) -> Wire:
+    """A student column, whose gradient comes back."""
+    return Wire(name, number_bytes(config) * width, compared_bytes(config) * width, width)
+
+
+def _stored(name: str, width: int, spec: str) -> Wire:
+    return Wire(name, width * _feature_bytes(spec), width=width)
 
 
 def _feature_bytes(spec: str) -> int:
@@ -339,16 +351,20 @@ class LiveBytes(TorchDispatchMode):
         self._alive: set[int] = set()
 
     def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
+        self,
+        func: OpOverload,
+        types: object,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> object:
         result = func(*args, **(kwargs or {}))
-        known = {s.untyped_storage()._cdata for s in _tensors((args, kwargs))}
         for tensor in _tensors(result):
             storage = tensor.untyped_storage()
-            if storage._cdata not in known | self._alive:
-                self._alive.add(storage._cdata)
+            key = storage._cdata
+            if key not in self._alive and not _owns(key, args) and not _owns(key, kwargs):
+                self._alive.add(key)
                 self._now += storage.nbytes()
-                weakref.finalize(storage, self._free, storage._cdata, storage.nbytes())
+                weakref.finalize(storage, self._free, key, storage.nbytes())
         self.peak = max(self.peak, self._now)
         return result
 
@@ -357,5 +373,20 @@ class LiveBytes(TorchDispatchMode):
         self._now -= size
 
 
-def _tensors(values: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
+def _owns(key: int, values: object) -> bool:
+    """Whether one of an operator's arguments lies in the storage of this key."""
+    return any(tensor.untyped_storage()._cdata == key for tensor in _tensors(values))
+
+
+def _tensors(values: object) -> Iterator[Tensor]:
+    """Tensors among the arguments or results of an operator, which are lists or tables at most.
+
+    ``tree_leaves`` finds them too, at half of the start-up time of a small run.
+    """
+    if isinstance(values, Tensor):
+        yield values
+    elif isinstance(values, list | tuple):
+        for value in values:
+            yield from _tensors(value)
+    elif isinstance(values, dict):
+        yield from _tensors(list(values.values()))

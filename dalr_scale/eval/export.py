@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dalr_scale.eval.unit import read_scores
 from dalr_scale.models import directories
 from dalr_scale.models.encoder import SentenceEncoder
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
 
 
 def export(

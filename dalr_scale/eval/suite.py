@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Concatenate, Protocol
+from typing import TYPE_CHECKING, Concatenate, Protocol
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ from dalr_scale.models.tokenizer import length_sorted_batches
 if TYPE_CHECKING:
     from dalr_scale.config import EvalConfig
     from dalr_scale.data.stream.source import Source
-    from dalr_scale.engines.protocol import P, T
+    from dalr_scale.engines.protocol import AnyModule, P, T
 
 DEV_GRADED, TEST_GRADED = "graded-dev", "graded-test"
 RECALLS = (1, 5, 10)
@@ -40,10 +40,10 @@ class Forward(Protocol):
     def module(self) -> nn.Module: ...
 
     def encode(
-        self, function: Callable[Concatenate[Any, P], T], *args: P.args, **kwargs: P.kwargs
+        self, function: Callable[Concatenate[AnyModule, P], T], *args: P.args, **kwargs: P.kwargs
     ) -> T: ...
     def apply(
-        self, function: Callable[Concatenate[Any, P], T], *args: P.args, **kwargs: P.kwargs
+        self, function: Callable[Concatenate[AnyModule, P], T], *args: P.args, **kwargs: P.kwargs
     ) -> T: ...
 
 
@@ -138,12 +138,12 @@ class DirectoryEngine:
             self.module = SentenceEncoder.from_directory(directory).to(device)
 
     def apply(
-        self, function: Callable[Concatenate[Any, P], T], *args: P.args, **kwargs: P.kwargs
+        self, function: Callable[Concatenate[AnyModule, P], T], *args: P.args, **kwargs: P.kwargs
     ) -> T:
         return function(self.module, *args, **kwargs)
 
     def encode(
-        self, function: Callable[Concatenate[Any, P], T], *args: P.args, **kwargs: P.kwargs
+        self, function: Callable[Concatenate[AnyModule, P], T], *args: P.args, **kwargs: P.kwargs
     ) -> T:
         return self.apply(function, *args, **kwargs)
 

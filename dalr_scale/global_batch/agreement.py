@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -10,6 +10,9 @@ import torch.distributed as dist
 from dalr_scale.distributed.collectives import column_group, several_ranks
 from dalr_scale.errors import UserError
 from dalr_scale.global_batch.keys import integer_key
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 
 def require_agreement(facts: Mapping[str, str], step: int, device: torch.device) -> None:

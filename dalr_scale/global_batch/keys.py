@@ -1,5 +1,8 @@
 """Keys for everything random in a step, so that no random state is saved or replayed."""
 
+# Some methods of torch are typed in part only.
+# pyright: reportUnknownMemberType=false, reportUnknownArgumentType=false
+
 from __future__ import annotations
 
 import hashlib

@@ -10,7 +10,6 @@ Accumulating gradients over smaller batches would not be this: their losses see 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Generic
 
 import torch
@@ -24,6 +23,8 @@ from dalr_scale.global_batch.columns import ColumnGather
 from dalr_scale.global_batch.task import B, States, Task, Terms
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from dalr_scale.engines.protocol import Engine
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from dalr_scale.distributed.collectives import with_gradient
 from dalr_scale.global_batch.keys import seed_dropout
 
 if TYPE_CHECKING:
+    from dalr_scale.engines.protocol import AnyModule
     from dalr_scale.global_batch.chunks import Chunk, Place
 
 B = TypeVar("B")
@@ -39,12 +40,17 @@ class Task(ABC, Generic[B]):
         """The rows of a chunk, with what `encode` and `columns` read of them."""
 
     @abstractmethod
-    def encode(self, module: Any, part: B) -> States:
+    def encode(self, module: AnyModule, part: B) -> States:
         """States of the rows of a chunk, with gradient."""
 
     @abstractmethod
     def loss(
-        self, module: Any, states: States, gathered: Mapping[str, Tensor], batch: B, place: Place
+        self,
+        module: AnyModule,
+        states: States,
+        gathered: Mapping[str, Tensor],
+        batch: B,
+        place: Place,
     ) -> tuple[Tensor, Terms]:
         """The mean loss of this rank's rows, and its terms.
 
@@ -59,7 +65,7 @@ class Task(ABC, Generic[B]):
             place: where they stand in the global batch.
         """
 
-    def columns(self, module: Any, states: States, part: B) -> dict[str, Tensor]:
+    def columns(self, module: AnyModule, states: States, part: B) -> dict[str, Tensor]:
         """What the rows of all ranks are compared with, [n, ...] each, without gradient."""
         del module, part
         return states
@@ -97,8 +103,8 @@ class Functions(Task[Tensors]):
 
     def __init__(
         self,
-        encode: Callable[[Any, Tensors], States],
-        loss: Callable[[Any, States, States, int], Tensor],
+        encode: Callable[[AnyModule, Tensors], States],
+        loss: Callable[[AnyModule, States, States, int], Tensor],
         constants: tuple[str, ...] = (),
     ) -> None:
         self._encode, self._loss, self._constants = encode, loss, constants
@@ -115,7 +121,7 @@ class Functions(Task[Tensors]):
 
         return _without_padding(tree_map_only(Tensor, rows, dict(batch)))
 
-    def encode(self, module: Any, part: Tensors) -> States:
+    def encode(self, module: AnyModule, part: Tensors) -> States:
         return self._encode(module, part)
 
     def constants(self, batch: Tensors) -> dict[str, Tensor]:
@@ -123,7 +129,7 @@ class Functions(Task[Tensors]):
 
     def loss(
         self,
-        module: Any,
+        module: AnyModule,
         states: States,
         gathered: Mapping[str, Tensor],
         batch: Tensors,
@@ -145,7 +151,8 @@ class Functions(Task[Tensors]):
 
 def _without_padding(part: dict[str, Any]) -> dict[str, Any]:
     """Tokenized rows without the positions behind the longest of them, at every level."""
-    cut = {n: _without_padding(dict(v)) if isinstance(v, Mapping) else v for n, v in part.items()}
+    inner = {name: cast("Tensors", v) for name, v in part.items() if isinstance(v, Mapping)}
+    cut = part | {name: _without_padding(dict(tokens)) for name, tokens in inner.items()}
     mask = cut.get("attention_mask")
     if not isinstance(mask, Tensor):
         return cut

@@ -5,17 +5,23 @@ together as 64 bits each. The vote runs in the background; only `Vote.result` wa
 is the one place of a step in which the host reads what the device has computed.
 """
 
+# Some methods of torch are typed in part only.
+# pyright: reportUnknownMemberType=false, reportUnknownArgumentType=false
+
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from dalr_scale.distributed.collectives import column_group, several_ranks
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 _copies: dict[torch.device, torch.cuda.Stream] = {}
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dalr_scale.config import DataConfig, ModelConfig, new_encoder_pooler
@@ -13,6 +11,9 @@ from dalr_scale.models.row_dropout import install_row_dropout
 from dalr_scale.models.tokenizer import first_line, load_tokenizer
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
     from transformers import PreTrainedTokenizerBase
 
 

@@ -94,7 +94,7 @@ def directory_label(directory: Path) -> str:
     return f"{directory.parent.name}/{directory.name}" if generic else directory.name
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path) -> Any:  # noqa: ANN401 - JSON of a model, whose readers check it
     """Parse a small JSON file, naming it when it is missing or broken."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))

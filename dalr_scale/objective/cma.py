@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import dalr_kernels as kernels
@@ -13,6 +12,8 @@ from dalr_scale.objective.term import READ, BatchTerm, Needs, divergence, diverg
 from dalr_scale.objective.text_teachers import TEACHER_KEYS, text_similarity
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torch import Tensor
 
     from dalr_scale.config.schema import CrossAlignmentConfig

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import dalr_kernels as kernels
@@ -11,6 +10,8 @@ from typing_extensions import override
 from dalr_scale.objective.term import READ, FusedTerm, mask_ids, read_if
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from dalr_scale.config.schema import ContrastiveConfig
     from dalr_scale.objective.views import LossBatch
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import dalr_kernels as kernels
@@ -14,6 +13,8 @@ from typing_extensions import override
 from dalr_scale.objective.term import READ, BatchTerm, Needs
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from dalr_scale.config.schema import ConsistencyConfig
     from dalr_scale.objective.views import LossBatch
 

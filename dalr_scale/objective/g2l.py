@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import dalr_kernels as kernels
@@ -15,6 +14,8 @@ from dalr_scale.objective.term import READ, BatchTerm, Needs, mask_ids
 from dalr_scale.objective.text_teachers import widened
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     from dalr_scale.config.schema import GlobalToLocalConfig
     from dalr_scale.objective.views import LossBatch
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import dalr_kernels as kernels
@@ -12,6 +11,8 @@ from dalr_scale.objective.term import READ, FusedTerm, Needs, read_if
 from dalr_scale.objective.text_teachers import TEACHER_KEYS, rank_similarity
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from dalr_scale.config.schema import RankingConfig
     from dalr_scale.objective.views import LossBatch
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from dalr_scale.config.limits import WEIGHT
@@ -18,6 +17,8 @@ from dalr_scale.objective.term import Needs, Term
 from dalr_scale.objective.xce import CaptionBranch, ImageBranch
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from dalr_scale.config import ObjectiveConfig
 
 # The order in which the terms are added up and logged.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,6 +9,8 @@ from dalr_kernels import Similarity
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from dalr_scale.config.schema import TextTeacherConfig
     from dalr_scale.objective.views import LossBatch
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +14,8 @@ from dalr_scale.objective.row_chunks import mean_over_row_chunks
 from dalr_scale.objective.term import BatchTerm, FusedTerm, KernelTerm, RowTerm, Term
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from dalr_scale.config import ObjectiveConfig
     from dalr_scale.objective.views import LossBatch
 

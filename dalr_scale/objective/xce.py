@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import dalr_kernels as kernels
@@ -13,6 +12,8 @@ from typing_extensions import override
 from dalr_scale.objective.term import READ, BatchTerm, Needs, mask_ids, read_if
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torch import Tensor
 
     from dalr_scale.config.schema import BranchConfig

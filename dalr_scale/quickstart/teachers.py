@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
@@ -23,6 +21,9 @@ from torch.nn import functional
 from dalr_scale.models.tokenizer import token_id
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+    from pathlib import Path
+
     from open_clip.model import CLIP
     from transformers import PreTrainedTokenizerBase
 

@@ -24,7 +24,6 @@ import re
 import shutil
 import signal
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar, cast, get_args
@@ -35,6 +34,8 @@ from dalr_scale.run.manifest import Manifest, hash_and_sync, list_files, verify,
 from dalr_scale.run.status import read_status, write_status
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from dalr_scale.run.ranks import Ranks
     from dalr_scale.run.state import RunState
 

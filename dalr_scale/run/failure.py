@@ -17,12 +17,15 @@ import re
 import signal
 import socket
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dalr_scale.run.files import write_durably
 from dalr_scale.run.status import job_identity
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
 
 # Messages of gloo, NCCL and the TCP store when another process has ended.
 _ECHOES = re.compile(

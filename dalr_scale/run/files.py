@@ -10,8 +10,10 @@ import json
 import os
 import socket
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 JsonValue: TypeAlias = (
     "Mapping[str, JsonValue] | Sequence[JsonValue] | str | int | float | bool | None"

@@ -7,8 +7,6 @@ import fcntl
 import json
 import logging
 import os
-from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, cast
 
 from dalr_scale.errors import UserError
@@ -16,6 +14,9 @@ from dalr_scale.run.state import is_count
 from dalr_scale.run.status import JobIdentity, job_identity
 
 if TYPE_CHECKING:
+    from pathlib import Path
+    from types import TracebackType
+
     from dalr_scale.run.ranks import Ranks
 
 log = logging.getLogger(__name__)

@@ -9,11 +9,13 @@ from __future__ import annotations
 import os
 import socket
 import time
-from pathlib import Path
-from typing import Literal, TypedDict, cast
+from typing import TYPE_CHECKING, Literal, TypedDict, cast
 
 from dalr_scale.run.files import read_json_table, write_json
 from dalr_scale.run.state import is_count
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 Outcome = Literal["running", "finished", "preempted", "stopped", "failed"]
 OUTCOMES: tuple[Outcome, ...] = ("running", "finished", "preempted", "stopped", "failed")

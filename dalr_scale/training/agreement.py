@@ -7,7 +7,6 @@ optimizer's step, so that a loss that is not finite never reaches the weights.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -16,6 +15,8 @@ from dalr_scale.global_batch.vote import Vote
 from dalr_scale.training.stopping import StopFlag, StopReason
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torch import Tensor
 
     from dalr_scale.data.stream.batch import Batch

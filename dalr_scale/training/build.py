@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from dalr_scale.data.shards.token_id_store import Encoding
 from dalr_scale.data.stream.bad_rows import BadRows
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from dalr_scale.distributed.world import World
     from dalr_scale.models.encoder import SentenceEncoder
     from dalr_scale.objective.term import Needs
+    from dalr_scale.quickstart.build import QuickstartSpec
 
 MODELS = ("hf", "open_clip")
 
@@ -84,7 +86,7 @@ def prepare_data(config: Config, world: World) -> None:
         raise UserError(refusal)
 
 
-def quickstart_spec(config: Config) -> Any:
+def quickstart_spec(config: Config) -> QuickstartSpec:
     """``data.builder_options``, typed and checked."""
     from dalr_scale.quickstart.build import QuickstartSpec
 
@@ -191,7 +193,7 @@ class ModelParts:
 
     model: DalrModel
     teachers: OnlineTeachers
-    tokenizer: Any
+    tokenizer: PreTrainedTokenizerBase
 
 
 def build_model(config: Config, streams: Streams, world: World) -> ModelParts:
@@ -225,10 +227,10 @@ def build_model(config: Config, streams: Streams, world: World) -> ModelParts:
     return ModelParts(model, teachers, encoder.tokenizer)
 
 
-def _use_stored_ids(config: Config, streams: Streams, tokenizer: Any) -> None:
-    encoding = Encoding(
-        tokenizer_hash(tokenizer), config.data.max_length, tokenizer.pad_token_id or 0
-    )
+def _use_stored_ids(config: Config, streams: Streams, tokenizer: PreTrainedTokenizerBase) -> None:
+    padding = tokenizer.pad_token_id
+    assert padding is None or isinstance(padding, int)
+    encoding = Encoding(tokenizer_hash(tokenizer), config.data.max_length, padding or 0)
     for source in (streams.text, streams.pairs):
         if source is not None:
             source.use_token_ids(encoding)

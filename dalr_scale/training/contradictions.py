@@ -7,7 +7,6 @@ counts as the user's own where it differs from the preset or the default.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from dalr_scale.config.presets import PRESETS
@@ -16,6 +15,8 @@ from dalr_scale.objective import registry
 from dalr_scale.objective.registry import needs_of
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from dalr_scale.config import Config
     from dalr_scale.objective.term import Needs
 

@@ -17,11 +17,12 @@ import platform
 from collections.abc import Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeAlias, cast
 
 from dalr_scale import __version__
 from dalr_scale.config import Config, new_encoder_pooler
 from dalr_scale.errors import UserError
+from dalr_scale.run.files import JsonTable, JsonValue
 from dalr_scale.teachers.mixing import text_weights
 
 if TYPE_CHECKING:
@@ -48,6 +49,9 @@ _FORM = "checkpoint {}, now {}"
 _SHARDS = ("data.text", "data.pairs")
 _MODEL_FILES = (".json", ".txt", ".model", ".safetensors")
 
+Fingerprint: TypeAlias = dict[str, JsonValue]
+"""All that decides the numbers of a run, in tables of JSON."""
+
 
 def run_fingerprint(
     config: Config,
@@ -57,7 +61,7 @@ def run_fingerprint(
     total_steps: int,
     data: str,
     shards: Mapping[str, Mapping[str, str]],
-) -> dict[str, Any]:
+) -> Fingerprint:
     """The fingerprint of a run; rank 0 reads the files, all ranks get the same answer.
 
     Args:
@@ -68,7 +72,7 @@ def run_fingerprint(
     Raises:
         UserError: on every rank, if a file cannot be read.
     """
-    contents: dict[str, Any] | str = {}
+    contents: Fingerprint | str = {}
     if world.rank == 0:
         try:
             contents = {**shards, **file_contents(config)}
@@ -93,7 +97,7 @@ def run_fingerprint(
 # Settings
 
 
-def settings_of(config: Config) -> dict[str, Any]:
+def settings_of(config: Config) -> Fingerprint:
     """The settings that decide a run's result, as plain tables; places of files are left out.
 
     What an empty value stands for is written out, so that another default shows as a change.
@@ -220,9 +224,7 @@ def _sha256(path: Path) -> str:
 # Comparing
 
 
-def check_fingerprint(
-    saved: Mapping[str, Any], current: Mapping[str, Any], *, allow_change: bool
-) -> list[str]:
+def check_fingerprint(saved: JsonTable, current: JsonTable, *, allow_change: bool) -> list[str]:
     """Compare what a checkpoint was made with and what would continue it.
 
     Returns:
@@ -250,7 +252,7 @@ def check_fingerprint(
     return lines
 
 
-def changes(saved: Mapping[str, Any], current: Mapping[str, Any], form: str = _FORM) -> list[str]:
+def changes(saved: JsonTable, current: JsonTable, form: str = _FORM) -> list[str]:
     """One line for each difference; of files, the names of those that were changed."""
     before = {name: value for name, value in saved.items() if name != CONTENTS}
     now = {name: value for name, value in current.items() if name != CONTENTS}
@@ -268,7 +270,7 @@ def changes(saved: Mapping[str, Any], current: Mapping[str, Any], form: str = _F
     return _changed_values(_flatten(before), _flatten(now), form) + files
 
 
-def _without_places(fingerprint: dict[str, Any]) -> dict[str, Any]:
+def _without_places(fingerprint: Fingerprint) -> Fingerprint:
     """Earlier versions recorded where files lie; teachers keep their kind."""
     config = json.loads(json.dumps(fingerprint.get("config", {})))
     for section, names in PLACES.items():
@@ -283,7 +285,7 @@ def _without_places(fingerprint: dict[str, Any]) -> dict[str, Any]:
     return fingerprint | {"config": config}
 
 
-def _changed_values(before: Mapping[str, Any], now: Mapping[str, Any], form: str) -> list[str]:
+def _changed_values(before: JsonTable, now: JsonTable, form: str) -> list[str]:
     return [
         f"{name}: {form.format(_shown(before, name), _shown(now, name))}"
         for name in sorted(before.keys() | now.keys())
@@ -291,8 +293,8 @@ def _changed_values(before: Mapping[str, Any], now: Mapping[str, Any], form: str
     ]
 
 
-def _changed_files(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
-    before, now = saved[CONTENTS], current[CONTENTS]
+def _changed_files(saved: JsonTable, current: JsonTable) -> list[str]:
+    before, now = _files(saved), _files(current)
     roles = sorted(before.keys() | now.keys())
     if saved.get("data") == current.get("data"):  # the same shards, whatever their names
         roles = [role for role in roles if role not in _SHARDS]
@@ -301,6 +303,11 @@ def _changed_files(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list
         for role in roles
         if (names := list(_changed_names(before.get(role, {}), now.get(role, {}))))
     ]
+
+
+def _files(fingerprint: JsonTable) -> Mapping[str, Mapping[str, str]]:
+    """Role -> file name -> digest."""
+    return cast("Mapping[str, Mapping[str, str]]", fingerprint[CONTENTS])
 
 
 def _changed_names(before: Mapping[str, str], now: Mapping[str, str]) -> Iterable[str]:
@@ -316,8 +323,8 @@ def _changed_names(before: Mapping[str, str], now: Mapping[str, str]) -> Iterabl
             yield f"{name} changed"
 
 
-def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def _flatten(tree: JsonTable, prefix: str = "") -> Fingerprint:
+    flat: Fingerprint = {}
     for name, value in tree.items():
         if isinstance(value, Mapping):
             flat |= _flatten(value, f"{prefix}{name}.")
@@ -326,5 +333,5 @@ def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _shown(values: Mapping[str, Any], name: str) -> str:
+def _shown(values: JsonTable, name: str) -> str:
     return json.dumps(values[name]) if name in values else "absent"

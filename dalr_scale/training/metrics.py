@@ -22,15 +22,17 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any, SupportsFloat, TextIO
+from typing import TYPE_CHECKING, SupportsFloat, TextIO, cast
 
 from tqdm import tqdm
 
 from dalr_scale.errors import UserError
 from dalr_scale.eval.unit import UNIT, in_percent
-from dalr_scale.run.files import write_durably
+from dalr_scale.run.files import JsonTable, JsonValue, write_durably
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from pathlib import Path
 
 NOT_TERMS = ("loss", "lr", "grad_norm")
 OF_ALL_STREAMS = ("lr", "samples_per_second", "data_share")
@@ -137,7 +139,7 @@ class RunLog:
         self._console = console if console is not None else sys.stderr
         self.meter = Meter(self._every, clock)
         self._bar: tqdm | None = None
-        self._writer: Any = None
+        self._writer: SummaryWriter | None = None
         self._file: TextIO | None = None
         self._drawn: dict[str, int] = {}
         if not self._main:
@@ -215,7 +217,7 @@ class RunLog:
         if best_step is not None:
             self._scores({"kind": "best", "step": step, "model_step": best_step}, best)
 
-    def _scores(self, fields: Mapping[str, Any], scores: Mapping[str, SupportsFloat]) -> None:
+    def _scores(self, fields: JsonTable, scores: Mapping[str, SupportsFloat]) -> None:
         if not self._main or not scores:
             return
         numbers = in_percent(scores)
@@ -292,17 +294,17 @@ class RunLog:
         ]
         return ", ".join([*losses, f"{self.meter.samples_per_second:.0f} samples/s"])
 
-    def _record(self, fields: Mapping[str, Any], numbers: Mapping[str, float]) -> None:
+    def _record(self, fields: JsonTable, numbers: Mapping[str, float]) -> None:
         finite = {name: v if math.isfinite(v) else None for name, v in numbers.items()}
         if self._file is not None:
             self._file.write(json.dumps({**fields, **finite}, allow_nan=False) + "\n")
         self._draw(fields, numbers)
 
-    def _draw(self, fields: Mapping[str, Any], numbers: Mapping[str, float]) -> None:
+    def _draw(self, fields: JsonTable, numbers: Mapping[str, float]) -> None:
         """Adds a record to TensorBoard; a point that is there already is not drawn again."""
         if self._writer is None:
             return
-        step = fields["step"]
+        step = cast("int", fields["step"])
         for name, value in numbers.items():
             tag = _tag(fields, name)
             if self._drawn.get(tag) != step:
@@ -310,7 +312,7 @@ class RunLog:
                 self._drawn[tag] = step
 
 
-def _tag(fields: Mapping[str, Any], name: str) -> str:
+def _tag(fields: JsonTable, name: str) -> str:
     """The curve of a value: train/STREAM/NAME, train/NAME, scores/NAME or best/NAME."""
     kind = fields["kind"]
     if kind == "train" and "stream" in fields and name not in OF_ALL_STREAMS:
@@ -318,7 +320,7 @@ def _tag(fields: Mapping[str, Any], name: str) -> str:
     return f"{'scores' if kind == 'final' else kind}/{name}"
 
 
-def _records_at(path: Path, step: int) -> list[dict[str, Any]]:
+def _records_at(path: Path, step: int) -> list[dict[str, JsonValue]]:
     """The records of one step."""
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     return [record for record in map(json.loads, lines) if record["step"] == step]

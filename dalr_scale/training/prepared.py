@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dalr_scale.engines.build import build_engine
+from dalr_scale.engines.ds_config import DeepSpeedSettings
 from dalr_scale.engines.precision import resolve_precision
 from dalr_scale.engines.protocol import Engine
 from dalr_scale.eval.suite import EvaluationSuite
 from dalr_scale.training import report
 from dalr_scale.training.build import ModelParts, Streams, prepare_data
-from dalr_scale.training.fingerprint import run_fingerprint
+from dalr_scale.training.fingerprint import Fingerprint, run_fingerprint
 from dalr_scale.training.optim import build_optimizer
 from dalr_scale.training.preflight import (
     assemble,
@@ -34,8 +35,8 @@ class Prepared:
     parts: ModelParts
     suite: EvaluationSuite
     engine: Engine
-    ds_config: dict[str, Any] | None
-    fingerprint: dict[str, Any]
+    ds_config: DeepSpeedSettings | None
+    fingerprint: Fingerprint
 
 
 def prepare(config: Config, world: World) -> Prepared:
@@ -66,7 +67,7 @@ def prepare(config: Config, world: World) -> Prepared:
 
 def fingerprint_of(
     config: Config, world: World, streams: Streams, held_out: Source | None
-) -> dict[str, Any]:
+) -> Fingerprint:
     """What must not change in this run, so that a resume can compare it."""
     shards = streams.contents | ({"eval.retrieval": held_out.contents} if held_out else {})
     return run_fingerprint(

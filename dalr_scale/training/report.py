@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dalr_scale.engines.precision import resolve_precision
 from dalr_scale.estimate.predict import column_traffic, parameter_traffic, plan_memory
@@ -14,11 +13,15 @@ from dalr_scale.training.fingerprint import package_versions
 from dalr_scale.training.metrics import format_table, print_table
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import torch
 
     from dalr_scale.config import Config
     from dalr_scale.models.dalr import DalrModel
+    from dalr_scale.run.files import JsonTable
     from dalr_scale.training.build import Streams
+    from dalr_scale.training.trainer import Trainer
 
 MIB = 2**20
 
@@ -91,7 +94,7 @@ def needs(
 
 
 def write_result(
-    config: Config, before: dict[str, Any], after: dict[str, float], trainer: Any, seconds: float
+    config: Config, before: JsonTable, after: dict[str, float], trainer: Trainer, seconds: float
 ) -> None:
     """RUN/result.json: scores x 100 before and after, and where they come from.
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import os
-from typing import Any
+from typing import TYPE_CHECKING
 
 from dalr_scale.config import Config, load_config
 from dalr_scale.distributed.world import World
@@ -15,9 +14,12 @@ from dalr_scale.run.lock import lock_run_directory
 from dalr_scale.run.status import read_status
 from dalr_scale.training import report
 from dalr_scale.training.build import build_streams, open_held_out
-from dalr_scale.training.fingerprint import changes, settings_of
+from dalr_scale.training.fingerprint import Fingerprint, changes, settings_of
 from dalr_scale.training.metrics import logging_to
 from dalr_scale.training.prepared import fingerprint_of
+
+if TYPE_CHECKING:
+    import contextlib
 
 log = logging.getLogger(__name__)
 
@@ -27,7 +29,7 @@ def is_finished(config: Config, world: World) -> bool:
     status = world.broadcast_object(read_status(config.run_dir) if world.rank == 0 else None)
     if not status or status.get("outcome") != "finished":
         return False
-    now: dict[str, Any] | None = None
+    now: Fingerprint | None = None
     if world.rank == 0:
         try:
             streams, alone = build_streams(config), World(0, 1, world.device)
@@ -44,7 +46,7 @@ def is_finished(config: Config, world: World) -> bool:
     return True
 
 
-def refuse_other_run_on_all(config: Config, world: World, now: dict[str, Any] | None) -> None:
+def refuse_other_run_on_all(config: Config, world: World, now: Fingerprint | None) -> None:
     """A run directory is not handed to another run; rank 0 looks, as it alone writes there."""
     refusal = None
     if world.rank == 0 and (config.run_dir / "config.toml").exists():
@@ -56,7 +58,7 @@ def refuse_other_run_on_all(config: Config, world: World, now: dict[str, Any] | 
         raise UserError(refusal)
 
 
-def refuse_other_run(config: Config, now: dict[str, Any] | None) -> None:
+def refuse_other_run(config: Config, now: Fingerprint | None) -> None:
     """Compares the run in the directory with this one, `now` (None: its settings only).
 
     Versions may differ: nothing that they computed is continued.

@@ -9,15 +9,14 @@ import os
 import sys
 import time
 import traceback
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dalr_scale.distributed.world import World, leave_world, start_world
 from dalr_scale.errors import UserError
 from dalr_scale.eval.suite import DirectoryEngine, EvaluationSuite
 from dalr_scale.eval.unit import UNIT, in_percent, read_scores
 from dalr_scale.run.failure import record_failure
-from dalr_scale.run.files import write_durably
+from dalr_scale.run.files import JsonTable, write_durably
 from dalr_scale.run.lock import lock_run_directory
 from dalr_scale.run.status import read_status, start_status, write_status
 from dalr_scale.training import report
@@ -34,6 +33,8 @@ from dalr_scale.training.stopping import StopFlag, StopReason
 from dalr_scale.training.trainer import Trainer, write_outcome, write_run_files
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from dalr_scale.config import Config
     from dalr_scale.engines.protocol import Engine
 
@@ -164,7 +165,7 @@ def _fit(trainer: Trainer, stop: StopFlag, run_log: RunLog, world: World) -> Sto
 def _score_before(
     config: Config, world: World, suite: EvaluationSuite, engine: Engine, trainer: Trainer,
     run_log: RunLog,
-) -> dict[str, Any]:  # fmt: skip
+) -> JsonTable:  # fmt: skip
     """Scores x 100 of the untrained encoder and of word overlap.
 
     RUN/before.json keeps them for a resume.

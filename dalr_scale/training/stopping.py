@@ -13,16 +13,19 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from types import FrameType, TracebackType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from dalr_scale.run.status import job_identity
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from dalr_scale.run.ranks import Ranks
 
 logger = logging.getLogger(__name__)
+
+_Handler: TypeAlias = Callable[[int, FrameType | None], object] | int | None
 
 # torchrun forwards only the signals it is told to; any of these may arrive, so all are handled.
 STOP_SIGNALS = (
@@ -85,7 +88,7 @@ class StopFlag:
         self._deadline = clock() + limit_seconds if limit_seconds else None
         self._caught = 0
         self._agreed: StopReason | None = None
-        self._former: dict[signal.Signals, Any] = {}
+        self._former: dict[signal.Signals, _Handler] = {}
 
     def install(self) -> None:
         """Take over the signals; main thread only."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from dalr_scale.data.stream.batch import Batch
@@ -11,6 +10,8 @@ from dalr_scale.models.dalr import DalrModel, teacher_columns
 from dalr_scale.training.watch import signs
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torch import Tensor
 
     from dalr_scale.models.row_dropout import RowKeys

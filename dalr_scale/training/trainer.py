@@ -8,8 +8,6 @@ import json
 import logging
 import math
 import time
-from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dalr_scale.config.text import to_toml
@@ -33,7 +31,7 @@ from dalr_scale.run.files import write_durably
 from dalr_scale.run.state import RunState, StreamState
 from dalr_scale.run.status import write_status
 from dalr_scale.training.agreement import Agreement, StepVote
-from dalr_scale.training.fingerprint import check_fingerprint
+from dalr_scale.training.fingerprint import Fingerprint, check_fingerprint
 from dalr_scale.training.optim import learning_rate
 from dalr_scale.training.stopping import StopFlag, StopReason, Watchdog
 from dalr_scale.training.task import DalrTask
@@ -41,11 +39,15 @@ from dalr_scale.training.upcoming import Upcoming
 from dalr_scale.training.watch import SIGNS, Watch
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
     import torch
 
     from dalr_scale.config import Config
     from dalr_scale.data.stream.batch import Batch
     from dalr_scale.distributed.world import World
+    from dalr_scale.engines.ds_config import DeepSpeedSettings
     from dalr_scale.engines.protocol import Engine, StepResult
     from dalr_scale.eval.suite import EvaluationSuite
     from dalr_scale.training.build import ModelParts, Streams
@@ -67,7 +69,7 @@ class Trainer:
         parts: ModelParts,
         engine: Engine,
         suite: EvaluationSuite,
-        fingerprint: dict[str, Any],
+        fingerprint: Fingerprint,
     ) -> None:
         self.config, self.world, self.fingerprint = config, world, fingerprint
         self.streams, self.parts, self.engine, self.suite = streams, parts, engine, suite
@@ -391,7 +393,7 @@ class Trainer:
 
 
 def write_run_files(
-    config: Config, ds_config: dict[str, Any] | None, fingerprint: dict[str, Any]
+    config: Config, ds_config: DeepSpeedSettings | None, fingerprint: Fingerprint
 ) -> None:
     """The resolved configuration and the fingerprint, next to everything that was made with them.
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import math
 from collections import deque
-from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -19,6 +18,8 @@ from dalr_scale.errors import TrainingError
 from dalr_scale.models.row_dropout import RowDropout
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     from dalr_scale.data.stream.order import Kind
 
 log = logging.getLogger(__name__)

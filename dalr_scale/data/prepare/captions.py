@@ -5,15 +5,16 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dalr_scale.data.shards.files import IMAGE_EXTENSIONS
 from dalr_scale.errors import UserError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+    from pathlib import Path
+
     from dalr_scale.data.prepare.report import Report
 
 IMAGE_COLUMNS = ("image", "image_name", "file_name", "filename", "file", "filepath")

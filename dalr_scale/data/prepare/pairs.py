@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from tqdm import tqdm
 
@@ -26,6 +25,9 @@ from dalr_scale.data.shards.index_file import MEMBER_LIMIT
 from dalr_scale.data.shards.indexing import ensure_index
 from dalr_scale.data.shards.writer import ShardSetWriter
 from dalr_scale.errors import UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 _SUFFIXES = tuple(f".{extension}" for extension in IMAGE_EXTENSIONS)
 _CHUNK = 256  # images in memory at a time

@@ -6,10 +6,8 @@ import gzip
 import io
 import json
 import lzma
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import IO, TYPE_CHECKING, cast
 
 import zstandard
@@ -23,6 +21,9 @@ from dalr_scale.data.shards.writer import write_text_shards
 from dalr_scale.errors import UserError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from pathlib import Path
+
     from typing_extensions import Buffer
 
 TEXT_SUFFIXES = (".txt", ".jsonl")

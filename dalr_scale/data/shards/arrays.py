@@ -11,16 +11,18 @@ from __future__ import annotations
 import math
 import os
 import zlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from dalr_scale.data.shards.files import open_regular, read_exactly
 from dalr_scale.errors import UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
 
 _CALL = 1 << 15  # bytes read in the time of one more system call, about 4 us
 _BLOCK = 1 << 24  # bytes of one read, at most

@@ -5,9 +5,8 @@ from __future__ import annotations
 import glob
 import os
 import zlib
-from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dalr_scale.data.shards.features_store import feature_names, open_features
 from dalr_scale.data.shards.files import TOKENS_SUFFIX, open_regular, read_exactly
@@ -26,6 +25,10 @@ from dalr_scale.data.shards.token_id_store import (
     verify_token_ids,
 )
 from dalr_scale.errors import UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
 
 
 def check_shard(shard: Path) -> list[str]:

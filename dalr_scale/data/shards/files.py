@@ -14,11 +14,13 @@ import os
 import re
 import stat
 from collections import Counter
-from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from dalr_scale.errors import UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
 
 BLOCK = 512
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")

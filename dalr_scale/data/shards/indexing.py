@@ -6,10 +6,9 @@ import hashlib
 import logging
 import os
 import zlib
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import groupby
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -39,6 +38,10 @@ from dalr_scale.data.shards.index_file import (
 )
 from dalr_scale.errors import UserError
 from dalr_scale.run.files import process_name
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
 
 log = logging.getLogger(__name__)
 

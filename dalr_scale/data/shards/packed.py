@@ -12,9 +12,8 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -23,6 +22,10 @@ from dalr_scale.data.shards.files import BLOCK, Member, open_regular, read_exact
 from dalr_scale.data.shards.writer import open_tar_writer
 from dalr_scale.errors import UserError
 from dalr_scale.run.files import process_name
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
 
 CRC = np.dtype("<u4")
 OFFSET = np.dtype("<i8")

@@ -12,11 +12,10 @@ import json
 import logging
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import Protocol, cast
+from typing import TYPE_CHECKING, Protocol, cast
 from urllib.parse import urlsplit
 
 from tqdm import tqdm
@@ -26,6 +25,9 @@ from dalr_scale.data.shards.files import expand_braces
 from dalr_scale.data.shards.index_file import read_header
 from dalr_scale.errors import UserError
 from dalr_scale.run.files import process_name, write_durably
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
 SCHEMES = ("https", "http", "s3", "gs", "hf", "memory")
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")

@@ -13,7 +13,6 @@ Ids are stored without special tokens and before any truncation, so that one set
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypeGuard, cast
@@ -33,6 +32,8 @@ from dalr_scale.data.shards.packed import (
 from dalr_scale.errors import UserError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from transformers import PreTrainedTokenizerBase
 
     from dalr_scale.data.shards.index_file import IndexHeader

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Mapping
-from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from dalr_scale.data.shards.files import COMPANION_SUFFIXES, SHARD_EXTENSIONS
@@ -18,6 +15,10 @@ _STATE = "progress.json"
 _LAYOUT = 2  # raise it when the same input would give other bytes or other counts
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+    from pathlib import Path
+    from types import TracebackType
+
     from webdataset.writer import TarWriter
 
 

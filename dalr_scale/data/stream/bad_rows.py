@@ -6,13 +6,14 @@ Every rank counts the bad rows of all ranks, so that all ranks stop at the same 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from dalr_scale.data.stream.batch import BadRow
 from dalr_scale.errors import UserError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
     from dalr_scale.run.ranks import Ranks
 
 _SHOWN = 10

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -16,6 +15,8 @@ from dalr_scale.data.stream.records import TOKENS
 from dalr_scale.errors import UserError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     from dalr_scale.data.shards.index_file import IndexFile
 
 _OPENED_AT_START = 128  # shards whose feature sets are checked in full before the first batch

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,6 +12,8 @@ from dalr_scale.data.shards.files import read_exactly
 from dalr_scale.errors import UserError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
     from dalr_scale.data.shards.features_store import FeatureTable
     from dalr_scale.data.shards.index_file import IndexRows
     from dalr_scale.data.shards.token_id_store import TokenIdTable

@@ -8,15 +8,17 @@ global batches at any number of ranks and workers.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from dalr_scale.errors import UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 ORDER_VERSION = 1  # raise it whenever the same seed would give another order
 

@@ -6,8 +6,10 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Generator, Iterator
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    from collections.abc import Generator, Iterator
 
 _T = TypeVar("_T")
 _WARN_AFTER = 10.0  # seconds of waiting for a batch before a warning

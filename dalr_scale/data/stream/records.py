@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from dalr_scale.data.shards.arrays import RaggedRows, places
 from dalr_scale.data.shards.token_id_store import NO_SPECIAL_TOKENS, SpecialTokens, pad_ids
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
 
 TOKENS = "tokens"  # the role whose features are one vector per token
 

@@ -6,8 +6,6 @@ import logging
 import resource
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
@@ -28,6 +26,9 @@ from dalr_scale.data.stream.records import TOKENS, Records
 from dalr_scale.errors import UserError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from pathlib import Path
+
     from dalr_scale.data.stream.order import Kind
 
 _OPEN_FILES = 20_000  # of one process

@@ -219,7 +219,7 @@ def wires(config: Config, *, paired: bool = True) -> dict[str, tuple[int, int]]:
 def test_columns_are_those_of_the_objective(tiny_data: Path) -> None:
     found = wires(tiny_config(tiny_data))
     assert found["z2"] == (4 * 16, 4 * 16)
-    assert found["pictures"] == (2 * 20, 0)  # float16, as stored; nothing comes back
+    assert found["images"] == (2 * 20, 0)  # float16, as stored; nothing comes back
     assert found["text teachers"] == (2 * 12, 0)
     assert found["u"] == (4 * 8, 4 * 8)
     assert found["z1 for token teachers"] == (4 * 12 + 4, 4 * 14)  # no token travels
