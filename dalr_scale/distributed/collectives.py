@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from datetime import timedelta
 
 _group: Any = None
-_alone = False
+_single_rank = False
 
 
 def open_column_group(timeout: timedelta) -> None:
@@ -52,18 +52,18 @@ def column_group() -> dist.ProcessGroup | None:
 
 def several_ranks() -> bool:
     """Whether there is anybody to gather from."""
-    return not _alone and dist.is_initialized() and dist.get_world_size() > 1
+    return not _single_rank and dist.is_initialized() and dist.get_world_size() > 1
 
 
 @contextmanager
-def one_rank_alone() -> Iterator[None]:
+def single_rank() -> Iterator[None]:
     """Inside, this rank is a world of one: for trials that the others do not take part in."""
-    global _alone
-    _alone = True
+    global _single_rank
+    _single_rank = True
     try:
         yield
     finally:
-        _alone = False
+        _single_rank = False
 
 
 @dataclass(frozen=True)

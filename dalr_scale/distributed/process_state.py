@@ -25,7 +25,7 @@ _PREFIXES = ("ACCELERATE_", "FSDP_", "MEGATRON_LM_", "PARALLELISM_CONFIG_")
 _HARMLESS = ("ACCELERATE_LOG_LEVEL", "ACCELERATE_DEBUG_MODE", "ACCELERATE_CPU_AFFINITY")
 # what a launcher sets by default; DeepSpeed itself is what such a launch is for
 _NEUTRAL = ("", "no", "none", "false", "0", "1")
-_ASK_FOR_SOMETHING = (
+_ENABLING = (
     "ACCELERATE_DYNAMO_BACKEND",
     "ACCELERATE_MIXED_PRECISION",
     "ACCELERATE_GRADIENT_ACCUMULATION_STEPS",
@@ -54,15 +54,15 @@ class Environment:
         """Removes the launcher's settings: a run does what its own configuration says."""
         for name in [name for name in self._before if name.startswith(_PREFIXES)]:
             del os.environ[name]
-        asked = [
+        requested = [
             f"{name}={value}"
             for name, value in self._before.items()
-            if name in _ASK_FOR_SOMETHING and value.lower() not in _NEUTRAL
+            if name in _ENABLING and value.lower() not in _NEUTRAL
         ]
-        if asked and warn:
+        if requested and warn:
             log.warning(
                 "ignored from the launcher's configuration: %s; set [engine] and [optim] instead",
-                ", ".join(asked),
+                ", ".join(requested),
             )
 
     def restore(self) -> None:
@@ -79,7 +79,7 @@ def _own(variables: Mapping[str, str]) -> dict[str, str]:
     }
 
 
-def forget_engines() -> None:
+def reset_engine_state() -> None:
     """Makes Accelerate, DeepSpeed and transformers start afresh; imports none of them."""
     torch.nn.functional.linear = _LINEAR
     if accelerate := sys.modules.get("accelerate.state"):

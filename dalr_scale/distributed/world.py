@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
 from dalr_scale.distributed.collectives import open_column_group
-from dalr_scale.distributed.process_state import Environment, forget_engines
+from dalr_scale.distributed.process_state import Environment, reset_engine_state
 from dalr_scale.errors import UserError
 
 T = TypeVar("T")
@@ -94,7 +94,7 @@ def start_world(timeout_minutes: float, threads: int = 0) -> World:
     defaults = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
-    alone = "MASTER_PORT" not in os.environ and os.environ["WORLD_SIZE"] == "1"
+    single_process = "MASTER_PORT" not in os.environ and os.environ["WORLD_SIZE"] == "1"
     if "MASTER_PORT" not in os.environ:
         os.environ["MASTER_PORT"] = str(_free_port())
     device = _local_device()
@@ -104,7 +104,9 @@ def start_world(timeout_minutes: float, threads: int = 0) -> World:
     if not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
         timeout = timedelta(minutes=timeout_minutes)
-        dist.init_process_group(backend, timeout=timeout, **_meeting(alone, timeout))
+        dist.init_process_group(
+            backend, timeout=timeout, **_rendezvous_arguments(single_process, timeout)
+        )
         open_column_group(timeout)
     return World(dist.get_rank(), dist.get_world_size(), device)
 
@@ -113,7 +115,7 @@ _stores: dict[tuple[str | None, ...], Any] = {}
 _worlds = itertools.count(1)
 
 
-def _meeting(alone: bool, timeout: timedelta) -> dict[str, Any]:
+def _rendezvous_arguments(single_process: bool, timeout: timedelta) -> dict[str, Any]:
     """Where the ranks of this process group find each other.
 
     A single process listens nowhere: a port that was free a moment ago may be taken by now. Several
@@ -121,9 +123,9 @@ def _meeting(alone: bool, timeout: timedelta) -> dict[str, Any]:
     a name of its own: a later group would read the addresses that an earlier one left there, and
     wait for them forever.
     """
-    if alone:
-        nobody = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
-        return {"store": nobody, "rank": 0, "world_size": 1}
+    if single_process:
+        in_memory = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+        return {"store": in_memory, "rank": 0, "world_size": 1}
     place = tuple(map(os.environ.get, ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE")))
     if place not in _stores:
         _stores[place] = next(rendezvous("env://", timeout=timeout))
@@ -138,7 +140,7 @@ def leave_world() -> None:
     global _environment
     if dist.is_initialized():
         dist.destroy_process_group()
-    forget_engines()
+    reset_engine_state()
     if _environment is not None:
         _environment.restore()
         _environment = None
@@ -173,16 +175,16 @@ def refuse_single_process(module: str) -> None:
     """
     if "WORLD_SIZE" in os.environ or torch.cuda.is_available():
         return
-    asked = _processes_asked_of_parent()
-    if asked > 1:
+    requested = _processes_requested_of_parent()
+    if requested > 1:
         raise UserError(
-            f"accelerate was asked for {asked} processes but started one, as it does on a CPU "
+            f"accelerate was asked for {requested} processes but started one, as it does on a CPU "
             f"host without --use_deepspeed; run: accelerate launch --use_deepspeed "
-            f"--num_processes {asked} -m {module} ..."
+            f"--num_processes {requested} -m {module} ..."
         )
 
 
-def _processes_asked_of_parent() -> int:
+def _processes_requested_of_parent() -> int:
     try:
         line = Path(f"/proc/{os.getppid()}/cmdline").read_bytes()
     except OSError:

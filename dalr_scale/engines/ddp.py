@@ -56,7 +56,7 @@ class DDPEngine:
         self.clip = clip
         self.bf16 = precision == "bf16"
         self.steps: int | None = 0
-        self._untouched: list[str] = []
+        self._unused: list[str] = []
         if world.size > 1:
             for parameter in model.parameters():
                 dist.broadcast(parameter.data, src=0)
@@ -84,11 +84,11 @@ class DDPEngine:
         del chunks  # gradients have the weights' precision, which is float32 or better
         self.optimizer.zero_grad(set_to_none=True)
         yield
-        self._untouched = zero_missing_gradients(self.module, self.optimizer)
+        self._unused = zero_missing_gradients(self.module, self.optimizer)
         self._average()
 
-    def untouched(self) -> dict[str, float]:
-        return largest_gradients(self.module, self._untouched, lambda parameter: parameter.grad)
+    def unused_gradients(self) -> dict[str, float]:
+        return largest_gradients(self.module, self._unused, lambda parameter: parameter.grad)
 
     def _average(self) -> None:
         parameters = [p for g in self.optimizer.param_groups for p in g["params"]]
@@ -113,19 +113,19 @@ class DDPEngine:
         self.steps = None if self.steps is None else self.steps + 1
         return StepResult(norm, applied)
 
-    def save(self, folder: Path) -> None:
+    def save(self, directory: Path) -> None:
         if self.world.rank == 0:
-            folder.mkdir(parents=True, exist_ok=True)
+            directory.mkdir(parents=True, exist_ok=True)
             state = {
                 "model": self.module.state_dict(),
                 "optimizer": state_by_name(self.optimizer, self.module),
                 "steps": self.steps,
             }
-            torch.save(state, folder / "engine.pt")
+            torch.save(state, directory / "engine.pt")
 
-    def load(self, folder: Path, saved_ranks: int) -> None:
+    def load(self, directory: Path, saved_ranks: int) -> None:
         del saved_ranks  # every rank holds everything
-        path = folder / "engine.pt"
+        path = directory / "engine.pt"
         state = torch.load(path, map_location=self.world.device, weights_only=True)
         saved, own = state["model"], self.module.state_dict()
         require_same_parameters(

@@ -79,7 +79,7 @@ class DeepSpeedEngine:
         self.gathers_weights = filled["zero_optimization"]["stage"] == 3
         self.world = world
         self._sums: FP32GradAccumulator | None = None
-        self._untouched: list[str] = []
+        self._unused: list[str] = []
 
     @property
     def steps(self) -> int | None:
@@ -112,12 +112,12 @@ class DeepSpeedEngine:
             if self._sums is not None:
                 self._sums.write_back()
                 self._sums = None
-            self._untouched = zero_missing_gradients(self.module, self.engine.optimizer)
+            self._unused = zero_missing_gradients(self.module, self.engine.optimizer)
 
-    def untouched(self) -> dict[str, float]:
+    def unused_gradients(self) -> dict[str, float]:
         from deepspeed.utils import safe_get_full_grad
 
-        return largest_gradients(self.module, self._untouched, safe_get_full_grad)
+        return largest_gradients(self.module, self._unused, safe_get_full_grad)
 
     def backward(self, loss: Tensor) -> None:
         self.engine.backward(loss)
@@ -130,12 +130,12 @@ class DeepSpeedEngine:
         norm = self.engine.get_global_grad_norm()
         return StepResult(float(norm if norm is not None else 0.0), self.engine.was_step_applied())
 
-    def save(self, folder: Path) -> None:
+    def save(self, directory: Path) -> None:
         """Engine state of all ranks; called by all ranks."""
-        self.engine.save_checkpoint(str(folder), tag="engine")
+        self.engine.save_checkpoint(str(directory), tag="engine")
 
-    def load(self, folder: Path, saved_ranks: int) -> None:
-        """Restores all ranks' state from `folder` without running anything stored in it.
+    def load(self, directory: Path, saved_ranks: int) -> None:
+        """Restores all ranks' state from `directory` without running anything stored in it.
 
         Group hyperparameters and the clipping norm stay those of the configuration.
 
@@ -146,13 +146,13 @@ class DeepSpeedEngine:
         allow_deepspeed_globals()
         optimizer, rank, size = self.engine.optimizer, self.world.rank, self.world.size
         wanted, clip = hyperparameters(optimizer), optimizer.clip_grad
-        if has_own_groups(self.engine, folder / "engine") and saved_ranks == size:
-            path, _ = self.engine.load_checkpoint(str(folder), tag="engine")
+        if has_own_groups(self.engine, directory / "engine") and saved_ranks == size:
+            path, _ = self.engine.load_checkpoint(str(directory), tag="engine")
             if path is None:
-                raise UserError(f"{folder} holds no engine state; choose another checkpoint")
+                raise UserError(f"{directory} holds no engine state; choose another checkpoint")
         else:
             self._refuse_other_layout(saved_ranks)
-            load_resharded(self.engine, folder / "engine", saved_ranks, rank, size)
+            load_resharded(self.engine, directory / "engine", saved_ranks, rank, size)
         set_hyperparameters(optimizer, wanted)
         optimizer.clip_grad = clip
 

@@ -202,9 +202,9 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def write_templates(folder: Path) -> None:
+def write_templates(directory: Path) -> None:
     """Writes ``ds_configs/*.json`` (a test compares the committed files with these)."""
     variants = {"zero1": {}, "zero2": {}, "zero3": {}, "zero2_offload": {"offload_optimizer": True}}
     for name, options in variants.items():
         text = json.dumps(stage_template(name.split("_")[0], **options), indent=2)
-        (folder / f"{name}.json").write_text(text + "\n", encoding="utf-8")
+        (directory / f"{name}.json").write_text(text + "\n", encoding="utf-8")

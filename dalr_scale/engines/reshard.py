@@ -114,7 +114,7 @@ class Span:
 
 
 def load_resharded(
-    engine: ZeroEngine, folder: Path, saved_ranks: int, rank: int, ranks: int
+    engine: ZeroEngine, directory: Path, saved_ranks: int, rank: int, ranks: int
 ) -> None:
     """Fills a fresh engine from a checkpoint, parameter by parameter; all ranks call it.
 
@@ -130,12 +130,12 @@ def load_resharded(
         UserError: if an element of this rank is not in the checkpoint.
     """
     whole = engine.zero_optimization_stage() == 3
-    model = _model_states(folder, whole)
-    keys, others = _state_names(_shard(folder, 0, whole))
+    model = _model_states(directory, whole)
+    keys, others = _state_names(_shard(directory, 0, whole))
     shard, own = _empty_shard(engine, whole, keys, others, rank, ranks)
     seen: dict[str, int] = {}
     for saved_rank in range(saved_ranks):
-        saved = _shard(folder, saved_rank, whole)
+        saved = _shard(directory, saved_rank, whole)
         if whole:
             cuts = (_cuts_by_parameter(s, saved_rank, saved_ranks) for s in model["param_shapes"])
         else:
@@ -143,22 +143,22 @@ def load_resharded(
         for span in _spans(cuts, _rows(saved, keys)):
             if span.name in own:
                 own[span.name].take(span)
-    _require_complete(own, folder)
+    _require_complete(own, directory)
     engine.optimizer.load_state_dict([shard] * ranks, load_from_fp32_weights=True)
     _load_module(engine.module, model["module"], buffers_only=whole)
     for counter in COUNTERS:
         setattr(engine, counter, model[counter])
 
 
-def has_own_groups(engine: ZeroEngine, folder: Path) -> bool:
+def has_own_groups(engine: ZeroEngine, directory: Path) -> bool:
     """Whether a checkpoint has the engine's parameters in the engine's groups.
 
     Raises:
         UserError: it has other parameters.
     """
-    saved = _model_states(folder, engine.zero_optimization_stage() == 3)["param_shapes"]
+    saved = _model_states(directory, engine.zero_optimization_stage() == 3)["param_shapes"]
     own = _own_shapes(engine)
-    require_same_parameters(_joined(saved), _joined(own), folder)
+    require_same_parameters(_joined(saved), _joined(own), directory)
     return [list(group) for group in saved] == [list(group) for group in own]
 
 
@@ -180,18 +180,20 @@ class _ModelStates(TypedDict):
     skipped_steps: int
 
 
-def _model_states(folder: Path, whole: bool) -> _ModelStates:
+def _model_states(directory: Path, whole: bool) -> _ModelStates:
     name = "zero_pp_rank_0_mp_rank_00" if whole else "mp_rank_00"
-    path = folder / f"{name}_model_states.pt"
+    path = directory / f"{name}_model_states.pt"
     if not path.exists():
         raise UserError(f"{path} is missing; choose another checkpoint")
     states: _ModelStates = _read(path)
     return states
 
 
-def _shard(folder: Path, rank: int, whole: bool) -> SavedShard:
+def _shard(directory: Path, rank: int, whole: bool) -> SavedShard:
     name = f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
-    path = next((p for p in (folder / name, folder / f"bf16_{name}") if p.exists()), folder / name)
+    path = next(
+        (p for p in (directory / name, directory / f"bf16_{name}") if p.exists()), directory / name
+    )
     plain = _read(path)["optimizer_state_dict"]
     return SavedShard(
         masters=plain[_MASTERS[whole]],
@@ -277,11 +279,11 @@ def _cuts_by_parameter(shapes: Mapping[str, torch.Size], rank: int, ranks: int) 
         offset += part
 
 
-def _require_complete(own: Mapping[str, Span], folder: Path) -> None:
+def _require_complete(own: Mapping[str, Span], directory: Path) -> None:
     gaps = [name for name, span in own.items() if span.filled != span.length]
     if gaps:
         raise UserError(
-            f"{folder} lacks elements of {', '.join(gaps[:3])}: it is of another model, or of "
+            f"{directory} lacks elements of {', '.join(gaps[:3])}: it is of another model, or of "
             "another number of ranks than its manifest says; choose another checkpoint"
         )
 

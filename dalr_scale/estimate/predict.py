@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dalr_scale.data.stream.batch import Batch
-from dalr_scale.distributed.collectives import one_rank_alone
+from dalr_scale.distributed.collectives import single_rank
 from dalr_scale.engines.precision import resolve_precision
 from dalr_scale.teachers.online import STORED
 
@@ -34,7 +34,7 @@ TRIAL_WORKSPACE = 64 * 2**10
 
 
 @dataclass(frozen=True)
-class Wire:
+class Transfer:
     """What a row of the global batch costs on its way to every other rank, and back, in bytes.
 
     `width` is the length of the vector that arrives and is compared, 0 if none is.
@@ -69,7 +69,7 @@ def chunks_of(config: Config, ranks: int) -> int:
     return -(-rows // (config.batch.micro_size or rows))
 
 
-def column_wires(config: Config, model: DalrModel, *, paired: bool = True) -> list[Wire]:
+def column_transfers(config: Config, model: DalrModel, *, paired: bool = True) -> list[Transfer]:
     """Everything that crosses between ranks for a batch of one kind, by name.
 
     Student columns go out as the engine's heads return them (`number_bytes`) and their gradients
@@ -78,50 +78,50 @@ def column_wires(config: Config, model: DalrModel, *, paired: bool = True) -> li
     softmax-weighted means come back.
     """
     needs, widths = model.spec.needs, model.widths
-    student, wide = number_bytes(config), compared_bytes(config)
-    wires = [_returning(config, "z2", model.encoder.width), Wire("row numbers", 16)]
+    student, compared = number_bytes(config), compared_bytes(config)
+    transfers = [_returning(config, "z2", model.encoder.width), Transfer("row numbers", 16)]
     if needs.text and (paired or config.objective.distil_text_batches):
         pairs = zip(widths.text, config.teachers.text, strict=True)
         size = sum(width * _feature_bytes(spec) for width, spec in pairs)
-        wires.append(Wire("text teachers", size, width=sum(widths.text)))
+        transfers.append(Transfer("text teachers", size, width=sum(widths.text)))
     if not paired:
-        return wires
-    wires += _image_wires(config, model)
+        return transfers
+    transfers += _image_wires(config, model)
     for width in model.token_widths if needs.tokens else ():
         # the mean and its weight come back; the largest logit of every row is agreed on
-        out, back = student * width + wide, wide * (width + 2)
-        wires.append(Wire("z1 for token teachers", out, back, width))
-    return wires
+        out, back = student * width + compared, compared * (width + 2)
+        transfers.append(Transfer("z1 for token teachers", out, back, width))
+    return transfers
 
 
-def _image_wires(config: Config, model: DalrModel) -> list[Wire]:
+def _image_wires(config: Config, model: DalrModel) -> list[Transfer]:
     """What the cross-modal terms compare rows with."""
     needs, widths, teachers = model.spec.needs, model.widths, config.teachers
-    student, wide = number_bytes(config), compared_bytes(config)
-    wires: list[Wire] = []
+    student, compared = number_bytes(config), compared_bytes(config)
+    transfers: list[Transfer] = []
     if hasattr(model, "image_grounding"):
-        wires.append(_returning(config, "u", model.grounding_width))
+        transfers.append(_returning(config, "u", model.grounding_width))
     if hasattr(model, "caption_grounding"):
-        wires.append(_returning(config, "u of captions", model.grounding_width))
+        transfers.append(_returning(config, "u of captions", model.grounding_width))
     if needs.image_columns:
-        wires.append(_stored("images", widths.image, teachers.image))
+        transfers.append(_stored("images", widths.image, teachers.image))
     if needs.caption_columns:
-        wires.append(_stored("captions", widths.caption, teachers.caption))
+        transfers.append(_stored("captions", widths.caption, teachers.caption))
     if needs.consistency_labels:
         width = model.consistency_width
-        wires.append(Wire("aligned images", student * width, width=width))
+        transfers.append(Transfer("aligned images", student * width, width=width))
     if needs.image_rows:
-        wires.append(Wire("column statistics of L_CMA", 5 * wide, 5 * wide))
-    return wires
+        transfers.append(Transfer("column statistics of L_CMA", 5 * compared, 5 * compared))
+    return transfers
 
 
-def _returning(config: Config, name: str, width: int) -> Wire:
+def _returning(config: Config, name: str, width: int) -> Transfer:
     """A student column, whose gradient comes back."""
-    return Wire(name, number_bytes(config) * width, compared_bytes(config) * width, width)
+    return Transfer(name, number_bytes(config) * width, compared_bytes(config) * width, width)
 
 
-def _stored(name: str, width: int, spec: str) -> Wire:
-    return Wire(name, width * _feature_bytes(spec), width=width)
+def _stored(name: str, width: int, spec: str) -> Transfer:
+    return Transfer(name, width * _feature_bytes(spec), width=width)
 
 
 def _feature_bytes(spec: str) -> int:
@@ -134,9 +134,9 @@ def column_traffic(
     """Bytes that a rank sends per step for its columns, by name (ring volumes)."""
     share = (ranks - 1) / ranks
     size = config.batch.global_size
-    sent = {w.name: share * size * (w.out + w.back) for w in column_wires(config, model)}
+    sent = {w.name: share * size * (w.out + w.back) for w in column_transfers(config, model)}
     if not paired:
-        return {w.name: sent[w.name] for w in column_wires(config, model, paired=False)}
+        return {w.name: sent[w.name] for w in column_transfers(config, model, paired=False)}
     if model.spec.needs.consistency:
         widths = model.encoder.width, model.widths.image, model.consistency_width
         floats = 4 * (widths[0] + widths[2]) + 4 * (widths[1] + widths[2])
@@ -283,18 +283,20 @@ def _vector_bytes(config: Config, model: DalrModel, *, paired: bool) -> int:
 
 def _column_bytes(config: Config, model: DalrModel, paired: bool) -> int:
     """A column of another rank: as it arrived, of unit length as compared, and its gradient."""
-    number, wide = number_bytes(config), compared_bytes(config)
+    number, compared = number_bytes(config), compared_bytes(config)
     total = 0
-    for wire in column_wires(config, model, paired=paired):
-        total += wire.out + wide * wire.width + wire.back
-        total += wide * wire.width if wire.back and number < wide else 0  # widened first
+    for transfer in column_transfers(config, model, paired=paired):
+        total += transfer.out + compared * transfer.width + transfer.back
+        total += (
+            compared * transfer.width if transfer.back and number < compared else 0
+        )  # widened first
     return total
 
 
 def loss_bytes_per_row(model: DalrModel, *, paired: bool = True) -> int:
     """Live bytes per row at the peak of a loss pass on one rank, the batch itself not counted."""
     peaks = []
-    with one_rank_alone(), chunked.limited_workspace(TRIAL_WORKSPACE):
+    with single_rank(), chunked.limited_workspace(TRIAL_WORKSPACE):
         for rows in TRIAL_ROWS:
             shape = rows, model.encoder.width
             states = [torch.randn(shape, dtype=_dtype(model)).requires_grad_() for _ in range(2)]

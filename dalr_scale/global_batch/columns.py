@@ -55,7 +55,7 @@ class ColumnGather:
         """Starts to gather the rows that this rank encodes at ``order[chunk]``."""
         for name, rows in columns.items():
             self._start(name, rows, chunk.start, chunk.stop, ordered=True)
-        self._land(only_arrived=True)
+        self._land(only_completed=True)
 
     def settle(self) -> None:
         """Before collectives of another process group: lands all pieces, where NCCL needs that.
@@ -64,11 +64,11 @@ class ColumnGather:
         needs (see "safe concurrent usage" of ``torch.distributed.new_group``).
         """
         if self._pieces and self._pieces[0].values.is_cuda:
-            self._land(only_arrived=False)
+            self._land(only_completed=False)
 
     def wait(self) -> dict[str, Tensor]:
         """All columns by name, [W * b, ...], rows in the order of the global batch."""
-        self._land(only_arrived=False)
+        self._land(only_completed=False)
         return self._columns
 
     def _start(self, name: str, rows: Tensor, start: int, stop: int, *, ordered: bool) -> None:
@@ -81,9 +81,9 @@ class ColumnGather:
         assert work is not None
         self._pieces.append(_Piece(name, start, stop, ordered, values, work))
 
-    def _land(self, *, only_arrived: bool) -> None:
+    def _land(self, *, only_completed: bool) -> None:
         """Moves pieces into their columns and frees them, first come first served."""
-        while self._pieces and not (only_arrived and not self._pieces[0].work.is_completed()):
+        while self._pieces and not (only_completed and not self._pieces[0].work.is_completed()):
             piece = self._pieces.pop(0)
             piece.work.wait()
             self._place(piece)

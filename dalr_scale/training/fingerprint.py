@@ -204,11 +204,11 @@ def _digests(config: Config, place: str) -> dict[str, str]:
     if path.is_file():
         return {path.name: _sha256(path)}
     try:
-        folder = path if path.is_dir() else resolve_directory(place)
+        directory = path if path.is_dir() else resolve_directory(place)
     except UserError:
         return {place: BY_NAME}
-    files = [p for p in sorted(folder.rglob("*")) if p.suffix in _MODEL_FILES and p.is_file()]
-    names = [(p, p.relative_to(folder)) for p in files]
+    files = [p for p in sorted(directory.rglob("*")) if p.suffix in _MODEL_FILES and p.is_file()]
+    names = [(p, p.relative_to(directory)) for p in files]
     return {
         name.as_posix(): _sha256(p)
         for p, name in names

@@ -195,7 +195,7 @@ class RunLog:
             self._bar.update(step - self._bar.n)
             self._bar.set_postfix_str(self._postfix(), refresh=False)
         if step % self._every == 0 or step == self._total:
-            self.say(self.line(step))
+            self.print_line(self.line(step))
 
     def scores(self, step: int, scores: Mapping[str, SupportsFloat]) -> None:
         """Report an evaluation after `step` steps; `scores` are fractions, as they are computed."""
@@ -223,7 +223,7 @@ class RunLog:
         numbers = in_percent(scores)
         self._record(fields, numbers)
         shown = "  ".join(f"{name} {_short(value)}" for name, value in numbers.items())
-        self.say(f"step {fields['step']:>6}/{self._total}  {fields['kind']} {UNIT}  {shown}")
+        self.print_line(f"step {fields['step']:>6}/{self._total}  {fields['kind']} {UNIT}  {shown}")
 
     def line(self, step: int) -> str:
         """The console line: means over the last `every` steps."""
@@ -243,7 +243,7 @@ class RunLog:
         parts.append(f"eta {_clock_time((self._total - step) * self.meter.step_seconds)}")
         return "  ".join(parts)
 
-    def say(self, text: str) -> None:
+    def print_line(self, text: str) -> None:
         """Print a line without tearing the progress bar."""
         if not self._main:
             return

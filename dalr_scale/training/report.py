@@ -34,7 +34,7 @@ def arithmetic(config: Config, streams: Streams, model: DalrModel, world_size: i
     text, pair = plan.batches_before(streams.total_steps)
     sizes = (plan.text_items, plan.n_text), (plan.pair_items, plan.n_pair)
     dropped = [max(items - batches * batch.global_size, 0) for items, batches in sizes]
-    passes = [f"{done / max(n, 1):.2f}" for done, (_, n) in zip((text, pair), sizes, strict=True)]
+    epochs = [f"{done / max(n, 1):.2f}" for done, (_, n) in zip((text, pair), sizes, strict=True)]
     parameters = sum(p.numel() for p in model.parameters())
     table = [
         {"what": "parameters, trainable", "value": f"{parameters:,}"},
@@ -44,7 +44,7 @@ def arithmetic(config: Config, streams: Streams, model: DalrModel, world_size: i
         {"what": "text items, batches a pass", "value": f"{plan.text_items:,}, {plan.n_text:,}"},
         {"what": "pair items, batches a pass", "value": f"{plan.pair_items:,}, {plan.n_pair:,}"},
         {"what": "rows dropped a pass", "value": f"text {dropped[0]}, pairs {dropped[1]}"},
-        {"what": "passes in this run", "value": f"text {passes[0]}, pairs {passes[1]}"},
+        {"what": "passes in this run", "value": f"text {epochs[0]}, pairs {epochs[1]}"},
         {"what": "steps (text + paired)", "value": f"{streams.total_steps:,} ({text} + {pair})"},
         {
             "what": "engine, precision",

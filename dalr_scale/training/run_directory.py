@@ -83,8 +83,8 @@ def refuse_other_run(config: Config, now: Fingerprint | None) -> None:
 def starts_from_scratch(config: Config, world: World) -> bool:
     """``run.from_scratch``: whether there is an earlier run that is to be moved aside."""
     # a requeued job repeats its command line: that must not throw its own progress away
-    wished = config.run.from_scratch and not int(os.environ.get("SLURM_RESTART_COUNT") or 0)
-    return world.broadcast_object(wished and (config.run_dir / "config.toml").exists())
+    requested = config.run.from_scratch and not int(os.environ.get("SLURM_RESTART_COUNT") or 0)
+    return world.broadcast_object(requested and (config.run_dir / "config.toml").exists())
 
 
 def move_aside(config: Config, world: World, held: contextlib.ExitStack) -> None:

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from dalr_scale.engines.protocol import Engine
 
 log = logging.getLogger(__name__)
-MAX_FRUITLESS_STARTS = 3
+MAX_STARTS_WITHOUT_PROGRESS = 3
 
 
 def train(config: Config) -> int:
@@ -122,12 +122,12 @@ def _run(config: Config, world: World, prepared: Prepared, started: float) -> in
     resumed = trainer.resume()
     if not resumed and not config.run.allow_change:
         refuse_other_run_on_all(config, world, prepared.fingerprint)
-    fruitless = 0
+    starts_without_progress = 0
     if world.rank == 0:
         write_run_files(config, prepared.ds_config, prepared.fingerprint)
-        fruitless = start_status(config.run_dir, trainer.step)
+        starts_without_progress = start_status(config.run_dir, trainer.step)
         log.info("resumed at step %d" if resumed else "starting at step %d", trainer.step)
-    _give_up_on_crash_loop(fruitless, world, config.run_dir)
+    _stop_crash_loop(starts_without_progress, world, config.run_dir)
     limit = 60 * config.run.max_minutes
     with RunLog(
         config.run_dir,
@@ -200,11 +200,11 @@ def _finish(config: Config, world: World, trainer: Trainer, run_log: RunLog) -> 
     return scores | selected
 
 
-def _give_up_on_crash_loop(fruitless: int, world: World, run_dir: Path) -> None:
+def _stop_crash_loop(starts_without_progress: int, world: World, run_dir: Path) -> None:
     """Three starts that led to no new checkpoint: a fourth would not either."""
-    if world.broadcast_object(fruitless) >= MAX_FRUITLESS_STARTS:
+    if world.broadcast_object(starts_without_progress) >= MAX_STARTS_WITHOUT_PROGRESS:
         raise UserError(
-            f"{run_dir} was started {MAX_FRUITLESS_STARTS} times without reaching a new "
+            f"{run_dir} was started {MAX_STARTS_WITHOUT_PROGRESS} times without reaching a new "
             f"checkpoint; see {run_dir}/status.json and log/, then delete status.json to try again "
             "(without any checkpoint: --run.from_scratch=true)"
         )

@@ -49,8 +49,8 @@ class StopReason(enum.IntEnum):
     @property
     def outcome(self) -> Literal["preempted", "stopped"]:
         """`preempted` wants to be started again, `stopped` was a person's wish."""
-        wished = self in (StopReason.INTERRUPT, StopReason.STOP_FILE)
-        return "stopped" if wished else "preempted"
+        requested = self in (StopReason.INTERRUPT, StopReason.STOP_FILE)
+        return "stopped" if requested else "preempted"
 
     @property
     def text(self) -> str:

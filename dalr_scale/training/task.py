@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from dalr_scale.data.stream.batch import Batch
 from dalr_scale.global_batch import Chunk, Place, States, Task, Terms
 from dalr_scale.models.dalr import DalrModel, teacher_columns
-from dalr_scale.training.watch import signs
+from dalr_scale.training.watch import state_statistics
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -23,7 +23,7 @@ VIEWS = ("first", "second")
 class DalrTask(Task[Batch]):
     """The objective over batches whose frozen features are complete (``OnlineTeachers.batch``).
 
-    Among the terms of the loss is what `dalr_scale.training.watch.signs` finds in the states.
+    Among the terms of the loss is what `dalr_scale.training.watch.state_statistics` finds in the states.
 
     Args:
         needs: which features travel.
@@ -69,7 +69,7 @@ class DalrTask(Task[Batch]):
         total, terms = module.loss(
             _views(states), batch, place.step, place.first, gathered, place.global_rows
         )
-        return total, terms | signs(_views(states))
+        return total, terms | state_statistics(_views(states))
 
     def facts(self, batch: Batch) -> dict[str, str]:
         features = {f"text {k}": values for k, values in enumerate(batch.text)}

@@ -36,7 +36,7 @@ from dalr_scale.training.optim import learning_rate
 from dalr_scale.training.stopping import StopFlag, StopReason, Watchdog
 from dalr_scale.training.task import DalrTask
 from dalr_scale.training.upcoming import Upcoming
-from dalr_scale.training.watch import SIGNS, Watch
+from dalr_scale.training.watch import STATE_STATISTICS, Watch
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -86,7 +86,7 @@ class Trainer:
         self.best_score: float | None = None
         self.best_step: int | None = None
         self.watchdog = Watchdog()
-        self.watch = Watch(parts.model.encoder, speaks=world.rank == 0)
+        self.watch = Watch(parts.model.encoder, prints_warnings=world.rank == 0)
         self.save_errors = SaveErrors(config.save.on_error)
         self._last_save = time.monotonic()
         self._saved_step = -1
@@ -147,7 +147,7 @@ class Trainer:
         self.watch.check_gradients(self.engine, batch.kind, self.step + 1)
         self._agreed = self._vote.result()
         values = self._require_finite(self._agreed.means, batch)
-        found = {name: values.pop(name) for name in SIGNS}
+        found = {name: values.pop(name) for name in STATE_STATISTICS}
         columns = self.streams.plan.batch_rows(batch.step)
         self.watch.check_means(values, found, columns=columns, step=self.step + 1)
         result = self.engine.step(learning_rate(self.config.optim, self.step, self.total_steps))
@@ -271,14 +271,14 @@ class Trainer:
             self.best_score, self.best_step = score, self.step
             self.export(self.run_dir / "best", scores)
 
-    def export(self, folder: Path, scores: dict[str, float] | None = None) -> None:
+    def export(self, directory: Path, scores: dict[str, float] | None = None) -> None:
         """Writes the encoder as a folder for other tools; collective, rank 0 writes."""
         state = self.engine.full_state("encoder.")
         if self.world.rank == 0:
             encoder: Any = self.engine.module.encoder
             assert isinstance(encoder, SentenceEncoder)
             shown = in_percent(scores or {})
-            encoder.save(folder, overwrite=True, state_dict=state, scores=shown)
+            encoder.save(directory, overwrite=True, state_dict=state, scores=shown)
         self.world.barrier()
 
     # -- checkpoints ------------------------------------------------------------------------

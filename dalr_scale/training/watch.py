@@ -25,15 +25,15 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 # Steps before the contrastive loss may be judged, and the steps that the judgement averages over.
-PATIENCE, WINDOW = 100, 20
+MIN_STEPS, WINDOW = 100, 20
 # Below this share of ln N, the loss of a uniform guess, the contrastive loss has moved.
 NEAR_CHANCE = 0.98
 # A loss that was below this share of ln N has learned something that it can lose.
 LEARNED = 0.9
 # Mean cosine of different sentences above which they are one vector for every purpose.
 COLLAPSED = 0.999
-# Names of what `signs` returns.
-SIGNS = ("view_gap", "neighbor_cosine")
+# Names of what `state_statistics` returns.
+STATE_STATISTICS = ("view_gap", "neighbor_cosine")
 # Dropout at least this strong cannot leave a whole batch unchanged by chance.
 REAL_DROPOUT = 0.01
 
@@ -42,11 +42,11 @@ class _Engine(Protocol):
     @property
     def module(self) -> nn.Module: ...
 
-    def untouched(self) -> dict[str, float]: ...
+    def unused_gradients(self) -> dict[str, float]: ...
 
 
 @torch.no_grad()
-def signs(states: Tensor | Sequence[Tensor]) -> dict[str, Tensor]:
+def state_statistics(states: Tensor | Sequence[Tensor]) -> dict[str, Tensor]:
     """What the sentence states [b, H] of two views show, as scalars on their device.
 
     ``view_gap`` is the largest absolute difference between the views, ``neighbor_cosine`` the mean
@@ -77,9 +77,9 @@ class Watch:
         speaks: whether this rank prints warnings.
     """
 
-    def __init__(self, encoder: nn.Module, *, speaks: bool) -> None:
+    def __init__(self, encoder: nn.Module, *, prints_warnings: bool) -> None:
         self._dropout = strongest_dropout(encoder)
-        self._speaks = speaks
+        self._prints_warnings = prints_warnings
         self._recent: deque[tuple[float, float, float]] = deque(maxlen=WINDOW)
         self._seen = 0
         self._lowest = (math.inf, 0)  # contrastive loss over ln N, and its step
@@ -106,7 +106,7 @@ class Watch:
         self._kinds.add(kind)
         if not changed or self._gradients_checked:
             return
-        stale = {name: size for name, size in engine.untouched().items() if size != 0.0}
+        stale = {name: size for name, size in engine.unused_gradients().items() if size != 0.0}
         # where the terms of this kind reach every parameter, the other kind is looked at instead
         self._gradients_checked = kind == "text"
         if stale:
@@ -124,7 +124,7 @@ class Watch:
 
         Args:
             values: the loss and its terms.
-            found: means of `signs`.
+            found: means of `state_statistics`.
             columns: rows of the global batch.
             step: number of the step, from 1.
 
@@ -148,7 +148,7 @@ class Watch:
         self._recent.append((values["con"], math.log(columns), found["neighbor_cosine"]))
         self._lowest = min(self._lowest, (values["con"] / max(math.log(columns), 1e-9), step))
         lost = self._lowest[0] < LEARNED and len(self._recent) == WINDOW
-        if lost or self._seen >= PATIENCE:
+        if lost or self._seen >= MIN_STEPS:
             self._judge_learning(step)
 
     def finish(self, step: int) -> None:
@@ -180,6 +180,6 @@ class Watch:
             )
 
     def _warn(self, name: str, message: str) -> None:
-        if name not in self._said and self._speaks:
+        if name not in self._said and self._prints_warnings:
             log.warning("%s", message)
         self._said.add(name)

@@ -506,10 +506,10 @@ SETS = {
 }
 
 
-def save(folder: Path, case: Case, results: dict[str, np.ndarray]) -> None:
-    np.savez(folder / f"{case.name}.npz", **results)  # type: ignore[arg-type]
+def save(directory: Path, case: Case, results: dict[str, np.ndarray]) -> None:
+    np.savez(directory / f"{case.name}.npz", **results)  # type: ignore[arg-type]
 
 
-def load(folder: Path, case: Case) -> dict[str, np.ndarray]:
-    with np.load(folder / f"{case.name}.npz") as stored:
+def load(directory: Path, case: Case) -> dict[str, np.ndarray]:
+    with np.load(directory / f"{case.name}.npz") as stored:
         return dict(stored)

@@ -98,7 +98,7 @@ def ask_again() -> None:
     Trainer._report = ask  # type: ignore[method-assign]
 
 
-def run(data: Path, folder: Path, kind: str, setup: Callable[[], None]) -> Outcome:
+def run(data: Path, directory: Path, kind: str, setup: Callable[[], None]) -> Outcome:
     """A short run over text on two ranks."""
     changes = {
         "objective.preset": "simcse",
@@ -111,19 +111,19 @@ def run(data: Path, folder: Path, kind: str, setup: Callable[[], None]) -> Outco
         "eval.every": 0,
         "eval.graded_dev": "",
     }
-    file = write_config(tiny_config(data, changes), folder / "run.toml")
-    words = [f"--config={file}", f"--run.dir={folder / 'run'}"]
-    environment = {"COUNTS": str(folder / "found")}
-    return train(words, folder / "log", ranks=2, setup=setup, environment=environment)
+    file = write_config(tiny_config(data, changes), directory / "run.toml")
+    words = [f"--config={file}", f"--run.dir={directory / 'run'}"]
+    environment = {"COUNTS": str(directory / "found")}
+    return train(words, directory / "log", ranks=2, setup=setup, environment=environment)
 
 
 def counted(
-    data: Path, folder: Path, kind: str, setup: Callable[[], None]
+    data: Path, directory: Path, kind: str, setup: Callable[[], None]
 ) -> list[list[dict[str, Any]]]:
     """What each counted step called, on both ranks."""
-    outcome = run(data, folder, kind, setup)
+    outcome = run(data, directory, kind, setup)
     assert outcome.codes == (0, 0), outcome.output
-    return [json.loads((folder / f"found-{rank}").read_text()) for rank in (0, 1)]
+    return [json.loads((directory / f"found-{rank}").read_text()) for rank in (0, 1)]
 
 
 # order of the rows, image numbers, z2 of the one chunk, and the vote; the gradient of z2 comes back

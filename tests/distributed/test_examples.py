@@ -46,23 +46,23 @@ def tiny_bert() -> nn.Module:
     return BertModel(config, add_pooling_layer=False).train()
 
 
-def model_of(library: str, folder: Path) -> tuple[Any, Any]:
+def model_of(library: str, directory: Path) -> tuple[Any, Any]:
     """A model of a library and the function that embeds tokens with it."""
     if library == "transformers":
         return tiny_bert(), example.embed
     from sentence_transformers import SentenceTransformer
 
-    return SentenceTransformer(str(folder / "bert")).train(), example.embed_st
+    return SentenceTransformer(str(directory / "bert")).train(), example.embed_st
 
 
-def write_bert(folder: Path) -> None:
+def write_bert(directory: Path) -> None:
     from transformers import BertTokenizerFast
 
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{n}" for n in range(35))]
-    (folder / "vocab.txt").write_text("\n".join(words))
-    tiny_bert().save_pretrained(folder / "bert")  # type: ignore[operator]
-    tokenizer = BertTokenizerFast(vocab=str(folder / "vocab.txt"), model_max_length=16)
-    tokenizer.save_pretrained(folder / "bert")
+    (directory / "vocab.txt").write_text("\n".join(words))
+    tiny_bert().save_pretrained(directory / "bert")  # type: ignore[operator]
+    tokenizer = BertTokenizerFast(vocab=str(directory / "vocab.txt"), model_max_length=16)
+    tokenizer.save_pretrained(directory / "bert")
 
 
 def whole_batch() -> dict[str, dict[str, Tensor]]:
@@ -76,9 +76,9 @@ def whole_batch() -> dict[str, dict[str, Tensor]]:
     return {"query": side(), "answer": side()}
 
 
-def one_process(library: str, folder: Path) -> dict[str, Tensor]:
+def one_process(library: str, directory: Path) -> dict[str, Tensor]:
     """Gradients by plain autograd, float64, no chunks."""
-    model, embed = model_of(library, folder)
+    model, embed = model_of(library, directory)
     model.double()
     states = example.encode_with(embed)(model, whole_batch())
     example.info_nce(model, states, states, 0).backward()
@@ -87,12 +87,12 @@ def one_process(library: str, folder: Path) -> dict[str, Tensor]:
     }
 
 
-def applied(kind: str, library: str, world: World, folder: Path) -> dict[str, Tensor]:
+def applied(kind: str, library: str, world: World, directory: Path) -> dict[str, Tensor]:
     """What one SGD step takes from the weights, over its rate; on rank 0."""
     from accelerate.state import AcceleratorState
 
     AcceleratorState._reset_state(reset_partial_state=True)  # many engines in one process
-    model, embed = model_of(library, folder)
+    model, embed = model_of(library, directory)
     before = {name: p.detach().double().clone() for name, p in model.named_parameters()}
     settings = EngineConfig(kind=kind, precision="fp64" if kind == "ddp" else "fp32")  # type: ignore[arg-type]
     optimizer = torch.optim.SGD(model.parameters(), RATE)
@@ -111,12 +111,12 @@ def applied(kind: str, library: str, world: World, folder: Path) -> dict[str, Te
             if name in before}  # fmt: skip
 
 
-def what_the_page_trains(world: World, folder: Path) -> dict[str, Tensor]:
+def what_the_page_trains(world: World, directory: Path) -> dict[str, Tensor]:
     """What the code block of docs/global_batch.md adds to the weights; on rank 0."""
     from accelerate.state import AcceleratorState
 
     AcceleratorState._reset_state(reset_partial_state=True)
-    model, _ = model_of("sentence-transformers", folder)
+    model, _ = model_of("sentence-transformers", directory)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     page = (Path(__file__).parents[2] / "docs" / "global_batch.md").read_text(encoding="utf-8")
     own = ROWS // world.size
@@ -128,16 +128,16 @@ def what_the_page_trains(world: World, folder: Path) -> dict[str, Tensor]:
     return {name: value - before[name] for name, value in after.items() if name in before}
 
 
-def work(world: World, folder: Path) -> None:
+def work(world: World, directory: Path) -> None:
     found = {}
     for library in LIBRARIES:
         for kind in KINDS:
-            found[library, kind] = applied(kind, library, world, folder)
-    found["page"] = what_the_page_trains(world, folder)
+            found[library, kind] = applied(kind, library, world, directory)
+    found["page"] = what_the_page_trains(world, directory)
     with mock.patch.object(global_task, "with_gradient", lambda gathered, local: gathered):
-        found["control"] = applied("ddp", "transformers", world, folder)
+        found["control"] = applied("ddp", "transformers", world, directory)
     if world.rank == 0:
-        torch.save(found, folder / f"found-{world.size}.pt")
+        torch.save(found, directory / f"found-{world.size}.pt")
 
 
 def error(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
@@ -150,12 +150,12 @@ def error(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[int, Any], dict[str, Any]]:
-    folder = tmp_path_factory.mktemp("foreign")
-    write_bert(folder)
+    directory = tmp_path_factory.mktemp("foreign")
+    write_bert(directory)
     for ranks in (1, 2):
-        assert in_world(ranks, work, folder) == ""
-    found = {ranks: torch.load(folder / f"found-{ranks}.pt") for ranks in (1, 2)}
-    return found, {library: one_process(library, folder) for library in LIBRARIES}
+        assert in_world(ranks, work, directory) == ""
+    found = {ranks: torch.load(directory / f"found-{ranks}.pt") for ranks in (1, 2)}
+    return found, {library: one_process(library, directory) for library in LIBRARIES}
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -53,7 +53,7 @@ def tolerance(case: Case) -> float:
     return 1e-10 if case.kind == "ddp" else 1e-5
 
 
-def launch(size: int, folder: Path, which: str, timeout: float = 400) -> None:
+def launch(size: int, directory: Path, which: str, timeout: float = 400) -> None:
     """Starts `size` processes that run all cases of that world size."""
     base = {
         "WORLD_SIZE": str(size),
@@ -62,11 +62,11 @@ def launch(size: int, folder: Path, which: str, timeout: float = 400) -> None:
         "MASTER_PORT": str(free_port()),
         "OMP_NUM_THREADS": "1",
     }
-    logs = [folder / f"rank{rank}.log" for rank in range(size)]
+    logs = [directory / f"rank{rank}.log" for rank in range(size)]
     ranks = [
         fork(
             worker.one_rank,
-            *(str(folder), which, base | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, str(log)),
+            *(str(directory), which, base | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, str(log)),
         )
         for rank, log in enumerate(logs)
     ]
@@ -82,12 +82,12 @@ def launch(size: int, folder: Path, which: str, timeout: float = 400) -> None:
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+def directories(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
     """Results of all world sizes, one launch each."""
-    folders = {size: tmp_path_factory.mktemp(f"world{size}") for size in WORLDS}
-    for size, folder in folders.items():
-        launch(size, folder, "cover")
-    return folders
+    directories = {size: tmp_path_factory.mktemp(f"world{size}") for size in WORLDS}
+    for size, directory in directories.items():
+        launch(size, directory, "cover")
+    return directories
 
 
 @pytest.fixture(scope="module")
@@ -100,44 +100,48 @@ def world() -> object:
 _references: dict[Case, dict[str, np.ndarray]] = {}
 
 
-def reference(case: Case, world: World, folders: dict[int, Path]) -> dict[str, np.ndarray]:
+def reference(case: Case, world: World, directories: dict[int, Path]) -> dict[str, np.ndarray]:
     """One process with the whole batch; an engine other than plain DDP ran in a worker."""
     truth = case.reference
     if truth.kind != "ddp":
-        return load(folders[1], truth)
+        return load(directories[1], truth)
     if truth not in _references:
         _references[truth] = run(truth, world)
     return _references[truth]
 
 
 @pytest.mark.parametrize("case", cover(), ids=lambda c: c.name)
-def test_ranks_equal_one_process(case: Case, folders: dict[int, Path], world: World) -> None:
+def test_ranks_equal_one_process(case: Case, directories: dict[int, Path], world: World) -> None:
     """Losses, embedding and parameter gradients and the weights over five steps."""
-    found = load(folders[case.world], case)
-    worst = agreement(found, reference(case, world, folders), norms=case.option == "bf16")
+    found = load(directories[case.world], case)
+    worst = agreement(found, reference(case, world, directories), norms=case.option == "bf16")
     assert max(worst.values()) < tolerance(case), worst
 
 
 @pytest.mark.parametrize("case", tails(), ids=lambda c: c.name)
-def test_last_batches_equal_one_process(case: Case, folders: dict[int, Path], world: World) -> None:
+def test_last_batches_equal_one_process(
+    case: Case, directories: dict[int, Path], world: World
+) -> None:
     """A batch that ranks cannot cut equally is padded, and the padding counts nowhere."""
-    worst = agreement(load(folders[case.world], case), reference(case, world, folders))
+    worst = agreement(load(directories[case.world], case), reference(case, world, directories))
     assert max(worst.values()) < tolerance(case), worst
 
 
 @pytest.mark.parametrize("case", FAULTS, ids=lambda c: c.name)
 def test_control_each_guarantee_is_needed(
-    case: Case, folders: dict[int, Path], world: World
+    case: Case, directories: dict[int, Path], world: World
 ) -> None:
     """With one guarantee off the same comparison fails, by far."""
     half = case.option == "bf16"
-    found = agreement(load(folders[case.world], case), reference(case, world, folders), norms=half)
+    found = agreement(
+        load(directories[case.world], case), reference(case, world, directories), norms=half
+    )
     assert max(found.values()) > (2 * tolerance(case) if half else 1e-3), found
 
 
 @pytest.fixture(scope="module")
-def facts(folders: dict[int, Path]) -> dict:
-    return json.loads((folders[2] / "facts.json").read_text(encoding="utf-8"))
+def facts(directories: dict[int, Path]) -> dict:
+    return json.loads((directories[2] / "facts.json").read_text(encoding="utf-8"))
 
 
 @pytest.mark.parametrize("case", TRAFFIC, ids=lambda c: c.name)

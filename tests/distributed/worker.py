@@ -19,30 +19,30 @@ from dalr_scale.distributed.world import leave_world, start_world
 from dalr_scale.process import end_process
 
 
-def one_rank(folder: str, which: str, environment: Mapping[str, str], log: str) -> None:
+def one_rank(directory: str, which: str, environment: Mapping[str, str], log: str) -> None:
     """The whole life of a process of the world that `environment` describes."""
     os.environ.update(environment)
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(descriptor, stream)
     try:
-        main(Path(folder), which)
+        main(Path(directory), which)
     except BaseException:
         traceback.print_exc()
         end_process(1)
     end_process(0)
 
 
-def main(folder: Path, which: str) -> None:
+def main(directory: Path, which: str) -> None:
     world = start_world(timeout_minutes=2, threads=1)
     for case in SETS[which]():
         # a cut soak run is taken up where it stopped; ranks share the folder
-        if case.world == world.size and not (folder / f"{case.name}.npz").exists():
+        if case.world == world.size and not (directory / f"{case.name}.npz").exists():
             results = run(case, world)
             if world.rank == 0:
-                save(folder, case, results)
+                save(directory, case, results)
     if which == "cover" and world.size == 2:
         found = collect(world)
         if world.rank == 0:
-            (folder / "facts.json").write_text(json.dumps(found), encoding="utf-8")
+            (directory / "facts.json").write_text(json.dumps(found), encoding="utf-8")
     leave_world()

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from common import ORIGIN, PICTURES, as_layer, tiny_config, tiny_layer, tree, write_config
+from common import ORIGIN, IMAGES, as_layer, tiny_config, tiny_layer, tree, write_config
 
 from dalr_scale import train
 from dalr_scale.commands import plan
@@ -241,7 +241,7 @@ def test_wrong_folders_are_refused(tiny_data: Path, refuse: Refuse, tmp_path: Pa
     """A file in the place of the run folder, and a teacher of another width in one shard."""
     data = shutil.copytree(tiny_data, tmp_path / "data")
     second = sorted(data.glob("train-*[0-9].tar"))[1]
-    values = np.zeros((PICTURES // 2, 5), np.float16)
+    values = np.zeros((IMAGES // 2, 5), np.float16)
     write_features(
         second, "img", values, level="sample", manifest_extra=ORIGIN, overwrite=True
     )  # fmt: skip

@@ -25,8 +25,8 @@ def test_last_batches_are_the_same_at_one_two_and_three_ranks(
     file = write_config(tiny_config(tiny_data, settings), tmp_path / "tiny.toml")
     words = [f"--config={file}", "--engine.kind=zero2", "--eval.every=0", *NO_DROPOUT]
     runs = [tmp_path / name for name in ("whole", "three", "moved")]
-    for folder, ranks in zip(runs, (1, 3), strict=False):
-        outcome = train([*words, f"--run.dir={folder}"], tmp_path / f"w{ranks}.log", ranks=ranks)
+    for directory, ranks in zip(runs, (1, 3), strict=False):
+        outcome = train([*words, f"--run.dir={directory}"], tmp_path / f"w{ranks}.log", ranks=ranks)
         assert set(outcome.codes) == {0}, outcome.output
     for ranks, end in ((1, (4, "STOP")), (2, None)):
         log = tmp_path / f"moved{ranks}.log"
@@ -35,8 +35,8 @@ def test_last_batches_are_the_same_at_one_two_and_three_ranks(
     wanted = records(runs[0])
     plan = build_streams(tiny_config(tiny_data, settings)).plan
     assert [plan.batch_rows(r["step"] - 1) for r in wanted].count(2) == 1
-    for folder in runs[1:]:
-        found = records(folder)
+    for directory in runs[1:]:
+        found = records(directory)
         assert [(r["step"], r["ids"]) for r in found] == [(r["step"], r["ids"]) for r in wanted]
         for one, other in zip(found, wanted, strict=True):
             terms = [name for name, value in other.items() if isinstance(value, float)]
@@ -63,5 +63,5 @@ def test_two_ranks_then_three_then_one(kind: str, tiny_data: Path, tmp_path: Pat
     assert found[:4] == wanted[:4]
     for one, other in zip(found, wanted, strict=True):
         assert float.fromhex(one[3]) == pytest.approx(float.fromhex(other[3]), rel=1e-5)
-    norms = [[r["grad_norm"] for r in records(folder)] for folder in (run, whole)]
+    norms = [[r["grad_norm"] for r in records(directory)] for directory in (run, whole)]
     assert norms[0] == pytest.approx(norms[1], rel=1e-4)

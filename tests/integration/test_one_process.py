@@ -33,7 +33,7 @@ FOREIGN = {
 }
 
 
-def _in_sequence(calls: list[list[str]], folder: str, environment: dict[str, str]) -> None:
+def _in_sequence(calls: list[list[str]], directory: str, environment: dict[str, str]) -> None:
     """Runs the command once for each call; exit statuses, output and the environment after it."""
     from dalr_scale.process import run_command
     from dalr_scale.train import main
@@ -41,7 +41,7 @@ def _in_sequence(calls: list[list[str]], folder: str, environment: dict[str, str
     for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK"):
         os.environ.pop(name, None)
     os.environ.update(environment)
-    os.chdir(folder)
+    os.chdir(directory)
     multiprocessing.set_start_method("fork", force=True)
     before, found = dict(os.environ), []
     for call in calls:
@@ -51,16 +51,16 @@ def _in_sequence(calls: list[list[str]], folder: str, environment: dict[str, str
         found.append((status, out.getvalue() + err.getvalue()))
     names = {n for n in before.keys() | os.environ if before.get(n) != os.environ.get(n)}
     result = {"calls": found, "environment": sorted(names)}
-    Path(folder, "found.json").write_text(json.dumps(result))
+    Path(directory, "found.json").write_text(json.dumps(result))
     os._exit(0)
 
 
-def in_sequence(calls: list[list[str]], folder: Path, environment: dict[str, str] | None = None):
-    process = fork(_in_sequence, calls, str(folder), environment or {})
+def in_sequence(calls: list[list[str]], directory: Path, environment: dict[str, str] | None = None):
+    process = fork(_in_sequence, calls, str(directory), environment or {})
     process.join(timeout=300)
     if process.is_alive():
         process.kill()
-    return json.loads((folder / "found.json").read_text())
+    return json.loads((directory / "found.json").read_text())
 
 
 def test_engines_and_precisions_follow_each_other(tiny_data: Path, tmp_path: Path) -> None:

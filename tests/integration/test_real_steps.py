@@ -110,7 +110,7 @@ def test_rank_0_alone_decides_which_encoder_is_best(own: float, rank_0: float, k
         best_step=1,
         step=2,
         run_dir=Path("run"),
-        export=lambda folder, scores: exported.append(folder),
+        export=lambda directory, scores: exported.append(directory),
         _arm=lambda _: None,
     )
     trainer_module.Trainer.evaluate(ran, SimpleNamespace(scores=lambda *_: None))  # type: ignore[arg-type]

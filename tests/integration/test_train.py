@@ -39,38 +39,38 @@ Launch = Callable[..., Outcome]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("train")
 
 
 @pytest.fixture(scope="module")
-def launch(tiny_data: Path, folder: Path) -> Launch:
+def launch(tiny_data: Path, directory: Path) -> Launch:
     """``launch("run name", "--section.key=value", ...)``; all runs share one configuration."""
-    file = write_config(tiny_config(tiny_data), folder / "tiny.toml")
+    file = write_config(tiny_config(tiny_data), directory / "tiny.toml")
 
     def run(name: str, *words: str, **options) -> Outcome:
-        number = len(list(folder.glob("*.log")))
-        log = folder / f"{number:02}-{name}.log"
-        return train([f"--config={file}", f"--run.dir={folder / name}", *words], log, **options)
+        number = len(list(directory.glob("*.log")))
+        log = directory / f"{number:02}-{name}.log"
+        return train([f"--config={file}", f"--run.dir={directory / name}", *words], log, **options)
 
     return run
 
 
 @pytest.fixture(scope="module")
-def reference(launch: Launch, folder: Path) -> Path:
+def reference(launch: Launch, directory: Path) -> Path:
     """An uninterrupted run: ZeRO-2, dropout on, both streams, all seven terms."""
     outcome = launch("reference", DRAWN)
     assert outcome.codes == (0,), outcome.output
-    return folder / "reference"
+    return directory / "reference"
 
 
 @pytest.fixture(scope="module")
-def interrupted(launch: Launch, folder: Path) -> dict[str, Any]:
+def interrupted(launch: Launch, directory: Path) -> dict[str, Any]:
     """The same run, interrupted four times.
 
     By a kill before its first checkpoint, a STOP file, a signal, and a kill inside a save.
     """
-    run, copy = folder / "interrupted", folder / "copy"
+    run, copy = directory / "interrupted", directory / "copy"
     early = {"DALR_FAULT": "save:before-tmp@3"}  # before the first checkpoint: all begins again
     outcomes: dict[str, Any] = {
         "early": launch("interrupted", DRAWN, end_at=(3, "STOP"), environment=early)
@@ -110,7 +110,7 @@ def test_a_run_leaves_what_it_promises(reference: Path) -> None:
         assert (reference / name / "model.safetensors").is_file()
 
 
-def test_each_end_is_recorded_for_what_it_was(interrupted: dict, folder: Path) -> None:
+def test_each_end_is_recorded_for_what_it_was(interrupted: dict, directory: Path) -> None:
     assert interrupted["stop"].codes == interrupted["signal"].codes == (0,)
     stop, signal = interrupted["stop status"], interrupted["signal status"]
     assert (stop["outcome"], stop["step"]) == ("stopped", 3)
@@ -122,13 +122,13 @@ def test_each_end_is_recorded_for_what_it_was(interrupted: dict, folder: Path) -
     assert "step-10" not in interrupted["kill steps"]
     assert interrupted["end"].codes == (0,)
     assert "resumed at step 6" in interrupted["end"].output
-    assert not (folder / "interrupted" / "STOP").exists()
+    assert not (directory / "interrupted" / "STOP").exists()
 
 
 def test_an_interrupted_run_is_the_uninterrupted_one(
-    reference: Path, interrupted: dict, folder: Path
+    reference: Path, interrupted: dict, directory: Path
 ) -> None:
-    run = folder / "interrupted"
+    run = directory / "interrupted"
     assert history(run) == history(reference)  # no step twice either
     assert weights_hash(run / "final") == weights_hash(reference / "final")
     assert weights_hash(run / "best") == weights_hash(reference / "best")
@@ -136,21 +136,21 @@ def test_an_interrupted_run_is_the_uninterrupted_one(
 
 
 def test_an_interrupted_run_reports_what_the_uninterrupted_one_does(
-    reference: Path, interrupted: dict, folder: Path
+    reference: Path, interrupted: dict, directory: Path
 ) -> None:
     """Every record and every point of every curve once, whatever was killed in between."""
     assert interrupted["early"].codes == (-9,)
-    found, wanted = reports(folder / "interrupted"), reports(reference)
+    found, wanted = reports(directory / "interrupted"), reports(reference)
     assert found == wanted
     for tag, points in wanted[1].items():
         assert len({step for step, _ in points}) == len(points), tag
 
 
 def test_a_run_killed_after_its_last_step_reports_its_final_scores_once(
-    launch: Launch, reference: Path, folder: Path
+    launch: Launch, reference: Path, directory: Path
 ) -> None:
     """No step remains, and the final scores were written, but not that the run is finished."""
-    run = shutil.copytree(reference, folder / "ended")
+    run = shutil.copytree(reference, directory / "ended")
     (run / "status.json").write_text(json.dumps(status(run) | {"outcome": "failed"}))
     outcome = launch("ended", DRAWN)
     assert outcome.codes == (0,) and f"resumed at step {STEPS}" in outcome.output
@@ -175,9 +175,9 @@ def test_curves_are_drawn_by_stream_and_end_with_the_final_scores(reference: Pat
 
 
 def test_control_another_seed_is_refused_and_would_show(
-    launch: Launch, reference: Path, interrupted: dict, folder: Path
+    launch: Launch, reference: Path, interrupted: dict, directory: Path
 ) -> None:
-    copy = folder / "copy"
+    copy = directory / "copy"
     before = tree(copy / "checkpoints"), (copy / "metrics.jsonl").read_bytes()
     refused = launch("copy", "--run.seed=4")
     assert refused.codes == (2,)
@@ -195,10 +195,10 @@ def test_control_another_seed_is_refused_and_would_show(
 
 
 def test_a_finished_run_is_shown_and_not_trained_again(
-    launch: Launch, reference: Path, folder: Path
+    launch: Launch, reference: Path, directory: Path
 ) -> None:
-    shutil.copytree(reference, folder / "finished")
-    run = folder / "finished"
+    shutil.copytree(reference, directory / "finished")
+    run = directory / "finished"
 
     def kept() -> dict[str, str]:
         return {name: hash_ for name, hash_ in tree(run).items() if not name.startswith("log/")}
@@ -215,52 +215,55 @@ def test_a_finished_run_is_shown_and_not_trained_again(
 
     again = launch("finished", "--run.from_scratch=true", "--optim.steps=2", "--eval.every=0")
     assert again.codes == (0,), again.output
-    aside = folder / "finished.old-1"
+    aside = directory / "finished.old-1"
     assert {n: h for n, h in tree(aside).items() if not n.startswith("log/")} == before
     assert [r["step"] for r in records(run)] == [1, 2]
 
 
 def test_an_attempt_without_checkpoint_leaves_no_trace_in_the_next(
-    launch: Launch, folder: Path
+    launch: Launch, directory: Path
 ) -> None:
     """Killed before its first checkpoint, a folder may be told to go on with other settings."""
     fault = {"DALR_FAULT": "save:before-tmp@2"}
     first = launch("attempt", "--save.every_steps=2", environment=fault)
     assert first.codes == (-9,)
-    untrained = records(folder / "attempt", "scores")[0]
+    untrained = records(directory / "attempt", "scores")[0]
     words = ("--optim.steps=2", "--run.seed=9")
     refused = launch("attempt", *words)
     assert refused.codes == (2,) and "run.seed: 3 there, 9 here" in refused.output
     second = launch("attempt", *words, "--run.allow_change=true")
     assert second.codes == (0,), second.output
     steps = [
-        (r["kind"], r["step"]) for k in ("scores", "train") for r in records(folder / "attempt", k)
+        (r["kind"], r["step"])
+        for k in ("scores", "train")
+        for r in records(directory / "attempt", k)
     ]
     assert steps == [("scores", 0), ("scores", 2), ("train", 1), ("train", 2)]
-    result = json.loads((folder / "attempt" / "result.json").read_text())
+    result = json.loads((directory / "attempt" / "result.json").read_text())
     assert result["untrained"]["graded-dev"] != untrained["graded-dev"]
     assert (
-        result["untrained"]["graded-dev"] == records(folder / "attempt", "scores")[0]["graded-dev"]
+        result["untrained"]["graded-dev"]
+        == records(directory / "attempt", "scores")[0]["graded-dev"]
     )
 
 
-def test_a_stop_before_the_first_step_is_honoured(launch: Launch, folder: Path) -> None:
+def test_a_stop_before_the_first_step_is_honoured(launch: Launch, directory: Path) -> None:
     """The time limit is over before training starts; nothing is lost and nothing is skipped."""
     outcome = launch("early", "--run.max_minutes=0.00001", "--optim.steps=2")
-    assert outcome.codes == (0,) and status(folder / "early")["outcome"] == "preempted"
+    assert outcome.codes == (0,) and status(directory / "early")["outcome"] == "preempted"
     assert launch("early", "--optim.steps=2").codes == (0,)
-    assert [r["step"] for r in records(folder / "early")] == [1, 2]
+    assert [r["step"] for r in records(directory / "early")] == [1, 2]
 
 
 def test_text_alone_trains_with_ragged_batches_and_two_rates(
-    launch: Launch, tiny_data: Path, folder: Path
+    launch: Launch, tiny_data: Path, directory: Path
 ) -> None:
     """SimCSE without pictures: 170 sentences are 7 batches of 24 and one of 2, in chunks of 5."""
     words = ("--objective.preset=simcse", "--data.pairs=", "--batch.micro_size=5")
     rates = ("--optim.steps=8", "--eval.every=0", "--optim.embedding_lr=1e-12")
     outcome = launch("text", *words, *rates)
     assert outcome.codes == (0,), outcome.output
-    run = folder / "text"
+    run = directory / "text"
     assert {r["stream"] for r in records(run)} == {"text"}
     assert {"con"} == set(records(run)[0]) & {"con", "xce", "cma", "ima", "rank", "g2l"}
     after = load_file(run / "final" / "model.safetensors")
@@ -289,12 +292,12 @@ def test_text_alone_trains_with_ragged_batches_and_two_rates(
     ],
 )
 def test_other_presets_train_all_their_terms(
-    preset: str, words: tuple[str, ...], terms: set[str], launch: Launch, folder: Path
+    preset: str, words: tuple[str, ...], terms: set[str], launch: Launch, directory: Path
 ) -> None:
     """Reference alternation: with 8 text and 6 paired batches a pass, every step is paired."""
     outcome = launch(preset, f"--objective.preset={preset}", *words, "--optim.steps=2")
     assert outcome.codes == (0,), outcome.output
-    for record in records(folder / preset):
+    for record in records(directory / preset):
         assert record["stream"] == "pair"
         assert terms == set(record) & {*terms, "con", "cons", "cma", "xce", "ima", "rank", "g2l"}
 
@@ -308,28 +311,28 @@ NO_DROPOUT = (
 
 
 def test_plain_data_parallel_runs_resume_on_another_number_of_ranks(
-    launch: Launch, folder: Path
+    launch: Launch, directory: Path
 ) -> None:
     """Same order and ids at any world size; without dropout the same losses to rounding."""
     words = ("--engine.kind=ddp", "--eval.every=0", *NO_DROPOUT)
     assert launch("plain", *words).codes == (0,)
     two = launch("elastic", *words, ranks=2, end_at=(4, "SIGTERM"))
     assert two.codes == (0, 0), two.output
-    assert status(folder / "elastic")["outcome"] == "preempted"
+    assert status(directory / "elastic")["outcome"] == "preempted"
     three = launch("elastic", *words, ranks=3, end_at=(8, "STOP"))
     assert three.codes == (0, 0, 0), three.output
     assert launch("elastic", *words).codes == (0,)
-    found, wanted = history(folder / "elastic"), history(folder / "plain")
+    found, wanted = history(directory / "elastic"), history(directory / "plain")
     assert [line[:3] for line in found] == [line[:3] for line in wanted]
     for one, other in zip(found, wanted, strict=True):
         assert float.fromhex(one[3]) == pytest.approx(float.fromhex(other[3]), rel=2e-6)
 
 
 def test_a_bad_row_that_only_one_rank_met_stops_them_all(
-    launch: Launch, tiny_data: Path, folder: Path
+    launch: Launch, tiny_data: Path, directory: Path
 ) -> None:
     """Where no bad row is allowed; by default another item would stand in for it."""
-    data = shutil.copytree(tiny_data, folder / "bad-data")
+    data = shutil.copytree(tiny_data, directory / "bad-data")
     plan = build_streams(tiny_config(data)).plan
     first = next(step for step in range(STEPS) if plan.kind(step) == "pair")
     item = int(plan.batch_ids(first)[-1])  # the last rank's last row
@@ -345,27 +348,27 @@ def test_a_bad_row_that_only_one_rank_met_stops_them_all(
     assert found.codes == (2, 2), found.output
     assert "1 of 144 items of the pair stream cannot be used" in found.output
     assert f"train-{item // per_shard:06}.t0.features.tar: the feature of item" in found.output
-    assert status(folder / "bad")["outcome"] == "failed"
-    assert [r["step"] for r in records(folder / "bad")] == list(range(1, first + 1))
+    assert status(directory / "bad")["outcome"] == "failed"
+    assert [r["step"] for r in records(directory / "bad")] == list(range(1, first + 1))
 
 
 @pytest.fixture(scope="module")
-def sharded(launch: Launch, folder: Path) -> Path:
+def sharded(launch: Launch, directory: Path) -> Path:
     """Two ranks of ZeRO-3 in micro-chunks, started by the launcher that users run."""
-    run = folder / "sharded"
+    run = directory / "sharded"
     found = accelerate(
         *("--use_deepspeed", "--num_processes=2", "-m", "dalr_scale.train"),
-        *(f"--config={folder / 'tiny.toml'}", f"--run.dir={run}", "--engine.kind=zero3"),
+        *(f"--config={directory / 'tiny.toml'}", f"--run.dir={run}", "--engine.kind=zero3"),
         *("--batch.micro_size=5", "--optim.steps=6", "--eval.every=1", "--save.every_steps=0"),
         "--optim.lr=0.3",  # so high that the last encoder is hardly the best one
     )
     assert found.returncode == 0, found.stdout[-4000:]
-    (folder / "sharded.txt").write_text(found.stdout)
+    (directory / "sharded.txt").write_text(found.stdout)
     return run
 
 
-def test_two_ranks_of_one_world_train(sharded: Path, folder: Path) -> None:
-    output = (folder / "sharded.txt").read_text()
+def test_two_ranks_of_one_world_train(sharded: Path, directory: Path) -> None:
+    output = (directory / "sharded.txt").read_text()
     for rank in (0, 1):
         assert output.count(f"rank {rank} of a world of 2") == 1
     assert "2 x 12" in output and "3 of up to 5 rows" in output
@@ -408,9 +411,9 @@ def test_the_exported_encoder_loads_in_other_tools(sharded: Path) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this launch is right on a GPU host")
-def test_a_launch_that_would_start_one_process_is_refused(launch: Launch, folder: Path) -> None:
-    words = ("-m", "dalr_scale.train", f"--config={folder / 'tiny.toml'}")
-    found = accelerate("--num_processes=2", *words, f"--run.dir={folder / 'silent'}")
+def test_a_launch_that_would_start_one_process_is_refused(launch: Launch, directory: Path) -> None:
+    words = ("-m", "dalr_scale.train", f"--config={directory / 'tiny.toml'}")
+    found = accelerate("--num_processes=2", *words, f"--run.dir={directory / 'silent'}")
     assert found.returncode != 0
     assert "accelerate launch --use_deepspeed --num_processes 2 -m" in found.stdout
-    assert not (folder / "silent").exists()
+    assert not (directory / "silent").exists()

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-FOLDER = Path(__file__).parent / "golden"
+DIRECTORY = Path(__file__).parent / "golden"
 LEAVES = ("z1", "z2", "p1", "p2", "v")
 TERMS = (
     "contrastive",
@@ -33,7 +33,7 @@ TERMS = (
 @functools.cache
 def load(name: str) -> tuple[dict[str, np.ndarray], dict[str, float]]:
     """Arrays and hyper-parameters of golden file "a" or "b"."""
-    with np.load(FOLDER / f"golden_{name}.npz") as archive:
+    with np.load(DIRECTORY / f"golden_{name}.npz") as archive:
         arrays = {key: archive[key] for key in archive.files if key != "hyper"}
         return arrays, json.loads(str(archive["hyper"]))
 

@@ -63,19 +63,21 @@ def alternating(data: Path, engine: Engine, encoder: str = "pretrained") -> Conf
     return config
 
 
-def differences(data: Path, engine: Engine, ranks: int, folder: Path) -> Difference:
+def differences(data: Path, engine: Engine, ranks: int, directory: Path) -> Difference:
     """How far the run under an engine is from the reference."""
     config = alternating(data, engine)
-    return compare(config, run(config, folder / "one", ranks), train(config), BOUNDS)
+    return compare(config, run(config, directory / "one", ranks), train(config), BOUNDS)
 
 
 def stopped_after_every_step(
-    config: Config, folder: Path, ranks: int, steps: tuple[int, ...] = tuple(range(1, STEPS))
+    config: Config, directory: Path, ranks: int, steps: tuple[int, ...] = tuple(range(1, STEPS))
 ) -> list[str]:
     """What a run that stops after each of some steps has otherwise than one that never stops."""
-    whole = run(config, folder / "whole", ranks)
-    parts = run(config, folder / "parts", ranks, [Stop(step, "STOP", ranks) for step in steps])
-    found = [] if history(folder / "whole/run") == history(folder / "parts/run") else ["history"]
+    whole = run(config, directory / "whole", ranks)
+    parts = run(config, directory / "parts", ranks, [Stop(step, "STOP", ranks) for step in steps])
+    found = (
+        [] if history(directory / "whole/run") == history(directory / "parts/run") else ["history"]
+    )
     for name, weight in whole.weights.items():
         if not torch.equal(weight, parts.weights[name]):
             found.append(name)

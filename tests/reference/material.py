@@ -10,7 +10,7 @@ from common import (
     CAPTIONS,
     IMAGE_WIDTH,
     ORIGIN,
-    PICTURES,
+    IMAGES,
     SENTENCES,
     TEXT_WIDTH,
     WORDS,
@@ -34,7 +34,7 @@ SIZES = {
 }  # fmt: skip
 
 
-def write_material(folder: Path) -> Path:
+def write_material(directory: Path) -> Path:
     """The tiny data of the other tests, with more features and with encoder directories.
 
     Further feature sets: ``t1`` (12 wide) and ``same`` (16 wide) per caption, ``tok2`` (16 wide)
@@ -42,18 +42,18 @@ def write_material(folder: Path) -> Path:
     of the text shards too, of which there is a second set, ``more``. Encoders: ``bert``,
     ``roberta`` and ``distilbert`` in folder/encoders.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    write_tiny_data(folder)
+    directory.mkdir(parents=True, exist_ok=True)
+    write_tiny_data(directory)
     rng = np.random.default_rng(1)
-    tokenizer = load_tokenizer(folder / "vocab.txt")
+    tokenizer = load_tokenizer(directory / "vocab.txt")
     origin = ORIGIN | {"tokenizer_sha256": tokenizer_hash(tokenizer)}
 
     def write(shard: Path, name: str, level: str, rows: int, width: int) -> None:
         values = rng.normal(size=(rows, width)).astype(np.float16)
         write_features(shard, name, values, level=level, manifest_extra=origin)
 
-    pairs = [folder / f"train-{number:06d}.tar" for number in (0, 1)]
-    images = PICTURES // len(pairs)
+    pairs = [directory / f"train-{number:06d}.tar" for number in (0, 1)]
+    images = IMAGES // len(pairs)
     for shard in pairs:
         for name, width in (("t1", TEXT_WIDTH), ("same", WIDTH)):
             write(shard, name, "item", images * CAPTIONS, width)
@@ -66,22 +66,22 @@ def write_material(folder: Path) -> Path:
             offsets=offsets.astype(np.int64),
         )  # fmt: skip
     sentences = [" ".join(rng.choice(WORDS, rng.integers(2, 12))) for _ in range(MORE)]
-    write_text_shards(sentences, folder, "more", per_member=64)
+    write_text_shards(sentences, directory, "more", per_member=64)
     for prefix, rows in (("text", SENTENCES), ("more", MORE)):
-        shard = folder / f"{prefix}-000000.tar"
+        shard = directory / f"{prefix}-000000.tar"
         for name, width in (("t0", TEXT_WIDTH), ("t1", TEXT_WIDTH), ("same", WIDTH)):
             write(shard, name, "item", rows, width)
     for kind in SIZES:
-        write_encoder(folder / "encoders" / kind, kind, tokenizer)
-    return folder
+        write_encoder(directory / "encoders" / kind, kind, tokenizer)
+    return directory
 
 
-def write_encoder(folder: Path, kind: str, tokenizer: object) -> None:
+def write_encoder(directory: Path, kind: str, tokenizer: object) -> None:
     """An encoder as ``save_pretrained`` leaves it, with weights large enough to tell rows apart."""
     torch.manual_seed(5)
     ids = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}
     config = AutoConfig.for_model(
         kind, vocab_size=len(tokenizer), initializer_range=0.2, **ids, **SIZES[kind]
     )  # type: ignore[arg-type]
-    AutoModel.from_config(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)  # type: ignore[attr-defined]
+    AutoModel.from_config(config).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)  # type: ignore[attr-defined]

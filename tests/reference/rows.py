@@ -41,19 +41,19 @@ class RowResult:
         return asdict(self)
 
 
-def try_row(row: Row, data: Path, folder: Path) -> RowResult:
-    """Trains a row in `folder`, which is removed, and compares it with its reference."""
+def try_row(row: Row, data: Path, directory: Path) -> RowResult:
+    """Trains a row in `directory`, which is removed, and compares it with its reference."""
     torch.set_num_threads(1)
     try:
-        return _refused(row, data, folder) if row.broken else _compared(row, data, folder)
+        return _refused(row, data, directory) if row.broken else _compared(row, data, directory)
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(directory, ignore_errors=True)
 
 
-def _compared(row: Row, data: Path, folder: Path) -> RowResult:
+def _compared(row: Row, data: Path, directory: Path) -> RowResult:
     config = row.config(data)
     try:
-        done = run(config, folder, row.ranks, row.stops)
+        done = run(config, directory, row.ranks, row.stops)
     except RunFailed as error:
         return RowResult(row.number, row.summary, "failed", detail=str(error))
     found = compare(config, done, train(config), row.bounds)
@@ -63,10 +63,10 @@ def _compared(row: Row, data: Path, folder: Path) -> RowResult:
     )
 
 
-def _refused(row: Row, data: Path, folder: Path) -> RowResult:
+def _refused(row: Row, data: Path, directory: Path) -> RowResult:
     """A broken row must end with one sentence and exit code 2, on every rank."""
     try:
-        run(row.config(data), folder, row.ranks)
+        run(row.config(data), directory, row.ranks)
     except UserError as error:
         return RowResult(row.number, row.summary, "refused", detail=str(error))
     except RunFailed as error:

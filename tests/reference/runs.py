@@ -63,9 +63,9 @@ class Prelude:
         report.needs = lambda *_: ""  # traces a whole loss; costs more than the run
         export = Trainer.export
 
-        def keep(trainer: Any, folder: Path, *rest: Any, **more: Any) -> None:
-            export(trainer, folder, *rest, **more)
-            if folder.name == "final":
+        def keep(trainer: Any, directory: Path, *rest: Any, **more: Any) -> None:
+            export(trainer, directory, *rest, **more)
+            if directory.name == "final":
                 save_weights(trainer, self.weights)
 
         Trainer.export = keep  # type: ignore[method-assign]
@@ -85,7 +85,7 @@ def save_weights(trainer: Any, path: str) -> None:
 
 def run(
     config: Config,
-    folder: Path,
+    directory: Path,
     ranks: int,
     stops: Sequence[Stop] = (),
     fault: Callable[[], None] | None = None,
@@ -95,14 +95,14 @@ def run(
     Raises:
         RunFailed: a process ended in another way than it was made to.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    run_section = dataclasses.replace(config.run, dir=str(folder / "run"))
+    directory.mkdir(parents=True, exist_ok=True)
+    run_section = dataclasses.replace(config.run, dir=str(directory / "run"))
     config = dataclasses.replace(config, run=run_section)
-    words = ["--config", str(write_config(config, folder / "config.toml"))]
-    prelude = Prelude(str(folder / "weights.pt"), fault)
+    words = ["--config", str(write_config(config, directory / "config.toml"))]
+    prelude = Prelude(str(directory / "weights.pt"), fault)
     outcomes = []
     for number, stop in enumerate([*stops, None]):
-        log = folder / f"{number}.log"
+        log = directory / f"{number}.log"
         end_at = None if stop is None else (stop.step, stop.how)
         outcome = train(words, log, ranks=ranks, end_at=end_at, setup=prelude)
         outcomes.append(outcome)
@@ -111,5 +111,5 @@ def run(
         if any(outcome.codes) and not killed:
             raise RunFailed(outcome)
         ranks = ranks if stop is None else stop.ranks
-    weights = torch.load(folder / "weights.pt", weights_only=True)
-    return Run(records(folder / "run"), weights, outcomes)
+    weights = torch.load(directory / "weights.pt", weights_only=True)
+    return Run(records(directory / "run"), weights, outcomes)

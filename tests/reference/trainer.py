@@ -202,8 +202,10 @@ def _teacher(config: Config, spec: str) -> Any:
         return None
     from dalr_scale.models.tokenizer import load_tokenizer
 
-    folder = config.path(spec.removeprefix("hf:"))
-    return AutoModel.from_pretrained(str(folder)).double().eval(), load_tokenizer(Path(folder))
+    directory = config.path(spec.removeprefix("hf:"))
+    return AutoModel.from_pretrained(str(directory)).double().eval(), load_tokenizer(
+        Path(directory)
+    )
 
 
 def learning_rate(config: Config, step: int, steps: int) -> float:

@@ -97,11 +97,11 @@ def install() -> None:
 class Cluster:
     """The running cluster; every method that asks Slurm uses this cluster's own settings."""
 
-    def __init__(self, folder: Path, *, grace: int = 60) -> None:
+    def __init__(self, directory: Path, *, grace: int = 60) -> None:
         self.grace = grace
-        self.folder = folder
+        self.directory = directory
         self.host = socket.gethostname().partition(".")[0]
-        self.conf = folder / "slurm.conf"
+        self.conf = directory / "slurm.conf"
         self.environment = {**os.environ, "SLURM_CONF": str(self.conf), "PATH": SEARCH}
 
     # -- up and down ------------------------------------------------------------------------
@@ -115,14 +115,14 @@ class Cluster:
         if os.geteuid() != 0:
             raise NoSlurm("the daemons of a test cluster must run as root")
         for name in ("log", "spool", "state"):
-            (self.folder / name).mkdir(parents=True)
-        self.folder.chmod(0o755)
+            (self.directory / name).mkdir(parents=True)
+        self.directory.chmod(0o755)
         # the one GPU of a node must be a device that every host has
-        (self.folder / "gres.conf").write_text("Name=gpu File=/dev/null\n", encoding="utf-8")
+        (self.directory / "gres.conf").write_text("Name=gpu File=/dev/null\n", encoding="utf-8")
         port = _free_ports(ALL_NODES + 1)  # another cluster may run on this host
         settings = {
             "host": self.host,
-            "folder": self.folder,
+            "folder": self.directory,
             "controller_port": port,
             # a job's number says which port it trains on: far from that of another cluster's jobs
             "first_job": 1 + PORTS.index(port) * JOBS,
@@ -140,18 +140,18 @@ class Cluster:
         try:
             self.wait(lambda: len(self.nodes("idle")) == NODES, 60, "all nodes idle")
         except (TimeoutError, RuntimeError) as error:
-            raise NoSlurm(f"{error}; see {self.folder}/log") from error
+            raise NoSlurm(f"{error}; see {self.directory}/log") from error
 
     def _start_munge(self) -> None:
-        key, socket_path = self.folder / "munge.key", self.folder / "munge.socket"
+        key, socket_path = self.directory / "munge.key", self.directory / "munge.socket"
         self._daemon("mungekey", "--create", f"--keyfile={key}")
         self._daemon(
             "munged",
             f"--key-file={key}",
             f"--socket={socket_path}",
-            f"--pid-file={self.folder}/munged.pid",
-            f"--log-file={self.folder}/log/munged.log",
-            f"--seed-file={self.folder}/munge.seed",
+            f"--pid-file={self.directory}/munged.pid",
+            f"--log-file={self.directory}/log/munged.log",
+            f"--seed-file={self.directory}/munge.seed",
             "--force",  # the folder belongs to the tests, not to a munge account
         )
 
@@ -181,7 +181,7 @@ class Cluster:
         names = [f"slurmd.n{number}" for number in range(1, ALL_NODES + 1)]
         for name in (*names, "slurmctld", "munged"):
             with suppress(OSError, ValueError):
-                os.kill(int((self.folder / f"{name}.pid").read_text()), signal.SIGTERM)
+                os.kill(int((self.directory / f"{name}.pid").read_text()), signal.SIGTERM)
 
     # -- nodes ------------------------------------------------------------------------------
 
@@ -190,7 +190,7 @@ class Cluster:
 
     def kill_node(self, number: int) -> int:
         """Kills the node and everything on it; returns how many processes that were."""
-        daemon = int((self.folder / f"slurmd.n{number}.pid").read_text())
+        daemon = int((self.directory / f"slurmd.n{number}.pid").read_text())
         os.kill(daemon, signal.SIGKILL)
         killed = 0
         # again: a process may have been started between the look and the kill

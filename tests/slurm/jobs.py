@@ -111,8 +111,8 @@ class Job:
 class Jobs:
     """Submits the scripts of ``slurm/`` as a user does, from the root of the checkout."""
 
-    def __init__(self, cluster: Cluster, folder: Path) -> None:
-        self.cluster, self.folder = cluster, folder
+    def __init__(self, cluster: Cluster, directory: Path) -> None:
+        self.cluster, self.directory = cluster, directory
 
     def submit(
         self,
@@ -123,13 +123,13 @@ class Jobs:
         environment: Mapping[str, str] | None = None,
     ) -> Job:
         """Submits ``sbatch OPTIONS slurm/SCRIPT WORDS`` with the run folder `name`."""
-        run = self.folder / name
+        run = self.directory / name
         # nothing here is compiled, but DeepSpeed loads the compiler, in each process of each start
         quick = {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"}
         given = {**quick, "RUN_DIR": str(run), **SECRETS}
         if not (REPOSITORY / ".venv" / "bin" / "python").exists():
             given["VENV"] = sys.prefix
-        output = self.folder / f"{name}_%j.out"
+        output = self.directory / f"{name}_%j.out"
         number = self.cluster.sbatch(
             f"--output={output}",
             *options,
@@ -145,11 +145,11 @@ class Jobs:
         return self.cluster.sbatch(
             *("--partition=urgent", "--nodes=1", "--exclusive", "--output=/dev/null"),
             f"--wrap=sleep {seconds}",
-            cwd=self.folder,
+            cwd=self.directory,
         )
 
 
-def files_with(folder: Path, text: str) -> list[Path]:
-    """Files below `folder` that contain `text`."""
-    paths = (Path(parent, name) for parent, _, names in os.walk(folder) for name in names)
+def files_with(directory: Path, text: str) -> list[Path]:
+    """Files below `directory` that contain `text`."""
+    paths = (Path(parent, name) for parent, _, names in os.walk(directory) for name in names)
     return [path for path in paths if path.is_file() and text.encode() in path.read_bytes()]

@@ -37,15 +37,15 @@ def jobs(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Jobs:
 
 @pytest.fixture(scope="module")
 def recipe(tiny_data: Path, jobs: Jobs) -> str:
-    return f"--config={write_recipe(tiny_data, jobs.folder / 'soak.toml', dropout=True)}"
+    return f"--config={write_recipe(tiny_data, jobs.directory / 'soak.toml', dropout=True)}"
 
 
 @pytest.fixture(scope="module")
 def reference(jobs: Jobs, recipe: str) -> Path:
     """The uninterrupted run: eight processes on this host, equal bit for bit to eight nodes."""
-    run = jobs.folder / "reference"
+    run = jobs.directory / "reference"
     words = [recipe, f"--run.dir={run}", f"--optim.steps={SOAK_STEPS}"]
-    outcome = train(words, jobs.folder / "reference.log", ranks=8, patience=START)
+    outcome = train(words, jobs.directory / "reference.log", ranks=8, patience=START)
     assert set(outcome.codes) == {0}, outcome.output[-4000:]
     assert len(history(run)) == SOAK_STEPS
     return run

@@ -36,18 +36,18 @@ FAIL_WITHIN = 60  # seconds from the start of a job that cannot work
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("jobs")
 
 
 @pytest.fixture(scope="module")
-def jobs(cluster: Cluster, folder: Path) -> Jobs:
-    return Jobs(cluster, folder)
+def jobs(cluster: Cluster, directory: Path) -> Jobs:
+    return Jobs(cluster, directory)
 
 
 @pytest.fixture(scope="module")
-def recipe(tiny_data: Path, folder: Path) -> str:
-    return f"--config={write_recipe(tiny_data, folder / 'tiny.toml')}"
+def recipe(tiny_data: Path, directory: Path) -> str:
+    return f"--config={write_recipe(tiny_data, directory / 'tiny.toml')}"
 
 
 @pytest.fixture(scope="module")
@@ -97,14 +97,16 @@ def same_until_now(run: Path, reference: Path) -> None:
 # -- an undisturbed run ---------------------------------------------------------------------------
 
 
-def test_eight_nodes_train_like_eight_processes(reference: Job, recipe: str, folder: Path) -> None:
-    log = folder / "host.log"
-    host = train([recipe, f"--run.dir={folder / 'host'}"], log, ranks=8, patience=START)
+def test_eight_nodes_train_like_eight_processes(
+    reference: Job, recipe: str, directory: Path
+) -> None:
+    log = directory / "host.log"
+    host = train([recipe, f"--run.dir={directory / 'host'}"], log, ranks=8, patience=START)
     assert set(host.codes) == {0}, host.output[-4000:]
     for rank in range(8):
         assert f"rank {rank}: rank {rank} of a world of 8 on cpu" in reference.output
         assert (reference.run / "log" / f"rank{rank}.log").is_file()
-    found, wanted = history(reference.run), history(folder / "host")
+    found, wanted = history(reference.run), history(directory / "host")
     assert [line[:3] for line in found] == [line[:3] for line in wanted]
     assert len(found) == STEPS
     losses = [[float.fromhex(line[3]) for line in lines] for lines in (found, wanted)]
@@ -167,12 +169,12 @@ def test_a_preempted_job_saves_in_time_and_is_requeued(
 
 
 @pytest.fixture(scope="module")
-def other_version(folder: Path) -> dict[str, str]:
+def other_version(directory: Path) -> dict[str, str]:
     """Node n5 finds another version of accelerate before the installed one."""
-    info = folder / "other" / "accelerate-1.15.99.dist-info"
+    info = directory / "other" / "accelerate-1.15.99.dist-info"
     info.mkdir(parents=True)
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: accelerate\nVersion: 1.15.99\n")
-    path = f"{folder / 'other'}:$PYTHONPATH"
+    path = f"{directory / 'other'}:$PYTHONPATH"
     return {"ENV_SETUP": f'if [[ $SLURMD_NODENAME == n5 ]]; then export PYTHONPATH="{path}"; fi'}
 
 
@@ -260,7 +262,7 @@ def test_fewer_nodes_go_on_where_eight_were(
     jobs: Jobs, recipe: str, chain: Chain, reference: Job, tiny_data: Path
 ) -> None:
     """While n3 is away: another job takes a copy of the run to its end, on four nodes."""
-    run = shutil.copytree(chain.job.run, jobs.folder / "four")
+    run = shutil.copytree(chain.job.run, jobs.directory / "four")
     for name in ("status.json", ".lock"):  # the copy belongs to nobody yet
         (run / name).unlink(missing_ok=True)
     job = jobs.submit("four", recipe, options=("--nodes=4",))
@@ -315,8 +317,8 @@ def test_a_job_that_leads_nowhere_gives_up(stuck: Job, chain: Chain) -> None:
 
 def test_no_secret_was_written(jobs: Jobs, reference: Job) -> None:
     """Slurm keeps its users' environment in its own state folder; nothing of ours does."""
-    assert files_with(jobs.cluster.folder / "state", SECRET)  # control: it was there to be found
-    assert files_with(jobs.folder, SECRET) == []
+    assert files_with(jobs.cluster.directory / "state", SECRET)  # control: it was there to be found
+    assert files_with(jobs.directory, SECRET) == []
     for path in REPOSITORY.iterdir():
         if path.is_dir() and path.name not in (".git", ".venv", "tests"):
             assert files_with(path, SECRET) == []

@@ -29,10 +29,10 @@ pytestmark = pytest.mark.soak
 
 @pytest.mark.timeout(4 * 3600)
 def test_the_full_product(tmp_path: Path) -> None:
-    folder = Path(os.environ.get("DALR_SOAK_DIR", tmp_path))
+    directory = Path(os.environ.get("DALR_SOAK_DIR", tmp_path))
     for size in WORLDS:
-        (folder / str(size)).mkdir(parents=True, exist_ok=True)
-        launch(size, folder / str(size), "product", timeout=3600)
+        (directory / str(size)).mkdir(parents=True, exist_ok=True)
+        launch(size, directory / str(size), "product", timeout=3600)
     worst: dict[str, dict[str, float]] = defaultdict(dict)
     failed = []
     counts: dict[str, int] = defaultdict(int)
@@ -41,7 +41,7 @@ def test_the_full_product(tmp_path: Path) -> None:
     for case in product():
         if case.reference not in references:
             references[case.reference] = run(case.reference, world)
-        results = load(folder / str(case.world), case)
+        results = load(directory / str(case.world), case)
         bf16 = case.option == "bf16"
         found = agreement(results, references[case.reference], norms=bf16)
         if max(found.values()) >= tolerance(case):

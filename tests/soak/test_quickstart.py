@@ -16,13 +16,13 @@ RESULTS = Path(__file__).parent / "results" / "quickstart.json"
 TASK = "graded-test"
 
 
-def run(preset: str, folder: Path) -> dict:
-    """Trains the recipe with a preset in `folder`; both presets share the drawn data."""
+def run(preset: str, directory: Path) -> dict:
+    """Trains the recipe with a preset in `directory`; both presets share the drawn data."""
     command = [sys.executable, "-m", "dalr_scale.train", "--run.name", preset]
     if preset != "dalr":
         command += ["--objective.preset", preset]
-    subprocess.run(command, cwd=folder, check=True, env=os.environ | {"DALR_DATA": ""})
-    return json.loads((folder / "runs" / preset / "result.json").read_text())
+    subprocess.run(command, cwd=directory, check=True, env=os.environ | {"DALR_DATA": ""})
+    return json.loads((directory / "runs" / preset / "result.json").read_text())
 
 
 @pytest.mark.soak

@@ -38,9 +38,9 @@ pytestmark = pytest.mark.soak
 
 @pytest.mark.timeout(4 * 3600)
 def test_random_runs_train_what_the_reference_trains(tmp_path: Path) -> None:
-    folder = Path(os.environ.get("DALR_SOAK_DIR", tmp_path))
+    directory = Path(os.environ.get("DALR_SOAK_DIR", tmp_path))
     write_material(tmp_path / "data")
-    files = [folder / f"real_runs.{number}.jsonl" for number in range(PROCESSES)]
+    files = [directory / f"real_runs.{number}.jsonl" for number in range(PROCESSES)]
     searches = [
         subprocess.Popen(
             [sys.executable, "-m", "reference", str(number), f"--to={ROWS}",

@@ -91,13 +91,13 @@ def state_at(step: int, **changes: Any) -> RunState:
     return RunState(**(values | changes))
 
 
-def write_files(folder: Path, step: int, rank: int = 0) -> None:
+def write_files(directory: Path, step: int, rank: int = 0) -> None:
     """What a save callback does: a file of its own per rank, and shared ones from rank 0."""
-    (folder / "model").mkdir(exist_ok=True)
-    (folder / "model" / f"shard{rank}.bin").write_bytes(bytes([step % 256]) * 3000 + b"end")
+    (directory / "model").mkdir(exist_ok=True)
+    (directory / "model" / f"shard{rank}.bin").write_bytes(bytes([step % 256]) * 3000 + b"end")
     if rank == 0:
-        (folder / "weights.safetensors").write_bytes(step.to_bytes(4, "big") * 500)
-        (folder / "latest").write_text(f"step {step}")
+        (directory / "weights.safetensors").write_bytes(step.to_bytes(4, "big") * 500)
+        (directory / "latest").write_text(f"step {step}")
 
 
 def save(run: Path, step: int, world: Any = None, keep: int = 9, **changes: Any) -> Path | None:
@@ -106,7 +106,7 @@ def save(run: Path, step: int, world: Any = None, keep: int = 9, **changes: Any)
         run,
         step,
         world,
-        changes.pop("write", lambda folder: write_files(folder, step, world.rank)),
+        changes.pop("write", lambda directory: write_files(directory, step, world.rank)),
         changes.pop("state", None) or state_at(step),
         fingerprint=changes.pop("fingerprint", {"torch": "2.15"}),
         keep=keep,
@@ -120,10 +120,10 @@ def flip_bit(path: Path, bit: int) -> None:
     path.write_bytes(data)
 
 
-def forge_manifest(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
+def forge_manifest(directory: Path, change: Callable[[dict[str, Any]], None]) -> None:
     """Change the manifest as someone would who also corrects its checksum."""
-    plain = json.loads((folder / MANIFEST).read_bytes())
+    plain = json.loads((directory / MANIFEST).read_bytes())
     change(plain)
     data = json.dumps(plain).encode()
-    (folder / MANIFEST).write_bytes(data)
-    (folder / MANIFEST_SUM).write_bytes(_sum_line(data))
+    (directory / MANIFEST).write_bytes(data)
+    (directory / MANIFEST_SUM).write_bytes(_sum_line(data))

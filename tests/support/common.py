@@ -16,7 +16,7 @@ from dalr_scale.data.shards.features_store import write_features
 from dalr_scale.data.shards.writer import ShardSetWriter, write_text_shards
 
 WORDS = ["".join(chr(97 + int(digit)) for digit in str(number + 100)) for number in range(120)]
-PICTURES, CAPTIONS, SENTENCES = 72, 2, 170  # with B = 24: 6 paired and 7 text batches a pass
+IMAGES, CAPTIONS, SENTENCES = 72, 2, 170  # with B = 24: 6 paired and 7 text batches a pass
 IMAGE_WIDTH, TEXT_WIDTH = 20, 12
 ORIGIN = {
     "model": "tiny",
@@ -27,7 +27,7 @@ ORIGIN = {
 }
 
 
-def write_tiny_data(folder: Path) -> Path:
+def write_tiny_data(directory: Path) -> Path:
     """Pair and text shards with stored features, a vocabulary and graded pairs.
 
     Feature sets: ``img`` (20 wide, per picture), ``cap`` and ``t0`` (20 and 12, per caption) and
@@ -38,19 +38,19 @@ def write_tiny_data(folder: Path) -> Path:
     def sentence() -> str:
         return " ".join(rng.choice(WORDS, rng.integers(3, 9)))
 
-    write_text_shards([sentence() for _ in range(SENTENCES)], folder, "text", per_member=64)
-    with ShardSetWriter(folder, "train", samples_per_shard=PICTURES // 2) as writer:
-        for number in range(PICTURES):
+    write_text_shards([sentence() for _ in range(SENTENCES)], directory, "text", per_member=64)
+    with ShardSetWriter(directory, "train", samples_per_shard=IMAGES // 2) as writer:
+        for number in range(IMAGES):
             captions = "\n".join(sentence() for _ in range(CAPTIONS))
             writer.write(f"{number:05d}", {"txt": captions.encode(), "json": b"{}"})
     for shard in writer.shards:
-        write_tiny_features(shard, rng, PICTURES // 2)
+        write_tiny_features(shard, rng, IMAGES // 2)
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
-    (folder / "vocab.txt").write_text("\n".join(words), encoding="utf-8")
+    (directory / "vocab.txt").write_text("\n".join(words), encoding="utf-8")
     pairs = [{"a": sentence(), "b": sentence(), "score": float(rng.random())} for _ in range(30)]
     lines = "".join(json.dumps(pair) + "\n" for pair in pairs)
-    (folder / "graded.jsonl").write_text(lines, encoding="utf-8")
-    return folder
+    (directory / "graded.jsonl").write_text(lines, encoding="utf-8")
+    return directory
 
 
 def write_tiny_features(shard: Path, rng: np.random.Generator, samples: int) -> None:
@@ -161,19 +161,19 @@ def history(run: Path) -> list[tuple[int, str, str, str]]:
     return [(r["step"], r["stream"], r["ids"], float.hex(r["loss"])) for r in records(run)]
 
 
-def weights_hash(folder: Path) -> str:
+def weights_hash(directory: Path) -> str:
     """SHA-256 of an exported encoder's weights."""
-    return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    return hashlib.sha256((directory / "model.safetensors").read_bytes()).hexdigest()
 
 
 def status(run: Path) -> dict[str, Any]:
     return json.loads((run / "status.json").read_text(encoding="utf-8"))
 
 
-def tree(folder: Path) -> dict[str, str]:
+def tree(directory: Path) -> dict[str, str]:
     """Relative path -> SHA-256 of every file below a folder."""
     return {
-        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.rglob("*"))
+        str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(directory.rglob("*"))
         if path.is_file()
     }

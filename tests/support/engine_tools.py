@@ -68,12 +68,12 @@ def steps(engine: Engine, numbers: range, lr: float) -> None:
         engine.step(lr)
 
 
-def in_world(ranks: int, action: Callable[..., None], folder: Path, *arguments: Any) -> str:
-    """Runs ``action(world, folder, *arguments)`` on `ranks` fresh processes; their errors."""
-    port, errors = free_port(), folder / "errors.txt"
+def in_world(ranks: int, action: Callable[..., None], directory: Path, *arguments: Any) -> str:
+    """Runs ``action(world, directory, *arguments)`` on `ranks` fresh processes; their errors."""
+    port, errors = free_port(), directory / "errors.txt"
     errors.write_text("")
     processes = [
-        fork(_one_rank, rank, ranks, port, action, folder, arguments) for rank in range(ranks)
+        fork(_one_rank, rank, ranks, port, action, directory, arguments) for rank in range(ranks)
     ]
     for process in processes:
         process.join(timeout=300)
@@ -84,14 +84,14 @@ def in_world(ranks: int, action: Callable[..., None], folder: Path, *arguments: 
 
 
 def _one_rank(
-    rank: int, ranks: int, port: int, action: Callable[..., None], folder: Path, arguments: Any
+    rank: int, ranks: int, port: int, action: Callable[..., None], directory: Path, arguments: Any
 ) -> None:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
     try:
-        action(start_world(2, threads=1), folder, *arguments)
+        action(start_world(2, threads=1), directory, *arguments)
         leave_world()
     except Exception:
-        with (folder / "errors.txt").open("a") as file:
+        with (directory / "errors.txt").open("a") as file:
             file.write(traceback.format_exc())
     os._exit(0)

@@ -13,8 +13,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "benchmarks"))
 import gpu_batch  # pyright: ignore[reportMissingImports]
 
 
-def document(folder: Path) -> dict:
-    return json.loads((folder / "gpu_batch_dry-run.json").read_text(encoding="utf-8"))
+def document(directory: Path) -> dict:
+    return json.loads((directory / "gpu_batch_dry-run.json").read_text(encoding="utf-8"))
 
 
 def test_every_objective_takes_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,9 +26,9 @@ SHOW_ARGUMENTS = """printf '%s\\n' "$@" >"$FAKES/arguments"; env >"$FAKES/enviro
 class Fakes:
     """Stand-ins for srun, scontrol, accelerate-launch and python; job 77 on 2 nodes."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        (folder / "bin").mkdir()
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        (directory / "bin").mkdir()
         python = f'exec {shlex.quote(sys.executable)} "$@"'
         self.write("srun", "exit 0")
         self.write("bin/python", python)
@@ -36,7 +36,7 @@ class Fakes:
         self.job_says("JobState=RUNNING PreemptTime=None")
 
     def write(self, name: str, body: str) -> None:
-        path = self.folder / name
+        path = self.directory / name
         path.write_text(f"#!/bin/bash\n{body}\n", encoding="utf-8")
         path.chmod(0o755)
 
@@ -53,16 +53,16 @@ esac"""
         self, script: str = "train_8node.sh", *words: str, **variables: str
     ) -> subprocess.CompletedProcess[str]:
         environment = {
-            "PATH": f"{self.folder}:{os.environ['PATH']}",
+            "PATH": f"{self.directory}:{os.environ['PATH']}",
             "PYTHONPATH": os.environ.get("PYTHONPATH", str(REPOSITORY)),
-            "FAKES": str(self.folder),
+            "FAKES": str(self.directory),
             "SLURM_SUBMIT_DIR": str(REPOSITORY),
             "SLURM_JOB_ID": "77",
             "SLURM_JOB_NODELIST": "n[1-2]",
             "SLURM_NNODES": "2",
-            "RUN_DIR": str(self.folder / "run"),
-            "VENV": str(self.folder),
-            "TMPDIR": str(self.folder),
+            "RUN_DIR": str(self.directory / "run"),
+            "VENV": str(self.directory),
+            "TMPDIR": str(self.directory),
             "DOCTOR": "no",
         }
         return subprocess.run(
@@ -75,21 +75,21 @@ esac"""
 
     @property
     def requeued(self) -> bool:
-        return (self.folder / "requeued").exists()
+        return (self.directory / "requeued").exists()
 
     @property
     def arguments(self) -> list[str]:
-        return (self.folder / "arguments").read_text().splitlines()
+        return (self.directory / "arguments").read_text().splitlines()
 
     @property
     def environment(self) -> dict[str, str]:
-        lines = (self.folder / "environment").read_text().splitlines()
+        lines = (self.directory / "environment").read_text().splitlines()
         return dict(line.partition("=")[::2] for line in lines)
 
     def leave_status(self, outcome: str, job: str | None = "77", restarts: int = 0) -> None:
-        (self.folder / "run").mkdir(exist_ok=True)
+        (self.directory / "run").mkdir(exist_ok=True)
         status = {"outcome": outcome, "job_id": job, "restart_count": restarts, "step": 4}
-        (self.folder / "run" / "status.json").write_text(json.dumps(status), encoding="utf-8")
+        (self.directory / "run" / "status.json").write_text(json.dumps(status), encoding="utf-8")
 
 
 @pytest.fixture
@@ -98,7 +98,7 @@ def fakes(tmp_path: Path) -> Fakes:
 
 
 def status_of(fakes: Fakes) -> dict:
-    return json.loads((fakes.folder / "run" / "status.json").read_text())
+    return json.loads((fakes.directory / "run" / "status.json").read_text())
 
 
 # -- form -----------------------------------------------------------------------------------------
@@ -135,7 +135,7 @@ def test_arguments_arrive_whole_on_the_node(fakes: Fakes) -> None:
     module = found.index("-m")
     assert found[module + 1] == "dalr_scale.train"
     assert found[module + 2 : -2] == list(words)
-    assert found[-2:] == ["--run.dir", str(fakes.folder / "run")]
+    assert found[-2:] == ["--run.dir", str(fakes.directory / "run")]
     options = dict(itertools.pairwise(found[:module]))
     assert options["--num_machines"] == "2" and options["--num_processes"] == "8"
     assert options["--machine_rank"] == "1"  # the node's own, not the batch host's
@@ -144,7 +144,7 @@ def test_arguments_arrive_whole_on_the_node(fakes: Fakes) -> None:
     assert options["--mixed_precision"] == "no" and options["--max_restarts"] == "0"
     there = fakes.environment
     assert there["NCCL_SOCKET_IFNAME"] == there["GLOO_SOCKET_IFNAME"] == "ib0"
-    scratch = str(fakes.folder / "dalr-77-1")
+    scratch = str(fakes.directory / "dalr-77-1")
     for name in ("TRITON_CACHE_DIR", "TORCH_EXTENSIONS_DIR", "TORCHINDUCTOR_CACHE_DIR"):
         assert there[name].startswith(scratch)
     assert not Path(scratch).exists()  # cleared away
@@ -187,7 +187,7 @@ def test_processes_follow_the_gpus_of_a_node(
     fakes.write("srun", f'echo "$@" >>"$FAKES/srun-arguments"\n{LOCAL_SRUN}')
     fakes.run(SLURM_GPUS_ON_NODE=gpus, **asked_for)
     assert fakes.arguments[fakes.arguments.index("--num_processes") + 1] == str(2 * processes)
-    asked = "--gres=gpu:8" in (fakes.folder / "srun-arguments").read_text()
+    asked = "--gres=gpu:8" in (fakes.directory / "srun-arguments").read_text()
     assert asked == step_asks
 
 
@@ -195,16 +195,16 @@ def test_containers(fakes: Fakes) -> None:
     fakes.write("srun", LOCAL_SRUN)
     fakes.write("apptainer", LOCAL_SRUN)
     fakes.write("bin/accelerate-launch", SHOW_ARGUMENTS)
-    path = {"PATH": f"{fakes.folder}:{fakes.folder}/bin:{os.environ['PATH']}"}
+    path = {"PATH": f"{fakes.directory}:{fakes.directory}/bin:{os.environ['PATH']}"}
     fakes.run(CONTAINER="apptainer", CONTAINER_IMAGE="dalr.sif", CONTAINER_MOUNTS="/data", **path)
-    called = (fakes.folder / "called").read_text()
-    assert called.startswith(f"apptainer exec --nv --bind {REPOSITORY},{fakes.folder}/run,/data")
+    called = (fakes.directory / "called").read_text()
+    assert called.startswith(f"apptainer exec --nv --bind {REPOSITORY},{fakes.directory}/run,/data")
     assert "dalr.sif bash -c" in called
     fakes.write("srun", 'printf "%s\\n" "$@" >>"$FAKES/srun-arguments"')
     fakes.run(CONTAINER="pyxis", CONTAINER_IMAGE="dalr.sqsh", CONTAINER_MOUNTS="/data:/d", **path)
-    called = (fakes.folder / "srun-arguments").read_text().splitlines()
+    called = (fakes.directory / "srun-arguments").read_text().splitlines()
     assert "--container-image=dalr.sqsh" in called
-    mounts = f"{REPOSITORY}:{REPOSITORY},{fakes.folder}/run:{fakes.folder}/run,/data:/d"
+    mounts = f"{REPOSITORY}:{REPOSITORY},{fakes.directory}/run:{fakes.directory}/run,/data:/d"
     assert f"--container-mounts={mounts}" in called
 
 
@@ -220,7 +220,7 @@ def test_containers(fakes: Fakes) -> None:
     ],
 )
 def test_a_wrong_variable_is_one_line(variables: dict, problem: str, fakes: Fakes) -> None:
-    given = {name: text.format(folder=fakes.folder) for name, text in variables.items()}
+    given = {name: text.format(directory=fakes.directory) for name, text in variables.items()}
     done = fakes.run(**given)
     assert done.returncode == 1 and problem in done.stderr.splitlines()[-1], done.stderr
 
@@ -229,7 +229,7 @@ def test_a_sweep_takes_its_size_from_the_array(fakes: Fakes) -> None:
     fakes.write("srun", LOCAL_SRUN)
     array = {"SLURM_ARRAY_JOB_ID": "70", "SLURM_ARRAY_TASK_ID": "1", "BATCH_SIZES": "64 96"}
     assert fakes.run("sweep_batch.sh", "--config", "x", **array).returncode == 0
-    run = f"{fakes.folder}/run/batch_96"
+    run = f"{fakes.directory}/run/batch_96"
     assert fakes.arguments[-5:] == ["--config", "x", "--batch.global_size=96", "--run.dir", run]
     done = fakes.run("sweep_batch.sh", **(array | {"SLURM_ARRAY_TASK_ID": "2"}))
     assert done.returncode == 1 and "use --array=0-1" in done.stderr
@@ -281,7 +281,7 @@ def test_a_job_that_was_asked_is_requeued_without_a_word_of_the_run(fakes: Fakes
     fakes.leave_status("finished", "76")
     fakes.write("srun", "kill -USR1 $PPID; sleep 0.3; exit 1")
     assert fakes.run().returncode == 0 and fakes.requeued
-    assert (fakes.folder / "run" / "STOP").read_text() == "requeue 77 0\n"
+    assert (fakes.directory / "run" / "STOP").read_text() == "requeue 77 0\n"
 
 
 @pytest.mark.parametrize(
@@ -337,7 +337,7 @@ def test_a_lost_node_sends_the_job_back(fakes: Fakes) -> None:
     done = fakes.run()
     assert done.returncode == 0 and fakes.requeued
     assert done.stderr.splitlines()[-1] == "first failure: node n2: it no longer answers"
-    (fakes.folder / "requeued").unlink()
+    (fakes.directory / "requeued").unlink()
     fakes.leave_status("running")
     fakes.write("srun", '[[ " $* " == *" true "* ]]')
     assert fakes.run().returncode == 1 and not fakes.requeued
@@ -356,7 +356,7 @@ def test_restarts_without_progress_end(fakes: Fakes) -> None:
     """The first start and three restarts, all stopped before a new checkpoint."""
     for restart in range(4):
         fakes.leave_status("preempted", restarts=restart)
-        (fakes.folder / "requeued").unlink(missing_ok=True)
+        (fakes.directory / "requeued").unlink(missing_ok=True)
         done = fakes.run(SLURM_RESTART_COUNT=str(restart))
         assert fakes.requeued == (restart < 3)
         assert done.returncode == (0 if restart < 3 else 1)  # its ranks left with 0
@@ -369,13 +369,13 @@ def test_restarts_without_progress_end(fakes: Fakes) -> None:
     assert fakes.run(SLURM_RESTART_COUNT="4").returncode == 1
     assert status_of(fakes)["outcome"] == "failed"
     # control: with a new checkpoint each time the job goes on
-    fakes.folder.joinpath("run", "jobs", "77.json").unlink()
+    fakes.directory.joinpath("run", "jobs", "77.json").unlink()
     for restart in range(6):
-        folder = fakes.folder / "run" / "checkpoints" / f"step-{restart + 1}"
-        folder.mkdir(parents=True)
-        (folder / "manifest.json").touch()
+        directory = fakes.directory / "run" / "checkpoints" / f"step-{restart + 1}"
+        directory.mkdir(parents=True)
+        (directory / "manifest.json").touch()
         fakes.leave_status("preempted", restarts=restart)
-        (fakes.folder / "requeued").unlink(missing_ok=True)
+        (fakes.directory / "requeued").unlink(missing_ok=True)
         fakes.run(SLURM_RESTART_COUNT=str(restart))
         assert fakes.requeued
 

@@ -21,8 +21,8 @@ from dalr_scale.commands.doctor import compare
 
 @pytest.fixture(scope="module")
 def recipe(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("recipe")
-    return f"--config={write_config(tiny_config(tiny_data), folder / 'tiny.toml')}"
+    directory = tmp_path_factory.mktemp("recipe")
+    return f"--config={write_config(tiny_config(tiny_data), directory / 'tiny.toml')}"
 
 
 def free_port() -> int:
@@ -34,8 +34,8 @@ def free_port() -> int:
 class Nodes:
     """Processes that play the nodes n1, n2, ... of a job."""
 
-    def __init__(self, folder: Path, recipe: str) -> None:
-        self.folder, self.recipe, self.port = folder, recipe, free_port()
+    def __init__(self, directory: Path, recipe: str) -> None:
+        self.directory, self.recipe, self.port = directory, recipe, free_port()
         self.processes: list[subprocess.Popen[str]] = []
 
     def start(
@@ -49,7 +49,7 @@ class Nodes:
     ) -> None:
         words = [sys.executable, "-m", "dalr_scale", "doctor", f"--nodes={nodes}"]
         words += [f"--node-rank={rank}", f"--port={self.port}", f"--patience={patience}"]
-        words += [f"--run-dir={self.folder / run}", "--", self.recipe, *training]
+        words += [f"--run-dir={self.directory / run}", "--", self.recipe, *training]
         # a restarted job: the configuration was tried before
         own = {"SLURMD_NODENAME": f"n{rank + 1}", "SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "1"}
         own |= {"NODE_NAMES": "n1 n2"}
@@ -75,7 +75,7 @@ def nodes(tmp_path: Path, recipe: str) -> Nodes:
 
 
 def problems_of(nodes: Nodes) -> list[str]:
-    return json.loads((nodes.folder / "run" / "doctor.json").read_text())["problems"]
+    return json.loads((nodes.directory / "run" / "doctor.json").read_text())["problems"]
 
 
 def test_equal_nodes_pass(nodes: Nodes) -> None:
@@ -86,16 +86,16 @@ def test_equal_nodes_pass(nodes: Nodes) -> None:
     assert (first, second) == (0, 0), output
     assert "doctor: 2 nodes agree" in output and "3 shards" in output
     assert "port reachable" in output and problems_of(nodes) == []
-    assert not list((nodes.folder / "run").glob(".doctor*"))
+    assert not list((nodes.directory / "run").glob(".doctor*"))
 
 
 def test_another_version_is_named_with_its_node(nodes: Nodes) -> None:
-    info = nodes.folder / "torch-0.0.1.dist-info"
+    info = nodes.directory / "torch-0.0.1.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: torch\nVersion: 0.0.1\n")
     nodes.start(0, nodes=3)
     nodes.start(1, nodes=3)
-    path = f"{nodes.folder}:{os.environ.get('PYTHONPATH', '')}"
+    path = f"{nodes.directory}:{os.environ.get('PYTHONPATH', '')}"
     nodes.start(2, nodes=3, PYTHONPATH=path)
     ends = nodes.ends()
     assert [code for code, _ in ends] == [1, 1, 1]
@@ -128,7 +128,7 @@ def test_a_folder_that_is_not_shared(nodes: Nodes) -> None:
 
 
 def test_a_folder_that_cannot_be_written(nodes: Nodes) -> None:
-    (nodes.folder / "file").write_text("x")
+    (nodes.directory / "file").write_text("x")
     nodes.start(0)
     nodes.start(1, run="file/run")
     assert [code for code, _ in nodes.ends()] == [1, 1]

@@ -18,7 +18,7 @@ from dalr_scale.estimate import predict
 from dalr_scale.estimate.predict import (
     TRIAL_WORKSPACE,
     LiveBytes,
-    column_wires,
+    column_transfers,
     loss_bytes_per_row,
     parameter_traffic,
     plan_memory,
@@ -210,26 +210,26 @@ def test_a_run_has_the_same_steps_at_any_number_of_ranks(
     assert len(set(lines)) == 1
 
 
-def wires(config: Config, *, paired: bool = True) -> dict[str, tuple[int, int]]:
+def transfers(config: Config, *, paired: bool = True) -> dict[str, tuple[int, int]]:
     world = World(0, 1, torch.device("cpu"))
     model = build_model(config, build_streams(config), world).model
-    return {w.name: (w.out, w.back) for w in column_wires(config, model, paired=paired)}
+    return {w.name: (w.out, w.back) for w in column_transfers(config, model, paired=paired)}
 
 
 def test_columns_are_those_of_the_objective(tiny_data: Path) -> None:
-    found = wires(tiny_config(tiny_data))
+    found = transfers(tiny_config(tiny_data))
     assert found["z2"] == (4 * 16, 4 * 16)
     assert found["images"] == (2 * 20, 0)  # float16, as stored; nothing comes back
     assert found["text teachers"] == (2 * 12, 0)
     assert found["u"] == (4 * 8, 4 * 8)
     assert found["z1 for token teachers"] == (4 * 12 + 4, 4 * 14)  # no token travels
     assert not any("caption" in name for name in found)
-    assert set(wires(tiny_config(tiny_data), paired=False)) == {"z2", "row numbers"}
+    assert set(transfers(tiny_config(tiny_data), paired=False)) == {"z2", "row numbers"}
 
 
 def test_columns_of_the_caption_branch(tiny_data: Path) -> None:
     changes = {"objective.preset": "kdmcse", "teachers.caption": "features:cap"}
-    found = wires(tiny_config(tiny_data, changes))
+    found = transfers(tiny_config(tiny_data, changes))
     assert found["u of captions"] == found["u"] == (4 * 8, 4 * 8)
     assert found["captions"] == (2 * 20, 0)
     assert not any("token" in name for name in found)
@@ -256,16 +256,16 @@ def test_columns_cost_no_more_than_they_must(preset: str) -> None:
     spec = LossSpec(config.objective, (0.33, 0.67))
     with torch.device("meta"):
         model = DalrModel(encoder, config.model, spec, widths)  # type: ignore[arg-type]
-    cost = sum(w.out + w.back for w in column_wires(config, model))
+    cost = sum(w.out + w.back for w in column_transfers(config, model))
     assert FLOORS[preset] <= cost <= 1.05 * FLOORS[preset]
 
 
 def test_half_precision_halves_what_goes_out_not_what_comes_back(tiny_data: Path) -> None:
-    found = wires(tiny_config(tiny_data, {"engine.precision": "bf16"}))
+    found = transfers(tiny_config(tiny_data, {"engine.precision": "bf16"}))
     assert found["z2"] == (2 * 16, 4 * 16)
-    on_ddp = wires(tiny_config(tiny_data, {"engine.precision": "bf16", "engine.kind": "ddp"}))
+    on_ddp = transfers(tiny_config(tiny_data, {"engine.precision": "bf16", "engine.kind": "ddp"}))
     assert on_ddp["z2"] == (4 * 16, 4 * 16)  # heads outside of autocast return float32
-    exact = wires(tiny_config(tiny_data, {"engine.precision": "fp64", "engine.kind": "ddp"}))
+    exact = transfers(tiny_config(tiny_data, {"engine.precision": "fp64", "engine.kind": "ddp"}))
     assert exact["z2"] == (8 * 16, 8 * 16)
 
 

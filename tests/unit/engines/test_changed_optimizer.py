@@ -91,53 +91,53 @@ CASES = [
 ]
 
 
-def save(world: World, folder: Path) -> None:
+def save(world: World, directory: Path) -> None:
     for case in CASES:
         if case.ranks == world.size:
             optim = CHANGES[case.change][0]
             own = case.engine(world, optim)
             steps(own, range(TURN), optim["lr"])
             world.barrier()
-            own.save(folder / case.name)
+            own.save(directory / case.name)
 
 
-def go_on(world: World, folder: Path) -> None:
+def go_on(world: World, directory: Path) -> None:
     for case in CASES:
         if case.later == world.size:
             optim = CHANGES[case.change][1]
             own = case.engine(world, optim)
-            own.load(folder / case.name, case.ranks)
+            own.load(directory / case.name, case.ranks)
             steps(own, range(TURN, END), optim["lr"])
             state = own.full_state("")
             if world.rank == 0:
-                torch.save(state, folder / f"{case.name}.pt")
+                torch.save(state, directory / f"{case.name}.pt")
     if world.size == 1:
-        refuse_others(world, folder)
+        refuse_others(world, directory)
 
 
-def refuse_others(world: World, folder: Path) -> None:
+def refuse_others(world: World, directory: Path) -> None:
     """Loads checkpoints of a model with one column more."""
     for kind in ("ddp", "zero2", "zero3"):
         case = next(case for case in CASES if case.kind == kind)
         own = small_engine(world, {"engine": {"kind": kind}}, width=4)
         try:
-            own.load(folder / case.name, case.ranks)
+            own.load(directory / case.name, case.ranks)
         except UserError as error:
-            (folder / f"{kind}.refusal").write_text(str(error))
+            (directory / f"{kind}.refusal").write_text(str(error))
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("changed")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("changed")
     for ranks, action in ((1, save), (2, save), (1, go_on), (2, go_on)):
-        assert not (errors := in_world(ranks, action, folder)), errors
-    return folder
+        assert not (errors := in_world(ranks, action, directory)), errors
+    return directory
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_a_resume_trains_with_the_new_settings(case: Case, folder: Path) -> None:
+def test_a_resume_trains_with_the_new_settings(case: Case, directory: Path) -> None:
     before, after = CHANGES[case.change]
-    found = torch.load(folder / f"{case.name}.pt")
+    found = torch.load(directory / f"{case.name}.pt")
     wanted = by_hand([before] * TURN + [after] * (END - TURN))
     unchanged = by_hand([before] * END)
     for name, values in wanted.items():
@@ -147,8 +147,8 @@ def test_a_resume_trains_with_the_new_settings(case: Case, folder: Path) -> None
 
 
 @pytest.mark.parametrize("kind", ["ddp", "zero2", "zero3"])
-def test_other_parameters_are_refused_by_name(kind: str, folder: Path) -> None:
-    found = (folder / f"{kind}.refusal").read_text()
+def test_other_parameters_are_refused_by_name(kind: str, directory: Path) -> None:
+    found = (directory / f"{kind}.refusal").read_text()
     assert "linear.weight (5x3 there, 4x3 here), linear.bias (5 there, 4 here)" in found
     assert "--run.name" in found and "\n" not in found
 

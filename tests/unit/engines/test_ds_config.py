@@ -15,8 +15,8 @@ from dalr_scale.config import Config, build_config
 from dalr_scale.engines.ds_config import ds_config, stage_template, write_templates
 from dalr_scale.errors import UserError
 
-FOLDER = Path(__file__).parents[3] / "ds_configs"
-FILES = sorted(FOLDER.glob("*.json"))
+DIRECTORY = Path(__file__).parents[3] / "ds_configs"
+FILES = sorted(DIRECTORY.glob("*.json"))
 pytestmark = pytest.mark.usefixtures("same_environment")
 
 

@@ -91,14 +91,14 @@ def test_deleted_file_falls_back(run: Path, name: str, caplog: pytest.LogCapture
 
 def test_a_hundred_flipped_bits_are_a_hundred_finds(run: Path) -> None:
     draw = random.Random(5)
-    folder = run / "checkpoints" / "step-2"
+    directory = run / "checkpoints" / "step-2"
     for number in range(100):
-        path = folder / FILES[number % len(FILES)]
+        path = directory / FILES[number % len(FILES)]
         bit = draw.randrange(8 * path.stat().st_size)
         flip_bit(path, bit)
-        assert verify(folder, WORLD)[1], f"bit {bit} of {path.name} not noticed"
+        assert verify(directory, WORLD)[1], f"bit {bit} of {path.name} not noticed"
         flip_bit(path, bit)
-    assert not verify(folder, WORLD)[1]
+    assert not verify(directory, WORLD)[1]
 
 
 def test_control_without_the_hash_a_flipped_bit_passes(
@@ -106,16 +106,16 @@ def test_control_without_the_hash_a_flipped_bit_passes(
 ) -> None:
     flip_bit(run / "checkpoints" / "step-2" / "weights.safetensors", 77)
     assert found(run).step == 1
-    monkeypatch.setattr(manifest, "check_file", lambda folder, entry: None)
+    monkeypatch.setattr(manifest, "check_file", lambda directory, entry: None)
     assert found(run).step == 2
 
 
 def test_rejection_names_file_expected_and_actual(
     run: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    folder = run / "checkpoints" / "step-2"
-    expected = {e.path: e.sha256 for e in read_manifest(folder).files}["latest"]
-    flip_bit(folder / "latest", 3)
+    directory = run / "checkpoints" / "step-2"
+    expected = {e.path: e.sha256 for e in read_manifest(directory).files}["latest"]
+    flip_bit(directory / "latest", 3)
     found(run)
     message = caplog.text
     assert "step-2: latest: expected" in message and expected in message
@@ -149,16 +149,16 @@ def test_paths_out_of_the_checkpoint_are_refused(run: Path, name: str) -> None:
     (run / "checkpoints" / "out.bin").write_bytes(b"")
     empty = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
     entry = {"path": name, "size": 0, "sha256": empty}
-    folder = run / "checkpoints" / "step-2"
-    forge_manifest(folder, lambda plain: plain["files"].append(entry))
-    assert any("path refused" in problem for problem in verify(folder, WORLD)[1])
+    directory = run / "checkpoints" / "step-2"
+    forge_manifest(directory, lambda plain: plain["files"].append(entry))
+    assert any("path refused" in problem for problem in verify(directory, WORLD)[1])
     assert found(run).step == 1
 
 
 def test_control_a_forged_manifest_with_an_inner_file_is_accepted(run: Path) -> None:
-    folder = run / "checkpoints" / "step-2"
-    forge_manifest(folder, lambda plain: plain["files"].sort(key=lambda e: e["sha256"]))
-    assert verify(folder, WORLD)[1] == []
+    directory = run / "checkpoints" / "step-2"
+    forge_manifest(directory, lambda plain: plain["files"].sort(key=lambda e: e["sha256"]))
+    assert verify(directory, WORLD)[1] == []
 
 
 @pytest.mark.parametrize("name", ["latest", "model", MANIFEST])
@@ -170,9 +170,9 @@ def test_links_are_refused(run: Path, name: str) -> None:
 
 
 def test_a_linked_checkpoint_is_refused(run: Path) -> None:
-    folder = run / "checkpoints" / "step-2"
-    folder.rename(run / "moved")
-    folder.symlink_to(run / "moved")
+    directory = run / "checkpoints" / "step-2"
+    directory.rename(run / "moved")
+    directory.symlink_to(run / "moved")
     assert found(run).step == 1
 
 
@@ -185,10 +185,10 @@ def test_the_checkpoint_folder_itself_may_be_a_link(run: Path, tmp_path_factory)
 
 
 def test_planted_file_is_refused_and_dot_files_are_not(run: Path) -> None:
-    folder = run / "checkpoints" / "step-2"
-    (folder / ".nfs0001").write_bytes(b"x")
+    directory = run / "checkpoints" / "step-2"
+    (directory / ".nfs0001").write_bytes(b"x")
     assert found(run).step == 2
-    (folder / "model" / "shard1.bin").write_bytes(b"x")
+    (directory / "model" / "shard1.bin").write_bytes(b"x")
     assert found(run).step == 1
 
 
@@ -221,13 +221,13 @@ JSON = st.recursive(
 @settings(max_examples=150, deadline=None)
 @given(key=st.sampled_from(["schema", "step", "files", "state", "fingerprint", "all"]), value=JSON)
 def test_any_json_is_rejected_with_a_reason(tmp_path_factory, key: str, value) -> None:
-    folder = tmp_path_factory.mktemp("forged")
+    directory = tmp_path_factory.mktemp("forged")
     plain = {"schema": 1, "step": 1, "world_size": 1, "saved_at": "", "fingerprint": {}}
     plain |= {"files": [], "state": state_at(1).to_json()}
     data = json.dumps(value if key == "all" else plain | {key: value}).encode()
-    (folder / MANIFEST).write_bytes(data)
-    (folder / MANIFEST_SUM).write_bytes(_sum_line(data))
-    read, problems = verify(folder, WORLD)
+    (directory / MANIFEST).write_bytes(data)
+    (directory / MANIFEST_SUM).write_bytes(_sum_line(data))
+    read, problems = verify(directory, WORLD)
     assert problems or read is not None
 
 
@@ -261,17 +261,17 @@ def test_saving_prunes_to_keep(tmp_path: Path) -> None:
 
 
 def test_replayed_step_sets_the_bad_one_aside(run: Path) -> None:
-    folder = run / "checkpoints" / "step-2"
+    directory = run / "checkpoints" / "step-2"
     for number in (1, 2):
-        flip_bit(folder / "latest", 0)
+        flip_bit(directory / "latest", 0)
         assert found(run).step == 1
-        assert save(run, 2) == folder
+        assert save(run, 2) == directory
         assert found(run).step == 2
         assert (run / "checkpoints" / f"step-2.rejected-{number}").is_dir()
 
 
 def test_saving_twice_without_a_step_between_writes_once(run: Path) -> None:
-    def write(folder: Path) -> None:
+    def write(directory: Path) -> None:
         raise AssertionError("written again")
 
     assert save(run, 2, write=write) == run / "checkpoints" / "step-2"

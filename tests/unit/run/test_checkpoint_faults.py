@@ -181,8 +181,8 @@ def test_input_output_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
     assert names(tmp_path) == {"step-1"} and newest(tmp_path) == 1
 
 
-def failing(folder: Path) -> None:
-    write_files(folder, 2)
+def failing(directory: Path) -> None:
+    write_files(directory, 2)
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
@@ -217,9 +217,9 @@ def test_a_save_that_reads_back_differently_is_set_aside(
     save(tmp_path, 1)
     real = checkpoint.write_manifest
 
-    def damaging(folder: Path, content: manifest.Manifest) -> None:
-        real(folder, content)
-        flip_bit(folder / "latest", 5)
+    def damaging(directory: Path, content: manifest.Manifest) -> None:
+        real(directory, content)
+        flip_bit(directory / "latest", 5)
 
     monkeypatch.setattr(checkpoint, "write_manifest", damaging)
     assert save(tmp_path, 2) is None
@@ -227,8 +227,8 @@ def test_a_save_that_reads_back_differently_is_set_aside(
 
 
 def test_a_link_among_the_written_files_fails_the_save(tmp_path: Path) -> None:
-    def write(folder: Path) -> None:
-        (folder / "link").symlink_to("/etc/hostname")
+    def write(directory: Path) -> None:
+        (directory / "link").symlink_to("/etc/hostname")
 
     assert save(tmp_path, 1, write=write) is None
 
@@ -246,10 +246,10 @@ def test_ranks_share_the_work_and_agree(tmp_path: Path) -> None:
 
 def test_every_rank_sees_damage_found_by_one(tmp_path: Path) -> None:
     run_ranks(3, lambda world: save(tmp_path, 1, world))
-    folder = tmp_path / "checkpoints" / "step-1"
+    directory = tmp_path / "checkpoints" / "step-1"
     for rank in range(3):
-        flip_bit(folder / "model" / f"shard{rank}.bin", 9)
-    results = run_ranks(3, lambda world: verify(folder, world)[1])
+        flip_bit(directory / "model" / f"shard{rank}.bin", 9)
+    results = run_ranks(3, lambda world: verify(directory, world)[1])
     assert len(results[0]) == 3 and results == [results[0]] * 3
 
 
@@ -258,8 +258,8 @@ def test_one_failing_rank_fails_the_save_for_all(tmp_path: Path, broken: int) ->
     run_ranks(3, lambda world: save(tmp_path, 1, world))
 
     def save_two(world: ThreadWorld) -> Any:
-        def write(folder: Path) -> None:
-            write_files(folder, 2, world.rank)
+        def write(directory: Path) -> None:
+            write_files(directory, 2, world.rank)
             if world.rank == broken:
                 raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -278,10 +278,10 @@ def test_ranks_that_see_different_newest_agree(
         run_ranks(2, lambda world, step=step: save(tmp_path, step, world))
     real = manifest.check_file
 
-    def stale_view(folder: Path, entry: manifest.FileEntry) -> str | None:
+    def stale_view(directory: Path, entry: manifest.FileEntry) -> str | None:
         # Second by name, so it is rank 1 that checks this file; its view of the folder is old.
-        hidden = folder.name == "step-2" and entry.path == "model/shard0.bin"
-        return f"{entry.path}: No such file" if hidden else real(folder, entry)
+        hidden = directory.name == "step-2" and entry.path == "model/shard0.bin"
+        return f"{entry.path}: No such file" if hidden else real(directory, entry)
 
     monkeypatch.setattr(manifest, "check_file", stale_view)
     found = run_ranks(2, lambda world: find_checkpoint(tmp_path, world))

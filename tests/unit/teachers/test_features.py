@@ -234,7 +234,7 @@ def test_wrong_options_are_refused(shards, bert, clip_directory):
 def test_a_launch_that_starts_one_process_of_two_is_refused(shards, bert, monkeypatch):
     words = ("--name", "t", "--text-teacher", bert, "--pooler", "mean")
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    monkeypatch.setattr(world_module, "_processes_asked_of_parent", lambda: 2)
+    monkeypatch.setattr(world_module, "_processes_requested_of_parent", lambda: 2)
     with pytest.raises(UserError, match=r"--num_processes 2 -m dalr_scale features"):
         run(shards, *words)
     assert not features_path(shards[0], "t").exists()

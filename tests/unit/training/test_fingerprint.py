@@ -82,14 +82,14 @@ def data(tiny_data: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def encoder(tmp_path: Path) -> Path:
-    folder = tmp_path / "encoder"
-    (folder / "1_Pooling").mkdir(parents=True)
-    (folder / ".cache").mkdir()
+    directory = tmp_path / "encoder"
+    (directory / "1_Pooling").mkdir(parents=True)
+    (directory / ".cache").mkdir()
     for name in ("config.json", "tokenizer.json", "model.safetensors", "1_Pooling/config.json"):
-        (folder / name).write_text(name)
+        (directory / name).write_text(name)
     for name in ("README.md", ".cache/x.json"):
-        (folder / name).write_text(name)
-    return folder
+        (directory / name).write_text(name)
+    return directory
 
 
 def test_moved_and_renamed_files_are_the_same(data: Path, tmp_path: Path) -> None:

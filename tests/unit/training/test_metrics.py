@@ -259,10 +259,10 @@ def test_control_a_log_that_only_appends_would_double_points(tmp_path: Path) -> 
     assert len(steps) > len(set(steps))
 
 
-def unpurged(folder: Path, purge_step: int) -> Any:
+def unpurged(directory: Path, purge_step: int) -> Any:
     from torch.utils.tensorboard.writer import SummaryWriter
 
-    return SummaryWriter(folder)
+    return SummaryWriter(directory)
 
 
 def test_a_flush_leaves_nothing_to_lose(tmp_path: Path) -> None:
