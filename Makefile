@@ -1,5 +1,5 @@
 # Two commands on a fresh Linux machine with Python >= 3.11: `make train` and `make test`.
-# Both share one environment: VENV is its folder, PYTHON the interpreter it is made from.
+# Both share one environment: VENV is its directory, PYTHON the interpreter it is made from.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -8,7 +8,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV ?= .venv
 ifeq ($(strip $(VENV)),)
-$(error VENV is empty: name the folder of the environment)
+$(error VENV is empty: name the directory of the environment)
 endif
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -25,7 +25,7 @@ help:
 	@echo "make test    all tests that need no GPU (WORKERS=2 files at a time, ARGS=... for pytest)"
 	@echo "make slurm-test  the job scripts on a Slurm cluster of 8 nodes on this host (installs it as root)"
 	@echo "make soak    long counts and full products (hours)"
-	@echo "make flickr8k  the README's real-data table (DALR_DATA=FOLDER; about an hour on 2 cores)"
+	@echo "make flickr8k  the README's real-data table (DALR_DATA=DIRECTORY; about an hour on 2 cores)"
 	@echo "make data-bench  the loader against stock WebDataset, and its other goals (minutes)"
 	@echo "make batch-bench  memory and time of the global batch on one process (minutes to hours)"
 	@echo "make lint    style, import rules and types: what CI and the pre-commit hook run first"
@@ -105,7 +105,7 @@ versions: $(STAMP)
 	@$(BIN)/python -m dalr_scale.versions
 
 # The stamp comes last: an interrupted installation is taken up again, a complete one is not redone.
-# An environment without pip was interrupted while it was made: it is cleared and made anew.
+# An environment without pip was interrupted while it was made: it is cleared and created again.
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed, this is %s" % sys.version.split()[0])'
 	@$(PYTHON) -c 'import os, shutil, sys; free = shutil.disk_usage(".").free / 1e9; sys.exit(None if os.path.exists("$(STAMP)") or free >= $(DISK_GB) else "$(DISK_GB) GB of free disk are needed, %.1f are free here" % free)'

@@ -196,7 +196,7 @@ def write(record: dict[str, Any]) -> None:
         "",
         f"BERT-base's widths, two sentence teachers, {batch_traffic.ROWS} rows, ZeRO-2, bf16; "
         "counted at the collectives over (W - 1) / W of the batch. The floor is 16 bits a number "
-        "on its way out and a float32 gradient back, of what no design avoids: z2, u, pictures "
+        "on its way out and a float32 gradient back, of what no design avoids: z2, u, images "
         "and sentence teachers as stored, and z1's visit to the teachers' tokens.",
         "",
         *batch_traffic.table(record["traffic"]),

@@ -61,7 +61,7 @@ class Scale:
         encoder: Changes to BERT-base.
         length: Most tokens of a sentence.
         micro: Sentences encoded at a time (two views each).
-        widths: Picture features, then one per text teacher.
+        widths: Image features, then one per text teacher.
         rows: Which batches each objective is tried at, in this order.
     """
 

@@ -14,13 +14,13 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 COMMANDS = {
-    "prepare": "raw pictures, captions and text to shards",
+    "prepare": "raw images, captions and text to shards",
     "index": "build or check the index beside each shard",
     "features": "teacher features into shards",
     "tokens": "token ids into shards, so that training need not tokenise",
     "train": "train on this process alone (many: accelerate launch -m dalr_scale.train)",
     "evaluate": "score a sentence encoder",
-    "export": "a run's encoder as a folder for other tools",
+    "export": "a run's encoder as a directory for other tools",
     "plan": "dry run: batch arithmetic, memory, bytes, time",
     "doctor": "check this node, or all nodes of a job, before training",
 }

@@ -1,8 +1,8 @@
 # shellcheck shell=bash
-# What the job scripts of this folder share; sourced by them, and by bash on every node.
+# What the job scripts of this directory share; sourced by them, and by bash on every node.
 #
 # Variables (all have defaults; set them before sbatch):
-#   RUN_DIR            run folder, shared by the nodes              (runs/slurm_JOBID)
+#   RUN_DIR            run directory, shared by the nodes              (runs/slurm_JOBID)
 #   VENV               Python environment                           (.venv beside this checkout)
 #   ENV_SETUP          command run on each node first, such as "module load cuda"       (none)
 #   PROCS_PER_NODE     processes on each node                       (GPUs of the node, or 1)
@@ -10,7 +10,7 @@
 #   NETWORK_INTERFACE  for NCCL and gloo, such as ib0               (their own choice)
 #   CONTAINER          none, apptainer or pyxis                     (none)
 #   CONTAINER_IMAGE    image for the last two; Python and packages come from it
-#   CONTAINER_MOUNTS   further folders in it, comma separated       (none)
+#   CONTAINER_MOUNTS   further directories in it, comma separated       (none)
 #   GRACE_SECONDS      time the site leaves a job after a signal    (300)
 #   DOCTOR             yes or no: check the nodes before training   (yes)
 
@@ -21,7 +21,7 @@ fail() {
 
 # -- in the batch shell ---------------------------------------------------------------------------
 
-# Variables, run folder, address and port; the arguments are the trainer's.
+# Variables, run directory, address and port; the arguments are the trainer's.
 prepare_job() {
   export CHECKOUT VENV
   VENV=${VENV:-$CHECKOUT/.venv}
@@ -50,7 +50,7 @@ prepare_job() {
     export NCCL_SOCKET_IFNAME=$NETWORK_INTERFACE GLOO_SOCKET_IFNAME=$NETWORK_INTERFACE
   fi
   check_settings
-  mkdir -p "$RUN_DIR/log" || fail "the run folder $RUN_DIR cannot be made on $(hostname)"
+  mkdir -p "$RUN_DIR/log" || fail "the run directory $RUN_DIR cannot be made on $(hostname)"
 }
 
 check_settings() {
@@ -64,17 +64,17 @@ check_settings() {
 
 # The trainer's own --run.dir and --run.name count here too, or the job would look elsewhere.
 run_dir_of() {
-  local folder=runs/slurm_${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}
+  local directory=runs/slurm_${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}
   while (($#)); do
     case $1 in
-      --run.dir=*) folder=${1#*=} ;;
-      --run.name=*) folder=runs/${1#*=} ;;
-      --run.dir) folder=${2:-} ;;
-      --run.name) folder=runs/${2:-} ;;
+      --run.dir=*) directory=${1#*=} ;;
+      --run.name=*) directory=runs/${1#*=} ;;
+      --run.dir) directory=${2:-} ;;
+      --run.name) directory=runs/${2:-} ;;
     esac
     shift
   done
-  echo "$folder"
+  echo "$directory"
 }
 
 # Slurm's own address of the first node: its name need not resolve.
@@ -190,13 +190,13 @@ on_node() {
   cd "$CHECKOUT"
   enter_environment
   local scratch=${SLURM_TMPDIR:-${TMPDIR:-/tmp}}/dalr-$SLURM_JOB_ID-$SLURM_NODEID
-  (umask 077 && mkdir -p "$scratch") || fail "no scratch folder $scratch on $(node_name)"
+  (umask 077 && mkdir -p "$scratch") || fail "no scratch directory $scratch on $(node_name)"
   # node-local: on a shared file system the ranks of many nodes trip over each other's files
   export TRITON_CACHE_DIR=$scratch/triton TORCH_EXTENSIONS_DIR=$scratch/extensions
   export TORCHINDUCTOR_CACHE_DIR=$scratch/inductor
   local log=$RUN_DIR/log/node$SLURM_NODEID.log
   echo "=== job $SLURM_JOB_ID restart ${SLURM_RESTART_COUNT:-0} node $(node_name)" \
-    "GPUs ${SLURM_STEP_GPUS:-none} $(date +%FT%T%z)" >>"$log" || fail "the run folder $RUN_DIR cannot be written on $(node_name)"
+    "GPUs ${SLURM_STEP_GPUS:-none} $(date +%FT%T%z)" >>"$log" || fail "the run directory $RUN_DIR cannot be written on $(node_name)"
   # the command gets these signals itself; bash must outlive it, and tee both
   trap : TERM INT HUP QUIT USR1
   set +e

@@ -8,7 +8,7 @@
 #SBATCH --open-mode=append
 #SBATCH --output=%x_%j.out
 #
-# sbatch slurm/features.sh SHARDS --name SET --image-teacher FOLDER
+# sbatch slurm/features.sh SHARDS --name SET --image-teacher DIRECTORY
 #
 # Stores teacher features beside the shards with one process for each GPU; every argument goes to
 # `dalr-scale features`. More nodes: sbatch --nodes=4 slurm/features.sh ...

@@ -59,7 +59,7 @@ def _draw(seed: str, name: str) -> bytes:
 
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of tiny shards, features, vocabulary and graded pairs; do not change it."""
+    """A directory of tiny shards, features, vocabulary and graded pairs; do not change it."""
     # here, because a GPU host runs tests/gpu without the packages that data need
     from common import write_tiny_data
 

@@ -1,11 +1,11 @@
 """``dalr-scale plan --config RECIPE``: what a run would need, without training.
 
 Prints the batch arithmetic, the memory of a rank by purpose, the bytes a rank sends per step, and
-the time a step takes on this host (one chunk is really encoded). No run folder is written; but what
-a run would do to its data first is done here too, since the numbers come from them: a recipe with a
-builder draws its data and trains its teachers (``data.builder``), and missing indexes are built.
-Settings and data that a run refuses are refused here in the same words; what the run directory
-already holds is not looked at.
+the time a step takes on this host (one chunk is really encoded). No run directory is written;
+but what a run would do to its data first is done here too, since the numbers come from them: a
+recipe with a builder draws its data and trains its teachers (``data.builder``), and missing indexes
+are built. Settings and data that a run refuses are refused here in the same words; what the run
+directory already holds is not looked at.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="dalr-scale plan",
         description="Dry run: batch arithmetic, memory, bytes and time, without training. Writes "
-        "no run folder; a recipe with data.builder first makes its data, as a run would. Refuses "
-        "the settings and the data that a run refuses.",
+        "no run directory; a recipe with data.builder first makes its data, as a run would. "
+        "Refuses the settings and the data that a run refuses.",
         epilog=settings_help(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--config", help="recipe name, TOML file or run folder")
+    parser.add_argument("--config", help="recipe name, TOML file or run directory")
     parser.add_argument("--ranks", type=int, default=1, help="processes to plan for")
     parser.add_argument("--no-timing", action="store_true", help="do not time a chunk here")
     parser.add_argument(

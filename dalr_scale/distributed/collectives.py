@@ -2,9 +2,9 @@
 
 **The rule.** Rank r owns rows r*b ... (r+1)*b - 1 of the global batch of N = W*b rows and
 returns the *mean loss of its own b rows*. Columns of the similarity matrices are gathered with
-gradient, whose backward pass is a reduce-scatter **sum**: a column receives what the rows of all
-ranks say about it. The engine then **averages** parameter gradients over ranks. The factors 1/b
-and 1/W make exactly the gradient of the mean over all N rows; no factor W stands anywhere. The
+gradient, whose backward pass is a reduce-scatter **sum**: a column receives the gradient
+contributions of all ranks. The engine then **averages** parameter gradients over ranks. The factors
+1/b and 1/W make exactly the gradient of the mean over all N rows; there is no factor W. The
 rule holds with gradient caching too, because the cached gradients come out of this same pass.
 
 **Padded batches.** The last batch of an epoch may have N rows that W does not divide. Every rank
@@ -51,13 +51,13 @@ def column_group() -> dist.ProcessGroup | None:
 
 
 def several_ranks() -> bool:
-    """Whether there is anybody to gather from."""
+    """Whether there are other ranks to gather from."""
     return not _single_rank and dist.is_initialized() and dist.get_world_size() > 1
 
 
 @contextmanager
 def single_rank() -> Iterator[None]:
-    """Inside, this rank is a world of one: for trials that the others do not take part in."""
+    """Inside, this rank acts as a single process: for trials without the other ranks."""
     global _single_rank
     _single_rank = True
     try:
@@ -144,8 +144,8 @@ def gather_rows(local: Tensor, *, grad: bool = True) -> Tensor:
 def with_gradient(gathered: Tensor, local: Tensor) -> Tensor:
     """Columns that are already here, as a differentiable function of this rank's rows.
 
-    Half-precision columns come out in float32 (exactly), so that what the rows of all ranks say
-    about them is summed in float32 on its way back.
+    Half-precision columns come out in float32 (exactly), so that the gradient contributions of
+    all ranks are summed in float32 in backward.
 
     Args:
         gathered: [W * b, ...], the rows of all ranks.

@@ -36,7 +36,7 @@ class ShareMerges:
     def log_sum_exp(self, partial_N: Tensor, mean_ND: Tensor) -> tuple[Tensor, Tensor]:
         """Merged log-sum-exps and means of this rank's kept rows; see `merge_log_sum_exp`.
 
-        Ranks exchange equally many rows, so padding travels as copies of the last row.
+        Ranks exchange equally many rows, so padding is sent as copies of the last row.
         """
         share = self.share
         if not share.padded:

@@ -75,12 +75,12 @@ class World:
 
 
 def start_world(timeout_minutes: float, threads: int = 0) -> World:
-    """Joins the process group of the launcher, or founds a world of one.
+    """Joins the process group of the launcher, or initializes a single-process group.
 
     ``accelerate launch`` without flags starts one plain process on a CPU host, in which DeepSpeed
-    still wants a process group; the environment of a world of one is filled in for it. The backend
-    is named because Accelerate, left to itself, lets both of two CPU processes believe that they
-    are rank 0 of 1.
+    still wants a process group; the environment of a single-process group is filled in for it.
+    The backend is named because Accelerate, left to itself, lets both of two CPU
+    processes believe that they are rank 0 of 1.
 
     Args:
         timeout_minutes: of every collective.

@@ -238,7 +238,7 @@ def _keep_gloo(world: World) -> None:
 
 
 def _refuse_scalar_parameters(model: nn.Module) -> None:
-    """DeepSpeed 0.19.7 and later cannot broadcast 0-dim parameters; say so in our words."""
+    """DeepSpeed 0.19.7 and later cannot broadcast 0-dim parameters; names them."""
     names = [name for name, p in model.named_parameters() if p.ndim == 0]
     if names:
         raise UserError(f"parameters {names} have no dimension; give them shape [1] for DeepSpeed")

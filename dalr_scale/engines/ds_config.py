@@ -96,7 +96,7 @@ def ds_config(
 def _decided(
     engine: EngineConfig, rows: int, ranks: int, clip: float, *, bf16: bool
 ) -> dict[str, Decided]:
-    """Dotted key -> what this run's settings say; a file may repeat it and say nothing else."""
+    """Dotted key -> what this run's settings say; a file may repeat the same value only."""
     own = ("bf16", "bfloat16") if bf16 else ("fp32", "float32", "float")
     precision = "engine.precision decides it"
     whole = engine.kind == "zero3"
@@ -140,7 +140,7 @@ def _fixed_part(template: DeepSpeedSettings) -> DeepSpeedSettings:
 
 
 def _require_offload(filled: DeepSpeedSettings, offload: bool) -> None:
-    """``engine.offload_optimizer`` holds also for a file that does not speak of it."""
+    """``engine.offload_optimizer`` also holds for a file that does not set it."""
     if offload:
         table = filled["zero_optimization"].get("offload_optimizer") or {"pin_memory": True}
         filled["zero_optimization"]["offload_optimizer"] = {**table, "device": "cpu"}

@@ -48,9 +48,9 @@ class Engine(Protocol):
     used. `encode` does the same and may compute in half precision although the weights are float32
     (autocast); its tensors come out in the precision of the weights or of the engine.
 
-    `unused_gradients` is a collective call between ``gradients()`` and ``step()``: for each parameter
-    that no term of the step reached, the largest absolute gradient that the optimizer is about to
-    apply to it. Every value must be 0.
+    `unused_gradients` is a collective call between ``gradients()`` and ``step()``: for each
+    parameter that no term of the step reached, the largest absolute gradient that the
+    optimizer is about to apply to it. Every value must be 0.
     """
 
     gathers_weights: bool

@@ -122,7 +122,7 @@ def load_resharded(
 
     Args:
         engine: DeepSpeed engine of ZeRO 1, 2 or 3 that has not made a step.
-        folder: what DeepSpeed's `save_checkpoint` wrote, the files ``*_states.pt``.
+        directory: what DeepSpeed's `save_checkpoint` wrote, the files ``*_states.pt``.
         saved_ranks: number of ranks that wrote it.
         rank, ranks: this rank and the number of ranks now.
 

@@ -74,7 +74,7 @@ def column_transfers(config: Config, model: DalrModel, *, paired: bool = True) -
 
     Student columns go out as the engine's heads return them (`number_bytes`) and their gradients
     come back in float32, in fp64 runs in float64; stored teacher features go out as the float16
-    that they are stored in. Token features never travel: sentence vectors visit them, and
+    that they are stored in. Token features are never sent: sentence vectors are sent to them, and
     softmax-weighted means come back.
     """
     needs, widths = model.spec.needs, model.widths
@@ -163,7 +163,7 @@ class MemoryPlan:
 
     `batch` is what a step reads of this rank's rows but for its token features; `loaded_features`
     are the float32 originals of stored features, from which a step makes the 16-bit ones that
-    travel. Pictures for an online teacher are not counted.
+    travel. Images for an online teacher are not counted.
     """
 
     weights: int

@@ -113,14 +113,14 @@ class DalrModel(RunsFunctions):
         return self.encoder(input_ids, attention_mask)
 
     def ground(self, states: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
-        """Sentence states [n,H] and picture features [m,d_v] in the shared space, [n,P], [m,P]."""
+        """Sentence states [n,H] and image features [m,d_v] in the shared space, [n,P], [m,P]."""
         states = states.to(self.text_grounding.linear.weight.dtype)  # bf16 in a bf16 engine
         return self.text_grounding(states), self.image_grounding(_like(image, states))
 
     def columns(self, states: Pair, batch: Batch) -> dict[str, Tensor]:
         """What the rows of all ranks are compared with, for some rows of this rank.
 
-        The aligned pictures are missing: their normalisation needs the whole global batch.
+        The aligned images are missing: their normalisation needs the whole global batch.
 
         Args:
             states: the sentence states of both views, [n, H] each.
@@ -143,7 +143,7 @@ class DalrModel(RunsFunctions):
         Args:
             states: the sentence states of both views, [b, H] each.
             batch: the same b rows, with all frozen features.
-            step: optimizer step; keys the unmatched pictures' shift.
+            step: optimizer step; keys the unmatched images' shift.
             offset: first row of this rank in the global batch.
             gathered: columns that have been gathered already, by name.
             global_rows: real rows of the global batch, the others being padding at its end; None:
@@ -195,7 +195,7 @@ class DalrModel(RunsFunctions):
     def _align(self, rows: Views, cols: Views, unmatched: np.ndarray, share: Share) -> None:
         """Adds what the consistency task reads; its normalisation is over the global batch.
 
-        The unmatched pictures are aligned here rather than fetched: as a rearrangement of the
+        The unmatched images are aligned here rather than fetched: as a rearrangement of the
         global batch they have the same statistics, and nothing has to go back to their owners.
         """
         assert rows.image is not None

@@ -49,7 +49,7 @@ class RowKeys:
 
 
 class RowDropout(nn.Module):
-    """Stands where an ``nn.Dropout`` stood; attention reads its probability `p` too."""
+    """Replaces an ``nn.Dropout``; attention reads its probability `p` too."""
 
     def __init__(self, p: float, place: int, keys: RowKeys) -> None:
         super().__init__()

@@ -142,7 +142,7 @@ def pair_roles(config: Config, needs: Needs) -> dict[str, str]:
         if wanted and not any(specs):
             raise UserError(
                 f"this objective needs {role} features: set teachers.{role} "
-                f"(features:NAME, or a model folder), or weight 0 on the terms that use them"
+                f"(features:NAME, or a model directory), or weight 0 on the terms that use them"
             )
         for spec in specs if wanted else ():
             _check_teacher(role, spec, ("open_clip",) if role == "image" else MODELS)
@@ -154,7 +154,7 @@ def pair_roles(config: Config, needs: Needs) -> dict[str, str]:
     if "tokens" in roles and config.objective.g2l_norm == "axis":
         raise UserError(
             "objective.g2l_norm = axis divides by a norm over padding positions too, and stored "
-            "token features have none: use an hf:FOLDER teacher, or --objective.g2l_norm=token"
+            "token features have none: use an hf:DIRECTORY teacher, or --objective.g2l_norm=token"
         )
     return roles
 
@@ -163,7 +163,7 @@ def _text_roles(config: Config, needs: Needs) -> dict[str, str]:
     if needs.text and not config.teachers.text:
         raise UserError(
             "this objective needs a sentence teacher: set teachers.text (features:NAME, "
-            "hf:FOLDER or open_clip:FOLDER), or weight 0 on ranking and alignment"
+            "hf:DIRECTORY or open_clip:DIRECTORY), or weight 0 on ranking and alignment"
         )
     specs = config.teachers.text if needs.text else ()
     for spec in specs:
@@ -176,10 +176,10 @@ def _text_roles(config: Config, needs: Needs) -> dict[str, str]:
 
 
 def _check_teacher(role: str, spec: str, models: tuple[str, ...]) -> None:
-    """A misspelt teacher would otherwise show as a shard without pictures, or much later."""
+    """A misspelt teacher would otherwise show as a shard without images, or much later."""
     kind, _, name = spec.partition(":")
     if not name or (f"{kind}:" != STORED and kind not in models):
-        forms = " or ".join([f"{STORED}NAME", *(f"{model}:FOLDER" for model in models)])
+        forms = " or ".join([f"{STORED}NAME", *(f"{model}:DIRECTORY" for model in models)])
         raise UserError(f"teachers.{role}: '{spec}' must be {forms}")
 
 
@@ -278,7 +278,7 @@ def _widths(
 
 
 def open_held_out(config: Config) -> Source | None:
-    """The pairs for caption-picture recall, where the pictures' features are stored."""
+    """The pairs for caption-image recall, where the images' features are stored."""
     if not config.eval.retrieval:
         return None
     name = config.teachers.image.removeprefix(STORED)

@@ -100,7 +100,7 @@ def run_fingerprint(
 def settings_of(config: Config) -> Fingerprint:
     """The settings that decide a run's result, as plain tables; places of files are left out.
 
-    What an empty value stands for is written out, so that another default shows as a change.
+    What an empty value means is written out, so that another default shows as a change.
     """
     settings = json.loads(json.dumps(dataclasses.asdict(config)))
     if len(config.teachers.text) > 1:
@@ -195,7 +195,7 @@ def _teachers(config: Config) -> list[tuple[str, str]]:
 
 
 def _digests(config: Config, place: str) -> dict[str, str]:
-    """Files by name inside their directory; a Hub name or a tag that is no path stands for them."""
+    """Files by name inside their directory; a Hub name or tag takes their place."""
     from dalr_scale.models.directories import resolve_directory
 
     path = config.path(place)

@@ -146,7 +146,7 @@ class RunLog:
             return
         run_dir.mkdir(parents=True, exist_ok=True)
         path = run_dir / "metrics.jsonl"
-        # a run that starts at 0 makes all its records anew, those before the first step too
+        # a run that starts at 0 writes all its records again, those before the first step too
         drop_later_records(path, start_step or -1)
         self._file = path.open("a", encoding="utf-8", buffering=1)
         if tensorboard:
@@ -423,7 +423,7 @@ def logging_to(run_dir: Path, rank: int, *, verbose: bool = False) -> Iterator[P
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{run_dir} cannot be a run folder: {error}; choose another") from error
+        raise UserError(f"{run_dir} cannot be a run directory: {error}; choose another") from error
     project = logging.getLogger("dalr_scale")
     former, propagated = project.level, project.propagate
     project.propagate = False  # libraries configure the root logger: every line would come twice

@@ -38,13 +38,13 @@ def arithmetic(config: Config, streams: Streams, model: DalrModel, world_size: i
     parameters = sum(p.numel() for p in model.parameters())
     table = [
         {"what": "parameters, trainable", "value": f"{parameters:,}"},
-        {"what": "global batch (contrast set)", "value": f"{batch.global_size:,} rows"},
+        {"what": "global batch (effective batch)", "value": f"{batch.global_size:,} rows"},
         {"what": "ranks x rows", "value": f"{world_size} x {rows}"},
         {"what": "chunks per rank", "value": f"{-(-rows // micro)} of up to {micro} rows"},
-        {"what": "text items, batches a pass", "value": f"{plan.text_items:,}, {plan.n_text:,}"},
-        {"what": "pair items, batches a pass", "value": f"{plan.pair_items:,}, {plan.n_pair:,}"},
-        {"what": "rows dropped a pass", "value": f"text {dropped[0]}, pairs {dropped[1]}"},
-        {"what": "passes in this run", "value": f"text {epochs[0]}, pairs {epochs[1]}"},
+        {"what": "text items, batches per epoch", "value": f"{plan.text_items:,}, {plan.n_text:,}"},
+        {"what": "pair items, batches per epoch", "value": f"{plan.pair_items:,}, {plan.n_pair:,}"},
+        {"what": "rows dropped per epoch", "value": f"text {dropped[0]}, pairs {dropped[1]}"},
+        {"what": "stream epochs in this run", "value": f"text {epochs[0]}, pairs {epochs[1]}"},
         {"what": "steps (text + paired)", "value": f"{streams.total_steps:,} ({text} + {pair})"},
         {
             "what": "engine, precision",
@@ -145,7 +145,7 @@ def print_result(run_dir: Path) -> None:
         print_table(title, rows)
     best = result["best_step"]
     if best not in (None, result["steps"]) and "text_to_image_r1" in trained:
-        print(f"(recall is of step {result['steps']}: an exported encoder has no picture head)")
+        print(f"(recall is of step {result['steps']}: an exported encoder has no image head)")
     encoder = run_dir / ("best" if (run_dir / "best").is_dir() else "final")
     print(f"encoder: {encoder}   curves: tensorboard --logdir {run_dir}/tensorboard")
 

@@ -107,7 +107,7 @@ def _train_in_world(config: Config, world: World, held: contextlib.ExitStack) ->
     if not from_scratch and is_finished(config, world):
         return 0
     held.enter_context(lock_run_directory(config.run_dir, world))
-    # now, not after the minutes that preparing may take: a wish made meanwhile counts
+    # now, not after the minutes that preparing may take: a request made meanwhile counts
     StopFlag(config.run_dir).clear_stale(world)
     prepared = prepare(config, world)
     if from_scratch:  # only now that nothing is left to refuse
@@ -148,7 +148,7 @@ def _run(config: Config, world: World, prepared: Prepared, started: float) -> in
     world.barrier()
     trainer.watchdog.disarm()
     if reason is not None and world.rank == 0:
-        print(f"stopped at step {trainer.step} ({reason.text}); run the same command to go on")
+        print(f"stopped at step {trainer.step} ({reason.text}); run the same command to continue")
     return 0
 
 

@@ -48,7 +48,7 @@ class StopReason(enum.IntEnum):
 
     @property
     def outcome(self) -> Literal["preempted", "stopped"]:
-        """`preempted` wants to be started again, `stopped` was a person's wish."""
+        """`preempted` is to be requeued, `stopped` was requested by a person."""
         requested = self in (StopReason.INTERRUPT, StopReason.STOP_FILE)
         return "stopped" if requested else "preempted"
 
@@ -67,10 +67,10 @@ _TEXTS = {
 
 
 class StopFlag:
-    """Collects the wishes to stop; use it as a context manager around training.
+    """Collects stop requests; use it as a context manager around training.
 
     Args:
-        run_dir: folder whose file STOP ends the run: empty means `stopped`, the word `requeue`
+        run_dir: directory whose file STOP ends the run: empty means `stopped`, the word `requeue`
             (written by the job script, with the job and its restart) means `preempted`.
         limit_seconds: wall-clock limit counted from here; None or 0 for none.
         clock: seconds; replaced in tests.
@@ -122,7 +122,8 @@ class StopFlag:
     def clear_stale(self, world: Ranks) -> None:
         """Remove a STOP left by an earlier run; all ranks call it once, before the first poll.
 
-        The job script's wish for this very start stays: its signal may come while torch is loading.
+        The job script's stop request for this very start stays: its signal may come while torch
+        is loading.
         """
         if world.rank == 0 and self._path.exists() and not self._is_for_this_start():
             self._path.unlink(missing_ok=True)
@@ -176,7 +177,7 @@ class StopFlag:
         except FileNotFoundError:
             return None
         except OSError:
-            return ""  # it is there (a folder, no permission): that is a wish to stop as well
+            return ""  # it is there (a directory, no permission): this is a stop request as well
 
 
 class Watchdog:

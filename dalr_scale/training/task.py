@@ -23,7 +23,8 @@ VIEWS = ("first", "second")
 class DalrTask(Task[Batch]):
     """The objective over batches whose frozen features are complete (``OnlineTeachers.batch``).
 
-    Among the terms of the loss is what `dalr_scale.training.watch.state_statistics` finds in the states.
+    Among the terms of the loss is what `dalr_scale.training.watch.state_statistics` finds in the
+    states.
 
     Args:
         needs: which features travel.

@@ -272,7 +272,7 @@ class Trainer:
             self.export(self.run_dir / "best", scores)
 
     def export(self, directory: Path, scores: dict[str, float] | None = None) -> None:
-        """Writes the encoder as a folder for other tools; collective, rank 0 writes."""
+        """Writes the encoder as a directory for other tools; collective, rank 0 writes."""
         state = self.engine.full_state("encoder.")
         if self.world.rank == 0:
             encoder: Any = self.engine.module.encoder
@@ -360,7 +360,7 @@ class Trainer:
         if saved != self.world.size and self.world.rank == 0:
             keyed = self.config.batch.dropout_keys == "row"
             log.warning(
-                "saved by %d ranks, going on with %d: the same batches in the same order; losses "
+                "saved by %d ranks, continuing with %d: the same batches in the same order; losses "
                 "to rounding%s",
                 saved,
                 self.world.size,
@@ -397,8 +397,8 @@ def write_run_files(
 ) -> None:
     """The resolved configuration and the fingerprint, next to everything that was made with them.
 
-    Wishes of one start (``from_scratch``, ``allow_change``) are not written: ``--config RUN`` would
-    repeat them.
+    Options of one start (``from_scratch``, ``allow_change``) are not written: ``--config RUN``
+    would repeat them.
     """
     run = dataclasses.replace(config.run, from_scratch=False, allow_change=False)
     config = dataclasses.replace(config, run=run)

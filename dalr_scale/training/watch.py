@@ -152,7 +152,7 @@ class Watch:
             self._judge_learning(step)
 
     def finish(self, step: int) -> None:
-        """The last word on a run too short to have been judged before."""
+        """Checks a run that was too short to be checked before."""
         if len(self._recent) == WINDOW:
             self._judge_learning(step)
 

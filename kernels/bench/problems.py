@@ -73,7 +73,7 @@ def square(size: int, width: int, tokens: int = 32) -> Shape:
 
 @dataclass
 class Problem:
-    """Inputs of one cell of the benchmark.
+    """Inputs of one entry of the benchmark.
 
     Attributes:
         leaves: Differentiated inputs by name; ``rows [R, d]`` and ``cols [N, d]`` at least.

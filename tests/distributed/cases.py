@@ -343,7 +343,7 @@ def sabotage(fault: str) -> Iterator[None]:
 
 
 def mean_over_ranks(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-    """What all ranks say about this rank's columns, divided by W."""
+    """Gradient contributions of all ranks to this rank's columns, divided by W."""
     total = gather._reduce_scatter_sum(grad)
     return (total / dist.get_world_size()).to(ctx.dtype), None
 
@@ -496,7 +496,7 @@ FAULTS = [
 
 
 def references() -> list[Case]:
-    """References that need an engine: made by a worker, since ZeRO-3 marks its process for good."""
+    """References that need an engine: made by a worker, since ZeRO-3 changes process-wide state."""
     return sorted({c.reference for c in cover() if c.reference.kind != "ddp"}, key=lambda c: c.name)
 
 

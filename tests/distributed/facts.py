@@ -242,7 +242,7 @@ def order_of_events(world: World, gather: type[ColumnGather]) -> list[str]:
 
 
 def identical_rows(case: Case, world: World) -> dict[str, float]:
-    """A batch in which all rows of all ranks are the same sentence and picture, views included."""
+    """A batch in which all rows of all ranks are the same sentence and image, views included."""
     engine, _ = _engine(case, world)
     module: Any = engine.module
     module.encoder.perturbed = False  # cosines of exactly one

@@ -209,7 +209,7 @@ def gathers_between(events: list[str]) -> list[int]:
 def test_columns_travel_while_encoders_run(facts: dict) -> None:
     """Teachers' columns start before the first chunk is encoded, a chunk's before the next one."""
     before, *after = gathers_between(facts["events"]["ColumnGather"])
-    # order, picture numbers, two text teachers, pictures; then z2, u and z1 of every chunk
+    # order, image numbers, two text teachers, images; then z2, u and z1 of every chunk
     assert (before, after) == (5, [3, 3, 3, 3])
     before, *after = gathers_between(facts["events"]["LateGather"])  # control
     assert (before, after[:3]) == (1, [0, 0, 0])

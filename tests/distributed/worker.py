@@ -36,7 +36,7 @@ def one_rank(directory: str, which: str, environment: Mapping[str, str], log: st
 def main(directory: Path, which: str) -> None:
     world = start_world(timeout_minutes=2, threads=1)
     for case in SETS[which]():
-        # a cut soak run is taken up where it stopped; ranks share the folder
+        # a cut soak run is taken up where it stopped; ranks share the directory
         if case.world == world.size and not (directory / f"{case.name}.npz").exists():
             results = run(case, world)
             if world.rank == 0:

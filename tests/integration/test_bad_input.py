@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from common import ORIGIN, IMAGES, as_layer, tiny_config, tiny_layer, tree, write_config
+from common import IMAGES, ORIGIN, as_layer, tiny_config, tiny_layer, tree, write_config
 
 from dalr_scale import train
 from dalr_scale.commands import plan
@@ -48,7 +48,7 @@ def refuse(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> Refuse:
-    """Runs the command with a mistake in a folder that holds work; returns its one line."""
+    """Runs the command with a mistake in a directory that holds work; returns its one line."""
     monkeypatch.delenv("DALR_DATA", raising=False)
     monkeypatch.setattr(session, "os", NoExit())
     file = write_config(tiny_config(tiny_data), tmp_path / "tiny.toml")
@@ -90,13 +90,13 @@ MISTAKES = [
     ("--config.file=none", "unknown section 'config'"),
     ("--batch.micro_size=25", "micro_size = 25 does not fit the 24 rows"),
     ("--data.pairs={shards}/none-*.tar", "none-\\*.tar"),
-    ("--data.text=/no/such/folder/text-*.tar", "/no/such/folder"),
+    ("--data.text=/no/such/directory/text-*.tar", "/no/such/directory"),
     ("--data.pairs=pipe:cat x.tar", "pipe:"),
     ("--teachers.image=features:nope", "train-000000.*nope"),
-    ("--teachers.image=clip", "'clip' must be features:NAME or open_clip:FOLDER"),
-    ("--teachers.image=hf:/x", "'hf:/x' must be features:NAME or open_clip:FOLDER"),
-    ("--teachers.text=minilm", "'minilm' must be features:NAME or hf:FOLDER or open_clip"),
-    ("--objective.g2l_norm=axis", "hf:FOLDER teacher, or --objective.g2l_norm=token"),
+    ("--teachers.image=clip", "'clip' must be features:NAME or open_clip:DIRECTORY"),
+    ("--teachers.image=hf:/x", "'hf:/x' must be features:NAME or open_clip:DIRECTORY"),
+    ("--teachers.text=minilm", "'minilm' must be features:NAME or hf:DIRECTORY or open_clip"),
+    ("--objective.g2l_norm=axis", "hf:DIRECTORY teacher, or --objective.g2l_norm=token"),
     ("--teachers.image=", "needs image features: set teachers.image"),
     ("--teachers.image=features:t0 --teachers.image=features:tok", "tok"),
     ("--teachers.text=", "needs a sentence teacher: set teachers.text"),
@@ -237,8 +237,8 @@ def test_the_dry_run_refuses_what_training_refuses(
     assert planned(words, capsys) == ("" if line == "error: accepted" else line), words
 
 
-def test_wrong_folders_are_refused(tiny_data: Path, refuse: Refuse, tmp_path: Path) -> None:
-    """A file in the place of the run folder, and a teacher of another width in one shard."""
+def test_wrong_directories_are_refused(tiny_data: Path, refuse: Refuse, tmp_path: Path) -> None:
+    """A file in the place of the run directory, and a teacher of another width in one shard."""
     data = shutil.copytree(tiny_data, tmp_path / "data")
     second = sorted(data.glob("train-*[0-9].tar"))[1]
     values = np.zeros((IMAGES // 2, 5), np.float16)

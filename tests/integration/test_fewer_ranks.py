@@ -46,7 +46,7 @@ def test_last_batches_are_the_same_at_one_two_and_three_ranks(
 
 @pytest.mark.parametrize("kind", ["zero1", "zero2", "zero3"])
 def test_two_ranks_then_three_then_one(kind: str, tiny_data: Path, tmp_path: Path) -> None:
-    """Adam's states and the fp32 weights are cut anew twice, in both directions."""
+    """Adam's states and the fp32 weights are resharded twice, in both directions."""
     file = write_config(tiny_config(tiny_data, {"data.workers": 0}), tmp_path / "tiny.toml")
     words = [f"--config={file}", f"--engine.kind={kind}", "--eval.every=0", *NO_DROPOUT]
     whole, run = tmp_path / "whole", tmp_path / "run"
@@ -56,7 +56,7 @@ def test_two_ranks_then_three_then_one(kind: str, tiny_data: Path, tmp_path: Pat
     for ranks, end in ((2, (4, "STOP")), (3, (8, "STOP")), (1, None)):
         outcome = train(words, tmp_path / f"{ranks}.log", ranks=ranks, end_at=end)
         assert set(outcome.codes) == {0}, outcome.output
-    assert "saved by 3 ranks, going on with 1" in outcome.output
+    assert "saved by 3 ranks, continuing with 1" in outcome.output
     assert status(run)["outcome"] == "finished"
     found, wanted = history(run), history(whole)
     assert [line[:3] for line in found] == [line[:3] for line in wanted]

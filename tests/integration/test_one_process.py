@@ -152,10 +152,10 @@ def test_contents_decide_whether_a_run_goes_on(tiny_data: Path, tmp_path: Path) 
     (run / "status.json").unlink()
     before = {name: h for name, h in tree(run).items() if not name.startswith("log/")}
     home = {"HOME": str(tmp_path / "home")}
-    gone, anew = in_sequence([words(moved), words(moved, scratch)], tmp_path, home)["calls"]
+    gone, again = in_sequence([words(moved), words(moved, scratch)], tmp_path, home)["calls"]
     assert gone[0] == 2 and "metrics.jsonl has 2 steps" in gone[1] and scratch in gone[1]
     aside = {n: h for n, h in tree(run.with_name("run.old-1")).items() if not n.startswith("log/")}
-    assert anew[0] == 0 and aside == before
+    assert again[0] == 0 and aside == before
 
 
 SCRIPT = """

@@ -122,7 +122,7 @@ def test_documents_of_another_layout_are_refused(
     assert code == 2 and "neither like COCO's" in err and err.count("\n") == 1
 
 
-def test_links_out_of_the_folder_are_not_followed(images: Path, tmp_path: Path, capsys) -> None:
+def test_links_out_of_the_directory_are_not_followed(images: Path, tmp_path: Path, capsys) -> None:
     (tmp_path / "secret.jpg").write_bytes(jpeg(99))
     (images / "0_ab.jpg").unlink()
     (images / "0_ab.jpg").symlink_to(tmp_path / "secret.jpg")
@@ -135,7 +135,7 @@ def test_links_out_of_the_folder_are_not_followed(images: Path, tmp_path: Path, 
 
 
 @pytest.mark.parametrize("form", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
-def test_a_tar_of_pictures_gives_the_same_bytes_as_a_folder(
+def test_a_tar_of_images_gives_the_same_bytes_as_a_directory(
     form: int, images: Path, tmp_path: Path, capsys
 ) -> None:
     archive = tmp_path / "images.tar"
@@ -157,7 +157,7 @@ def _keys_in_order(shard: Path) -> list[str]:
         return [name[:-4] for name in file.getnames() if name.endswith(".jpg")]
 
 
-def test_lists_choose_pictures(images: Path, tmp_path: Path, capsys) -> None:
+def test_lists_choose_images(images: Path, tmp_path: Path, capsys) -> None:
     keep, drop = tmp_path / "keep.txt", tmp_path / "drop.txt"
     keep.write_text("\n".join([*NAMES[:8], "unknown.jpg"]) + "\n\n")
     drop.write_text("\r\n".join(NAMES[6:10]))

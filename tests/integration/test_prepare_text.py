@@ -59,7 +59,7 @@ def test_file_kinds(name: str, tmp_path: Path, capsys) -> None:
     assert sentences_in(tmp_path / "o") == SENTENCES
 
 
-def test_several_files_and_folders_keep_their_order(tmp_path: Path, capsys) -> None:
+def test_several_files_and_directories_keep_their_order(tmp_path: Path, capsys) -> None:
     directory = tmp_path / "in"
     directory.mkdir()
     (directory / "b.txt").write_text("three\n")

@@ -223,7 +223,7 @@ def test_a_finished_run_is_shown_and_not_trained_again(
 def test_an_attempt_without_checkpoint_leaves_no_trace_in_the_next(
     launch: Launch, directory: Path
 ) -> None:
-    """Killed before its first checkpoint, a folder may be told to go on with other settings."""
+    """Killed before its first checkpoint, a directory may be told to go on with other settings."""
     fault = {"DALR_FAULT": "save:before-tmp@2"}
     first = launch("attempt", "--save.every_steps=2", environment=fault)
     assert first.codes == (-9,)
@@ -258,7 +258,7 @@ def test_a_stop_before_the_first_step_is_honoured(launch: Launch, directory: Pat
 def test_text_alone_trains_with_ragged_batches_and_two_rates(
     launch: Launch, tiny_data: Path, directory: Path
 ) -> None:
-    """SimCSE without pictures: 170 sentences are 7 batches of 24 and one of 2, in chunks of 5."""
+    """SimCSE without images: 170 sentences are 7 batches of 24 and one of 2, in chunks of 5."""
     words = ("--objective.preset=simcse", "--data.pairs=", "--batch.micro_size=5")
     rates = ("--optim.steps=8", "--eval.every=0", "--optim.embedding_lr=1e-12")
     outcome = launch("text", *words, *rates)
@@ -331,7 +331,7 @@ def test_plain_data_parallel_runs_resume_on_another_number_of_ranks(
 def test_a_bad_row_that_only_one_rank_met_stops_them_all(
     launch: Launch, tiny_data: Path, directory: Path
 ) -> None:
-    """Where no bad row is allowed; by default another item would stand in for it."""
+    """Where no bad row is allowed; by default another item would replace it."""
     data = shutil.copytree(tiny_data, directory / "bad-data")
     plan = build_streams(tiny_config(data)).plan
     first = next(step for step in range(STEPS) if plan.kind(step) == "pair")

@@ -30,7 +30,9 @@ def main() -> int:
     parser.add_argument("numbers", type=int, nargs="+")
     parser.add_argument("--to", type=int, help="all rows from the first number up to this one")
     parser.add_argument("--every", type=int, default=1, help="with --to: only every n-th row")
-    parser.add_argument("--data", type=Path, help="folder for the shards, made when it is absent")
+    parser.add_argument(
+        "--data", type=Path, help="directory for the shards, made when it is absent"
+    )
     parser.add_argument("--record", type=Path, help="append results here; rows there are left out")
     parser.add_argument("--show", action="store_true", help="print the configurations")
     options = parser.parse_args()

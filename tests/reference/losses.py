@@ -24,7 +24,7 @@ class Discontinuities:
         gate: smallest distance of an off-diagonal cosine to the cosine of its margin.
         order: how far rounding would have to move a teacher's score to change the order of a list,
             in units of the cosine; scores that are far apart do not count.
-        kink: smallest distance of a rectifier's input to 0, where its slope jumps.
+        kink: smallest distance of a rectifier's input to 0, where its derivative jumps.
     """
 
     gate: float = INFINITY

@@ -9,8 +9,8 @@ import torch
 from common import (
     CAPTIONS,
     IMAGE_WIDTH,
-    ORIGIN,
     IMAGES,
+    ORIGIN,
     SENTENCES,
     TEXT_WIDTH,
     WORDS,
@@ -40,7 +40,7 @@ def write_material(directory: Path) -> Path:
     Further feature sets: ``t1`` (12 wide) and ``same`` (16 wide) per caption, ``tok2`` (16 wide)
     per token, ``wide`` (16) and ``near`` (20) per image; ``t0``, ``t1`` and ``same`` per sentence
     of the text shards too, of which there is a second set, ``more``. Encoders: ``bert``,
-    ``roberta`` and ``distilbert`` in folder/encoders.
+    ``roberta`` and ``distilbert`` in directory/encoders.
     """
     directory.mkdir(parents=True, exist_ok=True)
     write_tiny_data(directory)

@@ -90,7 +90,7 @@ def run(
     stops: Sequence[Stop] = (),
     fault: Callable[[], None] | None = None,
 ) -> Run:
-    """Trains `config` in folder/run, through every stop in turn, to its end.
+    """Trains `config` in directory/run, through every stop in turn, to its end.
 
     Raises:
         RunFailed: a process ended in another way than it was made to.

@@ -1,7 +1,7 @@
 """A real Slurm cluster on one host: eight slurmd, counted GPUs, preemption by partition.
 
-It keeps to itself: an own munge daemon with an own key, own ports, all files in one folder; nothing
-on the host is changed but Debian's packages, which root installs where they are absent.
+It keeps to itself: an own munge daemon with an own key, own ports, all files in one directory;
+nothing on the host is changed but Debian's packages, which root installs where they are absent.
 
     main     partition of training jobs, n1 to n8; they are requeued for jobs of the next one
     urgent   partition that takes nodes from the first
@@ -36,14 +36,14 @@ SlurmctldPort={controller_port}
 FirstJobId={first_job}
 SlurmUser=root
 AuthType=auth/munge
-AuthInfo=socket={folder}/munge.socket,cred_expire=10
+AuthInfo=socket={directory}/munge.socket,cred_expire=10
 GresTypes=gpu
-StateSaveLocation={folder}/state
-SlurmdSpoolDir={folder}/spool/%n
-SlurmctldPidFile={folder}/slurmctld.pid
-SlurmdPidFile={folder}/slurmd.%n.pid
-SlurmctldLogFile={folder}/log/slurmctld.log
-SlurmdLogFile={folder}/log/slurmd.%n.log
+StateSaveLocation={directory}/state
+SlurmdSpoolDir={directory}/spool/%n
+SlurmctldPidFile={directory}/slurmctld.pid
+SlurmdPidFile={directory}/slurmd.%n.pid
+SlurmctldLogFile={directory}/log/slurmctld.log
+SlurmdLogFile={directory}/log/slurmd.%n.log
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 MpiDefault=none
@@ -122,7 +122,7 @@ class Cluster:
         port = _free_ports(ALL_NODES + 1)  # another cluster may run on this host
         settings = {
             "host": self.host,
-            "folder": self.directory,
+            "directory": self.directory,
             "controller_port": port,
             # a job's number says which port it trains on: far from that of another cluster's jobs
             "first_job": 1 + PORTS.index(port) * JOBS,
@@ -152,7 +152,7 @@ class Cluster:
             f"--pid-file={self.directory}/munged.pid",
             f"--log-file={self.directory}/log/munged.log",
             f"--seed-file={self.directory}/munge.seed",
-            "--force",  # the folder belongs to the tests, not to a munge account
+            "--force",  # the directory belongs to the tests, not to a munge account
         )
 
     def _daemon(self, *words: str) -> None:

@@ -39,7 +39,7 @@ def write_recipe(data: Path, path: Path, *, dropout: bool = False) -> Path:
 
 @dataclass
 class Job:
-    """One job and its run folder."""
+    """One job and its run directory."""
 
     cluster: Cluster
     number: str
@@ -122,7 +122,7 @@ class Jobs:
         script: str = "train_8node.sh",
         environment: Mapping[str, str] | None = None,
     ) -> Job:
-        """Submits ``sbatch OPTIONS slurm/SCRIPT WORDS`` with the run folder `name`."""
+        """Submits ``sbatch OPTIONS slurm/SCRIPT WORDS`` with the run directory `name`."""
         run = self.directory / name
         # nothing here is compiled, but DeepSpeed loads the compiler, in each process of each start
         quick = {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"}

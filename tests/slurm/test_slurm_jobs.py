@@ -182,7 +182,7 @@ MISTAKES = {
     "wrong-config": (("--optim.lr_rate=1",), {}, "unknown key in [optim] 'lr_rate'"),
     "wrong-batch": (("--batch.global_size=25",), {}, "equal shares for 8 ranks"),
     "missing-shards": (("--data.pairs=/no/such/train-*.tar",), {}, "/no/such/train-*.tar"),
-    "no-output": ((), {"RUN_DIR": "/proc/none/run"}, "run folder /proc/none/run cannot be made"),
+    "no-output": ((), {"RUN_DIR": "/proc/none/run"}, "run directory /proc/none/run cannot be made"),
     "other-version": ((), None, "node n5: accelerate is 1.15.99, on the other nodes "),
 }
 
@@ -268,7 +268,7 @@ def test_fewer_nodes_go_on_where_eight_were(
     job = jobs.submit("four", recipe, options=("--nodes=4",))
     assert job.wait_for_end() == "COMPLETED", job.output[-4000:]
     assert "rank 3 of a world of 4" in job.output
-    assert "saved by 8 ranks, going on with 4" in job.output
+    assert "saved by 8 ranks, continuing with 4" in job.output
     found, wanted = history(run), history(reference.run)
     assert [line[:3] for line in found] == [line[:3] for line in wanted]
     pairs = [(float.fromhex(a[3]), float.fromhex(b[3])) for a, b in zip(found, wanted, strict=True)]
@@ -316,7 +316,7 @@ def test_a_job_that_leads_nowhere_gives_up(stuck: Job, chain: Chain) -> None:
 
 
 def test_no_secret_was_written(jobs: Jobs, reference: Job) -> None:
-    """Slurm keeps its users' environment in its own state folder; nothing of ours does."""
+    """Slurm keeps its users' environment in its own state directory; nothing of ours does."""
     assert files_with(jobs.cluster.directory / "state", SECRET)  # control: it was there to be found
     assert files_with(jobs.directory, SECRET) == []
     for path in REPOSITORY.iterdir():

@@ -1,7 +1,7 @@
 """Every combination of ranks, engine, chunks, batch kind, preset and dropout against one process.
 
 `make test` runs a pairwise cover of the same axes. Results are written next to this file; a run
-that was cut is taken up where it stopped when ``DALR_SOAK_DIR`` names its folder.
+that was cut is taken up where it stopped when ``DALR_SOAK_DIR`` names its directory.
 """
 
 from __future__ import annotations

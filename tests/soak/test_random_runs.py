@@ -2,7 +2,7 @@
 
 `make test` runs a cover of the same rows (``tests/distributed/test_real_runs.py``). A row is a
 function of its number: ``cd tests; python -m reference NUMBER`` repeats it. A search that was cut
-goes on where it stopped when ``DALR_SOAK_DIR`` names its folder.
+goes on where it stopped when ``DALR_SOAK_DIR`` names its directory.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ ORIGIN = {
 def write_tiny_data(directory: Path) -> Path:
     """Pair and text shards with stored features, a vocabulary and graded pairs.
 
-    Feature sets: ``img`` (20 wide, per picture), ``cap`` and ``t0`` (20 and 12, per caption) and
+    Feature sets: ``img`` (20 wide, per image), ``cap`` and ``t0`` (20 and 12, per caption) and
     ``tok`` (12, per token).
     """
     rng = np.random.default_rng(0)
@@ -171,7 +171,7 @@ def status(run: Path) -> dict[str, Any]:
 
 
 def tree(directory: Path) -> dict[str, str]:
-    """Relative path -> SHA-256 of every file below a folder."""
+    """Relative path -> SHA-256 of every file below a directory."""
     return {
         str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(directory.rglob("*"))

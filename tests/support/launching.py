@@ -80,7 +80,7 @@ def train(
         words: arguments of ``dalr_scale.train``.
         log: file for what the processes print.
         end_at: in the step of this number, ``"STOP"`` touches the file and ``"SIGTERM"`` sends the
-            signal to the last rank; ``"SIGKILL"`` ends every rank after it without a word.
+            signal to the last rank; ``"SIGKILL"`` ends every rank after it silently.
         environment: further variables.
         setup: called in each process before training, to switch a guarantee off; a module's own
             function.

@@ -52,7 +52,7 @@ def views(rows: int = ROWS) -> Views:
 
 
 def with_unmatched(v: Views, unmatched: np.ndarray) -> Views:
-    """The aligned pictures of the rows that L_cons pairs rows with, as the model computes them."""
+    """The aligned images of the rows that L_cons pairs rows with, as the model computes them."""
     assert v.aligned_image is not None
     return dataclasses.replace(v, aligned_unmatched=v.aligned_image[torch.as_tensor(unmatched)])
 

@@ -1,7 +1,7 @@
 """Global-to-local in plain torch: every sentence vector against the tokens of all sentences.
 
 `stream_global_to_local` computes it on one rank. Tokens are T times as large as sentence vectors,
-so over several ranks it is the vectors that travel: every rank scores *all* N vectors against the
+so over several ranks the vectors are sent: every rank scores *all* N vectors against the
 tokens of its own sentences (`token_negatives`), the partial results are merged over ranks
 (log-sum-exps and weighted means merge exactly), and each rank ends with the negatives of its own
 rows and their gradient (`own_token_loss`). No token is ever sent, and nothing has to return in the

@@ -16,7 +16,7 @@ from dalr_kernels.fused.arguments import Expectations, PerSoftmax, Sums
 MIN_SINE_SQUARED = tl.constexpr(1e-7)
 MIN_NORM = tl.constexpr(1e-8)
 LARGEST_HALF = tl.constexpr(65504.0)
-# Stands for -inf where differences of two of them must not be NaN.
+# Used as -inf where differences of two of them must not be NaN.
 MASKED_LOGIT = tl.constexpr(-1e38)
 PLAIN = tl.constexpr(0)
 HARD = tl.constexpr(1)

@@ -47,7 +47,7 @@ def test_a_missing_package_would_be_noticed() -> None:
     assert done.returncode != 0 and "ModuleNotFoundError" in done.stderr
 
 
-def test_gpu_tests_have_a_folder_of_their_own() -> None:
+def test_gpu_tests_have_a_directory_of_their_own() -> None:
     mark = "pytest.mark." + "gpu"
     marked = {p.parent.name for p in (ROOT / "tests").rglob("*.py") if mark in p.read_text("utf-8")}
     assert marked == {"gpu"}

@@ -1,4 +1,4 @@
-"""The job scripts with stand-ins for Slurm's commands: what they start, and when again."""
+"""The job scripts with replacements of Slurm's commands: what they start, and when again."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SHOW_ARGUMENTS = """printf '%s\\n' "$@" >"$FAKES/arguments"; env >"$FAKES/enviro
 
 
 class Fakes:
-    """Stand-ins for srun, scontrol, accelerate-launch and python; job 77 on 2 nodes."""
+    """Replacements of srun, scontrol, accelerate-launch and python; job 77 on 2 nodes."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -160,7 +160,7 @@ def test_arguments_arrive_whole_on_the_node(fakes: Fakes) -> None:
         (("--run.dir=/tmp/y/z",), "given", "given"),
     ],
 )
-def test_the_run_folder(words: tuple[str, ...], given: str, wanted: str, fakes: Fakes) -> None:
+def test_the_run_directory(words: tuple[str, ...], given: str, wanted: str, fakes: Fakes) -> None:
     text = f'source {REPOSITORY}/slurm/common.sh; echo "${{RUN_DIR:-$(run_dir_of "$@")}}"'
     done = subprocess.run(
         ["bash", "-c", text, "x", *words],
@@ -214,8 +214,8 @@ def test_containers(fakes: Fakes) -> None:
         ({"CONTAINER": "docker"}, "CONTAINER=docker: it is none, apptainer or pyxis"),
         ({"CONTAINER": "pyxis"}, "CONTAINER=pyxis needs CONTAINER_IMAGE"),
         ({"PROCS_PER_NODE": "many"}, "PROCS_PER_NODE=many is not a number"),
-        ({"RUN_DIR": "/proc/none"}, "the run folder /proc/none cannot be made"),
-        ({"VENV": "/none", "PATH": "{folder}:/usr/bin:/bin"}, "run 'make env', or set VENV"),
+        ({"RUN_DIR": "/proc/none"}, "the run directory /proc/none cannot be made"),
+        ({"VENV": "/none", "PATH": "{directory}:/usr/bin:/bin"}, "run 'make env', or set VENV"),
         ({"CHECKOUT": "/none"}, "/none/slurm/common.sh"),
     ],
 )
@@ -277,7 +277,7 @@ def test_a_status_of_another_start_is_not_believed(
     assert not fakes.requeued
 
 
-def test_a_job_that_was_asked_is_requeued_without_a_word_of_the_run(fakes: Fakes) -> None:
+def test_a_job_that_was_asked_is_requeued_silently_of_the_run(fakes: Fakes) -> None:
     fakes.leave_status("finished", "76")
     fakes.write("srun", "kill -USR1 $PPID; sleep 0.3; exit 1")
     assert fakes.run().returncode == 0 and fakes.requeued

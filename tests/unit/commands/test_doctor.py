@@ -119,7 +119,7 @@ def test_one_line_for_a_mistake_that_all_nodes_see(word: str, wanted: str, nodes
     assert problem.startswith(f"nodes n1, n2: {wanted}")
 
 
-def test_a_folder_that_is_not_shared(nodes: Nodes) -> None:
+def test_a_directory_that_is_not_shared(nodes: Nodes) -> None:
     nodes.start(0)
     nodes.start(1, run="elsewhere")
     assert [code for code, _ in nodes.ends()] == [1, 1]
@@ -127,7 +127,7 @@ def test_a_folder_that_is_not_shared(nodes: Nodes) -> None:
     assert "node n2: the output directory" in found and "not shared with the first node" in found
 
 
-def test_a_folder_that_cannot_be_written(nodes: Nodes) -> None:
+def test_a_directory_that_cannot_be_written(nodes: Nodes) -> None:
     (nodes.directory / "file").write_text("x")
     nodes.start(0)
     nodes.start(1, run="file/run")

@@ -236,7 +236,7 @@ def test_columns_of_the_caption_branch(tiny_data: Path) -> None:
 
 
 # What no design avoids at BERT-base's widths with two teachers, bytes a row: 16 bits out, float32
-# gradients back; z2, u, pictures, teachers, and z1 on its visit to the teachers' tokens.
+# gradients back; z2, u, images, teachers, and z1 on its visit to the teachers' tokens.
 FLOORS = {
     "simcse": 768 * (2 + 4),
     "mcse": 768 * (2 + 4) + 256 * (2 + 4),
@@ -246,7 +246,7 @@ FLOORS = {
 
 @pytest.mark.parametrize("preset", FLOORS)
 def test_columns_cost_no_more_than_they_must(preset: str) -> None:
-    """Within 5 % of the floor; what is above it are the aligned pictures and a few scalars."""
+    """Within 5 % of the floor; what is above it are the aligned images and a few scalars."""
     teachers = {"image": "features:i", "text": ["features:a", "features:b"]}
     layer = {"objective": {"preset": preset}, "engine": {"precision": "bf16"}, "teachers": teachers}
     config = build_config([layer | {"data": {"pairs": ["any"]}}])

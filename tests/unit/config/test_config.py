@@ -110,7 +110,7 @@ def test_words_that_are_no_override_are_refused(words: list[str], problem: str) 
         ("optim.lr.x=1", "must be of type float"),
     ],
 )
-def test_a_wrong_type_is_refused_with_key_and_wish(setting: str, problem: str) -> None:
+def test_a_wrong_type_is_refused_with_key_and_expected_type(setting: str, problem: str) -> None:
     with pytest.raises(UserError, match=problem) as error:
         override(f"--{setting}")
     key = setting.split("=")[0]
@@ -382,7 +382,7 @@ def test_a_message_about_a_value_says_what_help_says() -> None:
                 build_config([{section: {key: typed}}])
 
 
-def test_the_data_folder_comes_from_the_key_or_the_environment(monkeypatch) -> None:
+def test_the_data_directory_comes_from_the_key_or_the_environment(monkeypatch) -> None:
     monkeypatch.delenv("DALR_DATA", raising=False)
     with pytest.raises(UserError, match=r"--data\.root"):
         Config().path("{root}/x")

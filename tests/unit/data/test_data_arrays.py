@@ -137,7 +137,7 @@ def test_a_file_that_shrinks_during_the_run_is_named(
     assert not source.read(np.arange(20)).faults
 
 
-def test_rows_of_a_file_that_shrank_are_stood_in_for_and_counted(source: Source) -> None:
+def test_rows_of_a_file_that_shrank_are_replaced_and_counted(source: Source) -> None:
     empty(features_path(source.shards[0], "clip"))
     plan = plan_of(None, source, seed=1, global_batch=4)
     for workers in (0, 1):

@@ -87,7 +87,7 @@ def test_unusable_shards_are_refused_by_name(members: list, message: str, tmp_pa
     assert not index_path(shard).exists()
 
 
-def test_what_cannot_be_used_is_set_aside_and_the_rest_stays(tmp_path: Path) -> None:
+def test_what_cannot_be_used_is_quarantined_and_the_rest_stays(tmp_path: Path) -> None:
     torn = jpeg(2)[:-200]
     shard = shard_of(
         tmp_path,
@@ -119,7 +119,7 @@ def test_what_cannot_be_used_is_set_aside_and_the_rest_stays(tmp_path: Path) -> 
     assert Source([shard], with_images=True).read(np.arange(2)).sentences == ["one", "three"]
 
 
-def test_a_picture_bomb_is_set_aside_from_its_header(tmp_path: Path) -> None:
+def test_a_image_bomb_is_quarantined_from_its_header(tmp_path: Path) -> None:
     small = image_bytes(Image.new("1", (8, 8)), "PNG")
     header = b"IHDR" + (30_000).to_bytes(4, "big") * 2 + small[24:29]
     bomb = small[:12] + header + zlib.crc32(header).to_bytes(4, "big") + small[33:]
@@ -230,7 +230,7 @@ def test_header_survives_packing() -> None:
         assert IndexHeader.unpack(damage) is None
 
 
-def test_unwritable_folder_keeps_the_index_in_memory(tmp_path: Path, monkeypatch) -> None:
+def test_unwritable_directory_keeps_the_index_in_memory(tmp_path: Path, monkeypatch) -> None:
     shard = write_pairs(tmp_path, 3, per_shard=9)[0]
 
     def refuse(*_: object) -> None:

@@ -308,7 +308,7 @@ def image_dataset(source: Source) -> StepDataset:
     return StepDataset(plan, Sources(None, source), small_tokenizer(), options)
 
 
-def test_pictures_are_decoded_in_the_worker(tmp_path: Path) -> None:
+def test_images_are_decoded_in_the_worker(tmp_path: Path) -> None:
     source = Source(write_pairs(tmp_path, 2, per_shard=9), with_images=True)
     batch = image_dataset(source)[0]
     assert isinstance(batch, Batch)
@@ -318,7 +318,7 @@ def test_pictures_are_decoded_in_the_worker(tmp_path: Path) -> None:
         assert torch.equal(image, to_tensor(decode_image(jpeg(int(text.rsplit(" ", 1)[1])))))
 
 
-def test_an_undecodable_picture_names_its_sample(tmp_path: Path) -> None:
+def test_an_undecodable_image_names_its_sample(tmp_path: Path) -> None:
     with ShardSetWriter(tmp_path, "p", samples_per_shard=9) as writer:
         writer.write("good", {"jpg": jpeg(), "txt": b"of"})
         writer.write("half", {"jpg": jpeg()[:-200], "txt": b"of\n\npicture"})
@@ -347,7 +347,7 @@ IMAGES = {
 
 
 @pytest.mark.parametrize("data", IMAGES.values(), ids=IMAGES.keys())
-def test_usual_and_unusual_pictures_decode_to_rgb(data: bytes) -> None:
+def test_usual_and_unusual_images_decode_to_rgb(data: bytes) -> None:
     assert check_image(data) in ("jpg", "png", "webp")
     assert decode_image(data).mode == "RGB"
 
@@ -364,7 +364,7 @@ NO_IMAGES = {
 
 
 @pytest.mark.parametrize("data", NO_IMAGES.values(), ids=NO_IMAGES.keys())
-def test_no_pictures_are_refused(data: bytes) -> None:
+def test_no_images_are_refused(data: bytes) -> None:
     for use in (check_image, decode_image):
         with pytest.raises(ValueError, match=r"cannot be decoded|is not a JPEG"):
             use(data)

@@ -1,4 +1,4 @@
-"""Weighted sources, stand-ins for bad rows, and random changes that belong to a sample."""
+"""Weighted sources, replacements of bad rows, and random changes that belong to a sample."""
 
 from __future__ import annotations
 
@@ -110,7 +110,9 @@ plans = st.builds(
 
 @settings(deadline=None)
 @given(plan=plans, step=st.integers(0, 60))
-def test_stand_ins_are_never_in_the_batch_and_never_the_same(plan: StreamPlan, step: int) -> None:
+def test_replacements_are_never_in_the_batch_and_never_the_same(
+    plan: StreamPlan, step: int
+) -> None:
     used = plan.batch_ids(step).tolist()
     for attempt in range(1, plan.num_replacements(plan.kind(step)) + 1):
         found = [plan.replacement(step, row, attempt) for row in range(plan.global_batch)]
@@ -144,7 +146,7 @@ def batches(source: Source, rank: int = 0, world: int = 1, **options: object) ->
     return list(make_loader(plan, Sources(None, source), small_tokenizer(), chosen))
 
 
-def test_bad_rows_are_stood_in_for_alike_at_any_number_of_ranks(broken: Source) -> None:
+def test_bad_rows_are_replaced_alike_at_any_number_of_ranks(broken: Source) -> None:
     alone = batches(broken)
     bad = sorted({row.item for batch in alone for row in batch.bad})
     assert len(bad) == 2  # each met in both passes
@@ -205,7 +207,7 @@ def test_bad_items_count_once_over_all_ranks_up_to_the_limit() -> None:
     again.count([bad(n) for n in range(399)], TwoRanks([]))  # control: without a limit
 
 
-def test_what_is_set_aside_counts_from_the_start() -> None:
+def test_what_is_quarantined_counts_from_the_start() -> None:
     lines = [f"x.tar: sample 'k{n}' is not UTF-8" for n in range(30)]
     with pytest.raises(UserError, match=r"30 of 1030 items of the text(.|\n)*'k9'(.|\n)*20 more"):
         BadRows({"text": 1000}, {"text": lines}, 0.02)

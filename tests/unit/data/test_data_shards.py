@@ -294,7 +294,7 @@ def test_no_reading_code_uses_a_foreign_tar_reader_or_pickle() -> None:
     assert users == {"tarfile": set(), "pickle": set(), "webdataset": {"writer.py"}}
 
 
-def test_sample_keys_of_picture_files() -> None:
+def test_sample_keys_of_image_files() -> None:
     assert sample_key("a/b.c.jpg") == "a/b_c"
     assert sample_key("plain") == "plain"
     assert sample_key("x.d/plain") == "x_d/plain"

@@ -94,7 +94,7 @@ def test_every_element_arrives(cut, named: dict[str, torch.Size], before: int, a
             assert torch.equal(
                 span.states[MASTER], full[span.name][span.start : span.start + span.length]
             )
-        _require_complete(own, "folder")  # type: ignore[arg-type]
+        _require_complete(own, "directory")  # type: ignore[arg-type]
 
 
 @given(named=shapes, before=st.integers(2, 7))
@@ -108,4 +108,4 @@ def test_a_lost_shard_is_noticed(named: dict[str, torch.Size], before: int) -> N
         for span in rank if number != lost else ():
             table[span.name].take(span)
     with pytest.raises(UserError, match="lacks elements of p"):
-        _require_complete(table, "folder")  # type: ignore[arg-type]
+        _require_complete(table, "directory")  # type: ignore[arg-type]

@@ -77,7 +77,7 @@ def test_every_task_is_read_and_unscored_lines_are_left_out(task, root):
     assert loaded.scores.tolist() == [score for *_, score in PAIRS] * copies
 
 
-def test_the_folder_above_senteval_will_do(root):
+def test_the_directory_above_senteval_will_do(root):
     (root / "data").mkdir()
     (root / "data" / "senteval").symlink_to(root)
     assert load_sts(root / "data", "STS13").pairs == load_sts(root, "STS13").pairs

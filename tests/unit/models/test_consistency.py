@@ -98,7 +98,7 @@ def test_consistency_of_two_ranks_is_that_of_one() -> None:
     assert np.mean(shares) == pytest.approx(whole, rel=1e-12)
 
 
-def test_rows_without_a_picture_number_are_never_dropped() -> None:
+def test_rows_without_a_image_number_are_never_dropped() -> None:
     unmatched = (np.arange(ROWS) - 3) % ROWS
     spec, v = objective(), with_unmatched(views(), unmatched)
     v.ids = torch.full((ROWS,), -1)

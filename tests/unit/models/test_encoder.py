@@ -100,7 +100,7 @@ def test_mean_of_half_precision_states_is_summed_in_float32():
 
 @pytest.mark.parametrize("kind", ["bert", "roberta", "distilbert"])
 @pytest.mark.parametrize("pooler", POOLERS)
-def test_saved_folder_loads_to_the_same_embeddings(kind, pooler, tokenizer, tmp_path):
+def test_saved_directory_loads_to_the_same_embeddings(kind, pooler, tokenizer, tmp_path):
     if (kind, pooler) == ("distilbert", "cls"):
         with pytest.raises(UserError, match="no MLP pooler"):
             build(tokenizer, kind, pooler)
@@ -205,7 +205,7 @@ def test_config_errors_name_the_mistake(tokenizer):
             SentenceEncoder.from_config(config, tokenizer, "mean")
 
 
-def test_folder_without_stated_pooling_needs_a_pooler(tokenizer, tmp_path):
+def test_directory_without_stated_pooling_needs_a_pooler(tokenizer, tmp_path):
     directory = build(tokenizer).save(tmp_path / "model")
     (directory / "modules.json").unlink()
     with pytest.raises(UserError, match="does not say how it pools"):
@@ -213,7 +213,7 @@ def test_folder_without_stated_pooling_needs_a_pooler(tokenizer, tmp_path):
     assert SentenceEncoder.from_directory(directory, "mean").pooler == "mean"
 
 
-def test_old_sentence_transformers_layout_with_a_subfolder(tokenizer, tmp_path):
+def test_old_sentence_transformers_layout_with_a_subdirectory(tokenizer, tmp_path):
     encoder = build(tokenizer)
     directory = encoder.save(tmp_path / "model")
     inner = directory / "0_Transformer"
@@ -295,7 +295,7 @@ def test_cls_pooler_is_not_invented_for_a_checkpoint_without_one(tokenizer, tmp_
         SentenceEncoder.from_directory(directory, "cls")
 
 
-def test_save_refuses_to_overwrite_and_leaves_the_old_folder_on_failure(tokenizer, tmp_path):
+def test_save_refuses_to_overwrite_and_leaves_the_old_directory_on_failure(tokenizer, tmp_path):
     encoder = build(tokenizer)
     directory = encoder.save(tmp_path / "model", scores={"STS-B": 71.5})
     assert "| STS-B | 71.50 |" in (directory / "README.md").read_text()
@@ -345,7 +345,7 @@ def test_save_takes_consolidated_weights_and_checks_them(tokenizer, tmp_path):
     assert not (tmp_path / "other").exists()
 
 
-def test_package_folder_and_missing_names():
+def test_package_directory_and_missing_names():
     with pytest.raises(UserError, match="'no_such_package' is not installed"):
         SentenceEncoder.from_directory("package:no_such_package/model")
     with pytest.raises(UserError, match="has no directory 'model'"):

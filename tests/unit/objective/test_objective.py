@@ -79,9 +79,9 @@ def test_a_weight_of_zero_drops_what_only_its_term_needs(
 
 
 def test_features_travel_only_where_rows_are_compared_with_them() -> None:
-    """Raw pictures of other rows: soft labels, L_CMA, unmatched pairs, false negatives."""
+    """Raw images of other rows: soft labels, L_CMA, unmatched pairs, false negatives."""
     plain: dict[str, Any] = {"consistency_weight": 0.0, "cross_kl_weight": 0.0}
-    assert not needs_of(objective(**plain)).image_columns  # aligned pictures are the labels
+    assert not needs_of(objective(**plain)).image_columns  # aligned images are the labels
     for added in (
         {"consistency_weight": 0.1},
         {"cross_kl_weight": 0.1},
@@ -192,8 +192,8 @@ def text_only(rows: int = ROWS) -> Batch:
 def test_text_batches_are_distilled_only_when_asked() -> None:
     _, terms = build(objective()).loss(states(), text_only(), step=0, offset=0)
     assert set(terms) == {"con"}
-    wish = objective(distil_text_batches=True)
-    total, terms = build(wish).loss(states(), text_only(), step=0, offset=0)
+    distilled = objective(distil_text_batches=True)
+    total, terms = build(distilled).loss(states(), text_only(), step=0, offset=0)
     assert set(terms) == {"con", "ima", "rank"}
     expected = terms["con"] + 0.2 * (terms["ima"] + terms["rank"])
     torch.testing.assert_close(total.detach(), expected)

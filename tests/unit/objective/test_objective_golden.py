@@ -93,7 +93,7 @@ def test_the_published_total_from_rows_of_several_ranks(name: str) -> None:
     assert np.mean(totals) == pytest.approx(golden_total(g, **alone), rel=1e-12)
 
 
-# Terms of the preset `dalr` on the same inputs, two rows per picture, labels from the pictures.
+# Terms of the preset `dalr` on the same inputs, two rows per image, labels from the images.
 DALR_TERMS = {
     "a": {
         "con": 0.973455720577915,
@@ -138,7 +138,7 @@ def test_the_baselines_on_the_golden_inputs(preset: str, name: str, terms: dict)
 
 
 def test_kdmcse_is_two_branches_of_one_form() -> None:
-    """Its caption branch is the picture branch with captions in the pictures' place."""
+    """Its caption branch is the image branch with captions in the images' place."""
     spec, v = objective("kdmcse"), views()
     terms, total = all_terms_and_total(spec, v)
     swapped = dataclasses.replace(v, image=v.caption, caption=v.image, u=v.u_caption, u_caption=v.u)

@@ -176,7 +176,7 @@ def test_a_linked_checkpoint_is_refused(run: Path) -> None:
     assert found(run).step == 1
 
 
-def test_the_checkpoint_folder_itself_may_be_a_link(run: Path, tmp_path_factory) -> None:
+def test_the_checkpoint_directory_itself_may_be_a_link(run: Path, tmp_path_factory) -> None:
     elsewhere = tmp_path_factory.mktemp("scratch") / "checkpoints"
     (run / "checkpoints").rename(elsewhere)
     (run / "checkpoints").symlink_to(elsewhere)
@@ -280,7 +280,7 @@ def test_saving_twice_without_a_step_between_writes_once(run: Path) -> None:
 def test_valid_checkpoint_with_another_state_is_kept_aside(run: Path) -> None:
     save(run, 2, state=state_at(2, best_score=0.5, best_step=2))
     assert found(run).state.best_score == 0.5
-    # Killed between the two renames, the one set aside would be the newest there is.
+    # Killed between the two renames, the one moved away would be the newest there is.
     shutil.rmtree(run / "checkpoints" / "step-2")
     shutil.rmtree(run / "checkpoints" / "step-1")
     assert found(run).path.name == "step-2.rejected-1"

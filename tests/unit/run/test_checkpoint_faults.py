@@ -1,4 +1,4 @@
-"""Kills inside a save, full disks, failing ranks, and two jobs in one folder."""
+"""Kills inside a save, full disks, failing ranks, and two jobs in one directory."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_kill_inside_the_save(tmp_path: Path, point: str) -> None:
     assert names(tmp_path) == {f"step-{POINTS[point]}", "step-4"}
 
 
-def test_control_without_the_staging_folder_a_half_save_is_the_newest(tmp_path: Path) -> None:
+def test_control_without_the_staging_directory_a_half_save_is_the_newest(tmp_path: Path) -> None:
     code = "for step in (1, 2): save(Path(sys.argv[1]), step)"
     assert outcome(python(code, tmp_path, DALR_FAULT="save:mid-file@2"))[0] == -signal.SIGKILL
     root = tmp_path / "checkpoints"
@@ -211,7 +211,7 @@ def test_policy_stop_raises_at_once(tmp_path: Path) -> None:
         SaveErrors("ignore")
 
 
-def test_a_save_that_reads_back_differently_is_set_aside(
+def test_a_save_that_reads_back_differently_is_quarantined(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save(tmp_path, 1)
@@ -279,7 +279,7 @@ def test_ranks_that_see_different_newest_agree(
     real = manifest.check_file
 
     def stale_view(directory: Path, entry: manifest.FileEntry) -> str | None:
-        # Second by name, so it is rank 1 that checks this file; its view of the folder is old.
+        # Second by name, so it is rank 1 that checks this file; its view of the directory is old.
         hidden = directory.name == "step-2" and entry.path == "model/shard0.bin"
         return f"{entry.path}: No such file" if hidden else real(directory, entry)
 
@@ -288,7 +288,7 @@ def test_ranks_that_see_different_newest_agree(
     assert [f.step for f in found] == [1, 1]
 
 
-# One job per run folder
+# One job per run directory
 
 HOLD = """
 from dalr_scale.run.lock import lock_run_directory

@@ -96,5 +96,5 @@ def test_other_starts_and_damage_do_not_count(run: Path) -> None:
     assert again is not None and again.what == "killed by SIGSEGV"
 
 
-def test_a_folder_that_cannot_be_written_is_no_second_failure(tmp_path: Path) -> None:
+def test_a_directory_that_cannot_be_written_is_no_second_failure(tmp_path: Path) -> None:
     record_failure(tmp_path / "none", 0, ValueError("x"))

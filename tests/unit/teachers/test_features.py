@@ -23,7 +23,7 @@ from dalr_scale.teachers.models import load_image_teacher, load_text_teacher
 CAPTIONS = [["a dog runs", "the dog is on the beach"], ["a red cat"], ["man", "a big man", "cat"]]
 
 
-def picture(number: int) -> bytes:
+def image_bytes(number: int) -> bytes:
     pixels = np.random.default_rng(number).integers(0, 255, (20, 20, 3), dtype=np.uint8)
     stream = io.BytesIO()
     Image.fromarray(pixels).save(stream, "PNG")
@@ -35,7 +35,7 @@ def shards(tmp_path):
     with ShardSetWriter(tmp_path / "shards", "pairs", samples_per_shard=2) as writer:
         for i, lines in enumerate(CAPTIONS):
             text = "".join(f"{line}\n" for line in lines)
-            writer.write(f"img_{i}", {"png": picture(i), "txt": text.encode()})
+            writer.write(f"img_{i}", {"png": image_bytes(i), "txt": text.encode()})
     return writer.shards
 
 
@@ -115,7 +115,7 @@ def test_image_and_caption_features(shards, clip_directory):
     run(shards, "--name", "cap", "--caption-teacher", clip_directory)
     teacher = load_image_teacher(str(clip_directory))
     table = open_features(shards[0], "img")
-    pixels = [teacher.transform(Image.open(io.BytesIO(picture(i)))) for i in (0, 1)]
+    pixels = [teacher.transform(Image.open(io.BytesIO(image_bytes(i)))) for i in (0, 1)]
     assert (table.level, table.rows, table.dim) == ("sample", 2, 24)
     np.testing.assert_allclose(
         table.read(np.arange(2)).values, teacher.encode(torch.stack(pixels)).numpy(), atol=4e-3
@@ -240,9 +240,9 @@ def test_a_launch_that_starts_one_process_of_two_is_refused(shards, bert, monkey
     assert not features_path(shards[0], "t").exists()
 
 
-def test_unreadable_picture_names_its_sample(tmp_path, clip_directory):
+def test_unreadable_image_names_its_sample(tmp_path, clip_directory):
     with ShardSetWriter(tmp_path / "bad", "pairs", samples_per_shard=9) as writer:
-        writer.write("fine", {"png": picture(0), "txt": b"a dog\n"})
-        writer.write("torn", {"png": picture(1)[:90], "txt": b"a cat\n"})
+        writer.write("fine", {"png": image_bytes(0), "txt": b"a dog\n"})
+        writer.write("torn", {"png": image_bytes(1)[:90], "txt": b"a cat\n"})
     with pytest.raises(UserError, match="image of sample 'torn' cannot be decoded"):
         run(writer.shards, "--name", "img", "--image-teacher", clip_directory)

@@ -122,16 +122,14 @@ def run_training_mode(encoder):
 def test_open_clip_towers_equal_the_library(clip_directory):
     model, transform = open_clip.create_model_from_pretrained(f"local-dir:{clip_directory}")
     ids = open_clip.get_tokenizer(f"local-dir:{clip_directory}")(SENTENCES)
-    picture = Image.fromarray(
-        np.random.default_rng(0).integers(0, 255, (20, 30, 3), dtype=np.uint8)
-    )
+    photo = Image.fromarray(np.random.default_rng(0).integers(0, 255, (20, 30, 3), dtype=np.uint8))
     image, text = (
         load_image_teacher(f"open_clip:{clip_directory}"),
         load_text_teacher(f"open_clip:{clip_directory}", tokens=True),
     )
-    pixels = image.transform(picture)
+    pixels = image.transform(photo)
     with torch.no_grad():
-        torch.testing.assert_close(pixels, transform(picture))
+        torch.testing.assert_close(pixels, transform(photo))
         torch.testing.assert_close(image.encode(pixels[None]), model.encode_image(pixels[None]))
         pooled, tokens, mask = text.encode(SENTENCES)
         torch.testing.assert_close(pooled, model.encode_text(ids))

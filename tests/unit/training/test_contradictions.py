@@ -70,7 +70,7 @@ def test_settings_that_cannot_both_hold_are_refused(changes: dict[str, Any], pro
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_control_each_preset_agrees_with_itself(preset: str) -> None:
-    """A preset's own keys are no wish of the user's: neither refused nor warned about."""
+    """A preset's own keys are not the user's settings: neither refused nor warned about."""
     both = {"objective.preset": preset, "teachers.caption": "features:c"}
     for changes in (both, both | {"data.pair_fraction": 0.5}, both | {"optim.epochs": 3.0}):
         own = config(changes)
@@ -118,7 +118,7 @@ def test_a_setting_without_effect_is_named(
     assert f"{key} (" not in " ".join(settings_without_effect(config()))
 
 
-def test_online_pictures_make_use_of_crops() -> None:
+def test_online_images_make_use_of_crops() -> None:
     """Control: what has an effect is not named."""
     own = config({"data.crop_area": 0.5, "data.flip": 0.5, "teachers.image": "open_clip:x"})
     assert settings_without_effect(own) == []

@@ -70,14 +70,14 @@ def test_stop_file(tmp_path: Path, content: str, reason: StopReason) -> None:
 def test_stop_file_read_before_its_word_arrives(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # `echo requeue > STOP` creates, then writes; read in between it looks like a wish to end.
+    # `echo requeue > STOP` creates, then writes; read in between it looks like a stop request.
     path = tmp_path / "STOP"
     path.touch()
     monkeypatch.setattr(preempt.time, "sleep", lambda seconds: path.write_text("requeue\n"))
     assert StopFlag(tmp_path).poll() == StopReason.REQUEUE
 
 
-def test_stop_file_that_is_a_folder(tmp_path: Path) -> None:
+def test_stop_file_that_is_a_directory(tmp_path: Path) -> None:
     (tmp_path / "STOP").mkdir()
     assert StopFlag(tmp_path).poll() == StopReason.STOP_FILE
 
@@ -99,7 +99,7 @@ def test_stale_stop_file_is_removed_at_start(tmp_path: Path) -> None:
         ("", "", "requeue None 0\n", False),
     ],
 )
-def test_a_wish_for_this_very_start_stays(
+def test_a_stop_request_for_this_very_start_stays(
     job: str, restarts: str, word: str, kept: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The job script's signal may come while torch is loading, before this is looked at."""
@@ -122,7 +122,7 @@ def test_time_limit(tmp_path: Path) -> None:
     assert StopFlag(tmp_path, limit_seconds=0).poll() is None
 
 
-def test_a_persons_wish_outranks_preemption(tmp_path: Path) -> None:
+def test_a_persons_stop_request_outranks_preemption(tmp_path: Path) -> None:
     (tmp_path / "STOP").touch()
     with StopFlag(tmp_path) as flag:
         os.kill(os.getpid(), signal.SIGTERM)
