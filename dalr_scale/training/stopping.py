@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from dalr_scale.run.ranks import Ranks
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 _Handler: TypeAlias = Callable[[int, FrameType | None], object] | int | None
 
@@ -127,7 +127,7 @@ class StopFlag:
         """
         if world.rank == 0 and self._path.exists() and not self._is_for_this_start():
             self._path.unlink(missing_ok=True)
-            logger.info("removed a STOP file from before this start")
+            log.info("removed a STOP file from before this start")
         world.barrier()
 
     def _is_for_this_start(self) -> bool:
@@ -193,7 +193,7 @@ class Watchdog:
     def arm(self, seconds: float, what: str) -> None:
         """Start or restart the timer for phase `what`; 0 seconds switches it off."""
         if what not in self._limits:  # once: the phases alternate with every step
-            logger.debug("watchdog: %s may take %g s", what, seconds)
+            log.debug("watchdog: %s may take %g s", what, seconds)
         self._limits[what] = seconds
         if seconds > 0:
             faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__ or 2)
